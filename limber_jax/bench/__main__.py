@@ -1,0 +1,17 @@
+"""`python -m limber_jax.bench NAME [--flags]`."""
+
+import importlib
+import sys
+
+from limber_jax import cli
+from limber_jax.errors import did_you_mean
+
+BENCHES = {"loss": "limber_jax.bench.loss", "train": "limber_jax.bench.train"}
+
+if __name__ == "__main__":
+  name = sys.argv[1] if len(sys.argv) > 1 else ""
+  if name not in BENCHES:
+    print(f"error: bench: no measurement {name!r}{did_you_mean(name, BENCHES)}", file=sys.stderr)
+    sys.exit(2)
+  del sys.argv[1]
+  cli.run(importlib.import_module(BENCHES[name]).main)

@@ -1,0 +1,193 @@
+"""Names images: `python -m limber_jax.classify --weights=DIR --labels="a dog,a cat" photo.jpg folder/`.
+
+Prints a table, or with --json one object a line. Labels are used as they are written; --templates puts them
+into sentences. Images that cannot be read are named on stderr and counted; the exit code is then 1.
+"""
+
+import functools
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from absl import flags
+
+from limber_jax import cli, config, parallel
+from limber_jax.config import Compute
+from limber_jax.data import tokenizers, transforms
+from limber_jax.errors import UserError
+from limber_jax.evals.zeroshot import classifier, lines, load_templates
+from limber_jax.models import clip
+from limber_jax.tasks.contrastive import Contrastive
+from limber_jax.weights import load
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the files that are taken out of folders
+
+
+class Classifier:
+  """A model and its labels: images in, probabilities out. Batches are spread over all devices."""
+
+  def __init__(self, weights: str, labels: Sequence[str], templates: Sequence[str], tokenizer: config.Tokenizer,
+               batch_size: int = 32):
+    """Reads the model and embeds the labels.
+
+    Args:
+      weights: anything that `weights.load.load` reads.
+      labels: L names, no two the same.
+      templates: sentences with {} for the label; several are ensembled.
+      tokenizer: of the model.
+      batch_size: images that go through the model together; rounded up to a multiple of the devices.
+
+    Raises:
+      UserError: no such model or tokenizer, a tokenizer with more ids than the model knows, or a label too long for it.
+    """
+    loaded = load.load(weights)
+    size = loaded.size
+    words = tokenizers.load(tokenizer)
+    if words.vocab_size > size.text.vocab:
+      raise UserError(f"tokenizer {tokenizer.name!r} has {words.vocab_size} ids, the model at {weights} only "
+                      f"{size.text.vocab}; name the model's own by --tokenizer and --tokenizer_path")
+    self._mesh = parallel.make_mesh({"data": -1})
+    self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+    replicated = parallel.replicated(self._mesh)
+    params, stats = jax.device_put((loaded.params, loaded.stats), replicated)
+    task = Contrastive(clip.build(size, Compute(dtype="float32")), "softmax", 0, 1, ())
+    jitted = {name: jax.jit(f, out_shardings=replicated) for name, f in task.predict().items()}
+
+    def embed(name: str, rows: np.ndarray) -> np.ndarray:
+      """Returns float32 [n, E] of rows [n, ...]."""
+      whole = np.zeros((-(-len(rows) // self.batch_size) * self.batch_size, *rows.shape[1:]), rows.dtype)
+      whole[: len(rows)] = rows
+      with jax.set_mesh(self._mesh):
+        out = [jitted[name](params, stats, parallel.global_batch(batch, self._mesh))
+               for batch in np.split(whole, len(whole) // self.batch_size)]
+      return np.concatenate(jax.device_get(out))[: len(rows)]
+
+    self._embed_image = functools.partial(embed, "embed_image")
+    self._preprocess = transforms.Chain((transforms.Decode(), transforms.ResizeCrop(size.image.image_size, "center")))
+    text = classifier(functools.partial(embed, "embed_text"), functools.partial(words, truncate=False), labels,
+                      templates, size.text.context)
+    self._weights = text * np.exp(loaded.params["logit_scale"])  # [L, E]
+
+  def read(self, path: str) -> np.ndarray:
+    """Returns the image in a file as the model takes it, uint8 [H, W, 3]; raises UserError or OSError."""
+    with open(path, "rb") as file:
+      return self._preprocess({"image": file.read()}, None)["image"]
+
+  def __call__(self, images: np.ndarray) -> np.ndarray:
+    """Returns probabilities [n, L] of the labels for images uint8 [n, H, W, 3]: softmax at the model's temperature."""
+    logits = self._embed_image(images) @ self._weights.T
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+  def classify(self, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yields each path with its probabilities [L], or with the reason why it cannot be read."""
+    paths = iter(paths)
+    with ThreadPoolExecutor() as pool:
+      while batch := list(itertools.islice(paths, self.batch_size)):
+        read = list(pool.map(self._try, batch))
+        images = [image for image in read if not isinstance(image, str)]
+        found = iter(self(np.stack(images)) if images else ())
+        yield from ((path, image if isinstance(image, str) else next(found))
+                    for path, image in zip(batch, read, strict=True))
+
+  def _try(self, path: str) -> np.ndarray | str:
+    try:
+      return self.read(path)
+    except UserError as error:
+      return str(error)
+    except OSError as error:
+      return error.strerror or str(error)
+
+
+def find(inputs: Sequence[str]) -> list[str]:
+  """Returns the files among `inputs` and the images in the folders among them, however deep, by name.
+
+  Raises:
+    UserError: a folder without images, or nothing at all.
+  """
+  found = []
+  for path in inputs:
+    if not os.path.isdir(path):
+      found.append(path)
+      continue
+    inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+              if name.lower().endswith(SUFFIXES)]
+    if not inside:
+      raise UserError(f"{path}: no images in this folder; looked for {', '.join(SUFFIXES)}")
+    found += sorted(inside)
+  if not found:
+    raise UserError("no images given; name files or folders after the flags")
+  return found
+
+
+def own_tokenizer(weights: str) -> config.Tokenizer:
+  """Returns the tokenizer that lies or is recorded beside the weights, else CLIP's."""
+  folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
+  path = os.path.join(folder, "config.json")
+  if os.path.isdir(os.path.join(folder, "checkpoints")) and os.path.isfile(path):  # a run of limber_jax.train
+    try:
+      with open(path, encoding="utf-8") as file:
+        recorded = json.load(file)
+      return config.Tokenizer(recorded["data.tokenizer.name"], recorded["data.tokenizer.path"])
+    except (OSError, ValueError, KeyError) as error:
+      raise UserError(f"{path} names no tokenizer ({error}); name it by --tokenizer and --tokenizer_path") from error
+  beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "merges.txt"))
+  return config.Tokenizer("clip", folder if beside else "")
+
+
+def read_labels(given: Sequence[str], path: str) -> list[str]:
+  """Returns the labels given and those of a file with one a line; raises UserError for fewer than two, or doubles."""
+  labels = [label for label in given if label] + (lines(path, "--labels_file") if path else [])
+  if len(labels) < 2:
+    raise UserError(f'wanted two labels or more, got {len(labels)}; for example --labels="a dog,a cat", or '
+                    "--labels_file=FILE with one a line")
+  if double := next((label for i, label in enumerate(labels) if label in labels[:i]), None):
+    raise UserError(f"the label {double!r} is given twice")
+  return labels
+
+
+if __name__ == "__main__":
+  _weights = flags.DEFINE_string("weights", None, "A workdir of limber_jax.train, or weights of Hugging Face, "
+                                 "open_clip or OpenAI.")
+  _labels = flags.DEFINE_list("labels", [], "Labels, with commas between them.")
+  _labels_file = flags.DEFINE_string("labels_file", "", "File with one label a line.")
+  _templates = flags.DEFINE_string("templates", "{}", "A sentence with {} for the label, a file with one a line, "
+                                   "imagenet80 or imagenet7.")
+  _tokenizer = flags.DEFINE_string("tokenizer", "", "clip, bytes or bpe; empty: the weights' own.")
+  _tokenizer_path = flags.DEFINE_string("tokenizer_path", "", "Directory or hub id of the tokenizer.")
+  _json = flags.DEFINE_bool("json", False, "Print one JSON object a line, with the probabilities of all labels.")
+
+  def _main(inputs: list[str]) -> int:
+    if not _weights.value:
+      raise UserError("--weights is missing; for example --weights=runs/quickstart")
+    labels, paths = read_labels(_labels.value, _labels_file.value), find(inputs)
+    tokenizer = own_tokenizer(_weights.value)
+    if _tokenizer.value or _tokenizer_path.value:
+      tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
+    model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer)
+    wide, narrow = max(map(len, [*paths, "image"])), max(map(len, [*labels, "label"]))
+    if not _json.value:
+      print(f"{'image':<{wide}}  {'label':<{narrow}}  {'p':>6}  next")
+    unread = 0
+    for path, result in model.classify(paths):
+      if isinstance(result, str):
+        unread += 1
+        print(f"{path}: {result}", file=sys.stderr, flush=True)
+        continue
+      best, *others = [(labels[i], float(result[i])) for i in np.argsort(-result, kind="stable")]
+      if _json.value:
+        print(json.dumps({"image": path, "label": best[0], "probability": best[1],
+                          "probabilities": dict(zip(labels, result.tolist(), strict=True))}), flush=True)
+      else:
+        runners_up = ", ".join(f"{label} {p:.1%}" for label, p in others[:2])
+        print(f"{path:<{wide}}  {best[0]:<{narrow}}  {best[1]:>6.1%}  {runners_up}", flush=True)
+    if unread:
+      print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if unread else 0
+
+  cli.run(_main)

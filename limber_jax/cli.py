@@ -1,0 +1,100 @@
+"""How the commands start and end: flags, one line for a user's mistake, exit codes.
+
+Exit codes: 0 done (also when a signal stopped the run after a checkpoint), 1 done with some inputs unreadable,
+2 a user's mistake.
+"""
+
+import difflib
+import logging
+import os
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from limber_jax.config import Config, flatten
+from limber_jax.errors import UserError
+
+
+def define_config() -> Any:
+  """Defines --config=experiments/x.py (with --config.field=value) and returns its holder; see `get_config`."""
+  return config_flags.DEFINE_config_file("config", None, "Experiment file, such as experiments/quickstart.py.")
+
+
+def get_config(holder: Any) -> Config:
+  """Returns the parsed experiment; raises UserError if it is missing or broken."""
+  if flags.FLAGS["config"].value is None:
+    raise UserError(f"--config is missing; {_experiments('')}")
+  config = holder.value
+  if not isinstance(config, Config):
+    raise UserError(f"--config: get_config() gave a {type(config).__name__}, wanted a limber_jax.config.Config")
+  return config
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Parses flags, calls `main(positional arguments)` and exits; a UserError becomes one line and exit code 2."""
+
+  def guarded(argv: Sequence[str]) -> int:
+    # app.run has just set both to INFO, where JAX, Orbax and Grain announce each backend tried, save and worker.
+    logging.root.setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+      return main(list(argv[1:])) or 0
+    except UserError as error:
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      return 2
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses `argv`; on a mistake prints one line that names the nearest right thing and exits with 2."""
+  try:
+    path = next((m[1] for a in argv if (m := re.match(r"--?config=(.*)", a))), None)
+    if path is not None and not os.path.isfile(path.split(":")[0]):
+      raise UserError(f"--config: no file {path!r}; {_experiments(path)}")
+    return flags.FLAGS(argv)
+  except UserError as error:
+    message = str(error)
+  except Exception as error:
+    message = _explain(argv, error)
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+def _experiments(wanted: str) -> str:
+  folder = "experiments"
+  known = sorted(f"{folder}/{f}" for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
+  close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
+  return (f"did you mean {close[0]!r}? " if close else "") + f"known here: {', '.join(known) or 'none'}"
+
+
+def _explain(argv: Sequence[str], error: Exception) -> str:
+  """Returns the line for an error out of absl or ml_collections; the latter names neither the field nor a neighbour."""
+  path = next((m[1] for a in argv if (m := re.match(r"--?config=(.*)", a))), None)
+  ours = [f for f in traceback.extract_tb(error.__traceback__) if path and f.filename.endswith(path.split(":")[0])]
+  if ours:  # raised by the experiment file itself
+    return f"{path.split(':')[0]}, line {ours[-1].lineno}: {type(error).__name__}: {error}"
+  given = [m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))]
+  if path is not None and given:
+    module = runpy.run_path(path.split(":")[0])
+    known = flatten(module["get_config"]()) if "get_config" in module else {}
+    for name in given:
+      if known and name not in known:
+        groups = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
+        if name in groups:
+          return f"--config.{name} is a group of settings; set one of: " + ", ".join(
+            f"--config.{k}" for k in known if k.startswith(f"{name}."))
+        group = f"{name.rpartition('.')[0]}."
+        near = [k for k in known if group != "." and k.startswith(group)] or list(known)
+        close = difflib.get_close_matches(name, near, n=1, cutoff=0.7)
+        guess = f"; did you mean --config.{close[0]}?" if close else f"; there are {', '.join(near)}"
+        return f"--config.{name}: no such field{guess}"
+  return " ".join(str(error).split())
+
+

@@ -1,0 +1,186 @@
+"""The configuration of an experiment: dataclasses, every default in one place, with its reason.
+
+An experiment is a Python file whose `get_config()` returns a `Config`; any field can be set on the command line
+(`--config.optim.lr=1e-4`), typed by its default. Fields are settings of one run: facts about a model (its sizes,
+its mean and std) live beside the model.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from limber_jax.errors import UserError
+
+
+@dataclass
+class Source:
+  """Where records {id, image, text} come from. Each field means what the named source's docstring says."""
+
+  name: str = "digits"      # a name in registry.SOURCES
+  path: str = ""            # file or directory
+  split: str = "train"
+  images: str = ""          # directory that relative image paths start from; "" = the directory of `path`
+  image_key: str = ""       # column or feature that holds the image or its path; "" = the source's own guess
+  text_key: str = ""        # column or feature that holds the text
+  label_key: str = ""       # column or feature that holds the class number
+  separator: str = ""       # of the columns of a table; "" = by file name, tab or comma
+
+
+@dataclass
+class Tokenizer:
+  """How text becomes ids."""
+
+  name: str = "clip"        # a name in registry.TOKENIZERS
+  path: str = ""            # a local directory or a hub id; "" = the name's own default
+
+
+@dataclass
+class Data:
+  """The training data and what happens to a record on its way to the device."""
+
+  source: Source = field(default_factory=Source)
+  tokenizer: Tokenizer = field(default_factory=Tokenizer)
+  crop: str = "random"      # random: the paper's square crop of the resized image | center | resized: RandomResizedCrop
+  crop_scale: tuple[float, ...] = (0.9, 1.0)  # area kept by crop="resized": open_clip's default
+  workers: int = 0          # Grain processes; 0 reads in threads of the training process
+  threads: int = 8          # reading threads a process: decoding releases the GIL
+  prefetch: int = 2         # batches ready ahead of the device
+
+
+@dataclass
+class Loss:
+  """The contrastive loss."""
+
+  kind: str = "softmax"     # softmax: CLIP | sigmoid: SigLIP
+  chunk_size: int = 0       # rows of logits held at a time; 0 holds them all
+  # GradCache: the batch goes through the towers in this many pieces, and the loss still sees all of it.
+  accumulate: int = 1
+
+
+@dataclass
+class Optim:
+  """AdamW with linear warm-up and cosine decay to zero: CLIP, Tables 18-20."""
+
+  lr: float = 5e-4
+  warmup_steps: int = 2000
+  weight_decay: float = 0.2  # on kernels and embeddings; never on gains, biases and the temperature
+  b1: float = 0.9
+  b2: float = 0.98
+  eps: float = 1e-6
+  clip_norm: float = 0.0     # global gradient norm; 0 does not clip
+  max_skips: int = 10        # steps in a row with a non-finite loss or gradient that end the run
+
+
+@dataclass
+class Mesh:
+  """Devices along each axis; -1 takes what is left. The batch is spread over data × fsdp."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclass(unsafe_hash=True)  # an attribute of linen modules, which are hashed; not to be changed once built
+class Compute:
+  """How the arithmetic is done; no field changes what is computed beyond rounding."""
+
+  dtype: str = "bfloat16"    # of activations; parameters and reductions are float32
+  remat: str = "none"        # none | dots: keep matrix products | full: keep only block inputs
+  attention: str = "auto"    # auto: cudnn where the device has it | xla | cudnn
+  unroll: int = 1            # transformer blocks per iteration of the scan
+
+
+@dataclass
+class Checkpoint:
+  """When to save, and what to keep. Saving is asynchronous."""
+
+  every: int = 1000          # steps
+  keep: int = 2              # the newest
+  best: str = ""             # a metric of an evaluation, such as "zeroshot/top1": its best step is kept too
+
+
+@dataclass
+class Evaluation:
+  """One evaluation during training and in `limber_jax.evaluate`."""
+
+  name: str = "zeroshot"     # a name in registry.EVALS
+  source: Source = field(default_factory=Source)
+  every: int = 1000          # steps; 0 = only at the end
+  batch_size: int = 256
+  classes: str = ""          # imagenet | a file with one class name a line; "" = the source's own names
+  templates: str = "imagenet7"  # imagenet80 | imagenet7 | a file, one a line, {} for the class | one template itself
+
+
+@dataclass
+class Init:
+  """Weights to start from, by part; "" starts from random."""
+
+  image: str = ""            # a directory or file that limber_jax.weights can read
+  text: str = ""
+
+
+@dataclass
+class Config:
+  """One experiment."""
+
+  name: str
+  model: Any                 # a size: models.clip.SIZES["clip_vit_b32"]()
+  task: str = "contrastive"  # a name in registry.TASKS
+  trainable: tuple[str, ...] = ("image", "text", "logit_scale")
+  init: Init = field(default_factory=Init)
+  loss: Loss = field(default_factory=Loss)
+  data: Data = field(default_factory=Data)
+  optim: Optim = field(default_factory=Optim)
+  batch_size: int = 32768    # pairs in one optimizer step, over all devices
+  steps: int = 390_625       # 32 epochs of 400 M pairs at 32,768
+  seed: int = 0
+  mesh: Mesh = field(default_factory=Mesh)
+  compute: Compute = field(default_factory=Compute)
+  checkpoint: Checkpoint = field(default_factory=Checkpoint)
+  evals: dict[str, Evaluation] = field(default_factory=dict)
+  log_every: int = 50        # steps
+
+  def __post_init__(self):
+    self.evals = dict(self.evals)
+
+
+# What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
+RUNTIME = ("mesh", "checkpoint", "log_every", "data.workers", "data.threads", "data.prefetch", "compute.attention",
+           "compute.remat", "compute.unroll", "data.source.path", "data.source.images", "data.tokenizer.path", "evals")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+  """Returns {"optim.lr": 5e-4, …}: every leaf of a configuration by its dotted name; tuples count as leaves."""
+  items = config if isinstance(config, dict) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  out = {}
+  for key, value in items.items():
+    name = f"{prefix}{key}"
+    if isinstance(value, dict) or dataclasses.is_dataclass(value):
+      out |= flatten(value, f"{name}.")
+    else:
+      out[name] = list(value) if isinstance(value, tuple) else value
+  return out
+
+
+def to_json(config: Config) -> str:
+  """Returns the configuration as JSON text, one dotted field a line."""
+  return json.dumps(flatten(config), indent=1)
+
+
+def check_same(config: Config, saved: str, where: str) -> None:
+  """Raises UserError if `config` would train something else than the JSON `saved` beside an earlier run."""
+  old, new = json.loads(saved), json.loads(to_json(config))
+  for name in sorted(old.keys() | new.keys()):
+    if any(name == r or name.startswith(f"{r}.") for r in RUNTIME):
+      continue
+    if old.get(name) != new.get(name):
+      raise UserError(f"{where} holds a run with {name}={old.get(name)!r}, but this config says {new.get(name)!r}; "
+                      f"choose another --workdir, or set --config.{name}={old.get(name)}")
+
+
+def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:
+  """Returns `value` if it is allowed for the field `name`; raises UserError with the choices if not."""
+  if value not in allowed:
+    raise UserError(f"config.{name}={value!r}: choose one of {', '.join(allowed)}")
+  return value

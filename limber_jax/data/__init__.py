@@ -1,0 +1,1 @@
+"""Data: sources of records, what is done to a record, tokenizers, and batches in an order only the step decides."""

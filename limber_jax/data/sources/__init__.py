@@ -1,0 +1,29 @@
+"""Data sources, one file a format. A source is what `Source` says; its class takes a `limber_jax.config.Source`.
+
+A record is {"id": str, "image": encoded bytes | uint8 [h, w, 3], "text": str}, and may have
+  "texts": tuple[str, ...]   every caption of the image, where a record has several; "text" is the first
+  "label": int               the number of its class
+"""
+
+from typing import Any, Protocol
+
+
+class Source(Protocol):
+  """Records by index, the same for the same data, from any thread and, pickled, from any process."""
+
+  classes: tuple[str, ...] | None
+  """The names of the classes by label, where the source knows them."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns the record; raises UserError if it cannot be read."""
+    ...
+
+  def annotation(self, index: int) -> dict[str, Any]:
+    """Returns the record without its image, which is not read where the format allows that."""
+    ...
+
+  def fingerprint(self) -> str:
+    """Returns 16 hex digits that change with the data; the same wherever the data are kept."""
+    ...

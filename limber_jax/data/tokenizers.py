@@ -1,0 +1,306 @@
+"""Tokenizers: text -> ids [B, T], start … end, then 0.
+
+The id that ends a text is the highest of all: the text tower pools at the first maximum of the ids.
+"""
+
+import abc
+import functools
+import gzip
+import hashlib
+import html
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import ftfy
+import numpy as np
+import regex
+import tokenizers
+
+from limber_jax import config, registry
+from limber_jax.errors import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def load(settings: config.Tokenizer) -> "Tokenizer":
+  """Returns the tokenizer of a configuration; raises UserError if it is unknown or its files are not there."""
+  return registry.lookup("tokenizer", registry.TOKENIZERS, settings.name)(settings.path)
+
+
+def clean(text: str) -> str:
+  """Returns the text as CLIP reads it: encoding repaired, HTML entities resolved, single spaces, lower case.
+
+  Source: OpenAI's simple_tokenizer.py, basic_clean and whitespace_clean.
+  """
+  # On printable ASCII ftfy does nothing that is not done below; it would take 30 times as long.
+  if not (text.isascii() and text.isprintable()) or "&" in text:
+    text = ftfy.fix_text(text)
+  text = html.unescape(html.unescape(text))
+  return " ".join(text.split()).lower()
+
+
+class Tokenizer(abc.ABC):
+  """Text to ids and back. Safe in threads, and small to pickle."""
+
+  vocab_size: int
+  sot: int
+  """The id that starts every text."""
+  eot: int
+  """The id that ends every text, the highest."""
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of the cleaned text, without start and end."""
+
+  @abc.abstractmethod
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of the ids up to the first end; starts are left out."""
+
+  @abc.abstractmethod
+  def fingerprint(self) -> str:
+    """Returns 16 hex digits that change with the vocabulary."""
+
+  def __call__(self, texts: str | Sequence[str], length: int, truncate: bool = True) -> np.ndarray:
+    """Returns int32 [B, length]: start, ids, end, then 0; B = 1 for a single string.
+
+    Args:
+      texts: one or more.
+      length: T, at least 2.
+      truncate: a text too long loses its last ids; the end stays.
+
+    Raises:
+      UserError: a text is too long, and truncate is False.
+    """
+    if length < 2:
+      raise UserError(f"a text of {length} tokens has no room for its start and end")
+    texts = [texts] if isinstance(texts, str) else texts
+    out = np.zeros((len(texts), length), np.int32)
+    for row, text in zip(out, texts, strict=True):
+      ids = self.encode(text)
+      if len(ids) > length - 2 and not truncate:
+        raise UserError(f"text of {len(ids) + 2} tokens, at most {length} fit: {text[:60]!r}")
+      ids = ids[: length - 2]
+      row[: len(ids) + 2] = [self.sot, *ids, self.eot]
+    return out
+
+  def _body(self, ids: Iterable[int]) -> Iterator[int]:
+    for i in ids:
+      if i == self.eot:
+        return
+      if i != self.sot:
+        yield int(i)
+
+
+class ByteTokenizer(Tokenizer):
+  """The bytes of the cleaned text in UTF-8, plus one: 0 is left to the padding. Needs no file."""
+
+  vocab_size, sot, eot = 259, 257, 258
+
+  def __init__(self, path: str = ""):
+    if path:
+      raise UserError(f"config.data.tokenizer.path={path!r}: the tokenizer 'bytes' reads no file; leave it empty")
+
+  def encode(self, text: str) -> list[int]:
+    return [b + 1 for b in clean(text).encode()]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return bytes(i - 1 for i in self._body(ids) if i > 0).decode("utf-8", "replace")
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(b"bytes").hexdigest()[:16]
+
+
+# A byte's stand-in in vocabulary files: itself where it prints, else the next letter from 256 on.
+_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_ORDER = [*_PRINTING, *sorted(set(range(256)) - set(_PRINTING))]
+_LETTER = {byte: chr(byte if i < len(_PRINTING) else 256 + i - len(_PRINTING)) for i, byte in enumerate(_ORDER)}
+_BYTE = {letter: byte for byte, letter in _LETTER.items()} | {" ": 0x20}
+
+
+class ClipTokenizer(Tokenizer):
+  """CLIP's byte-pair encoding, with ids equal to open_clip's for every text.
+
+  `path` is a directory with tokenizer.json, or with vocab.json and merges.txt; a hub id; or OpenAI's vocabulary file
+  bpe_simple_vocab_16e6.txt.gz. "" = openai/clip-vit-base-patch32 on the hub.
+
+  A text that holds "<start_of_text>" or "<end_of_text>" gets their ids, and "<|endoftext|>" is read letter by letter:
+  so does open_clip; OpenAI's own code has it the other way round.
+  """
+
+  # IGNORECASE matters after lower(), too: 'ſ is read as 's.
+  _WORDS = regex.compile(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+                         regex.IGNORECASE)
+
+  def __init__(self, path: str = ""):
+    self._vocab, self._merges = _read_bpe(path or "openai/clip-vit-base-patch32")
+    missing = next((t for t in (START, END, *_LETTER.values(), *(f"{c}</w>" for c in _LETTER.values()))
+                    if t not in self._vocab), None)
+    if missing is not None:
+      raise UserError(f"config.data.tokenizer.path={path!r}: not a CLIP vocabulary, {missing!r} is not among its "
+                      f"{len(self._vocab)} tokens")
+    self._prepare()
+    if self.eot != self.vocab_size - 1:
+      raise UserError(f"config.data.tokenizer.path={path!r}: {END!r} must have the highest id {self.vocab_size - 1}, "
+                      f"got {self.eot}: CLIP's text tower finds the end of a text by it")
+
+  def _prepare(self) -> None:
+    self.vocab_size = max(self._vocab.values()) + 1
+    self.sot, self.eot = self._vocab[START], self._vocab[END]
+    self._bpe = tokenizers.models.BPE(vocab=self._vocab, merges=self._merges, end_of_word_suffix="</w>")
+    self._special = {"<start_of_text>": (self.sot,), "<end_of_text>": (self.eot,)}
+    self._cached = functools.lru_cache(1 << 16)(self._word)
+    self._token = {i: token for token, i in self._vocab.items()}
+
+  def __getstate__(self):
+    return self._vocab, self._merges
+
+  def __setstate__(self, state):
+    self._vocab, self._merges = state
+    self._prepare()
+
+  def _word(self, word: str) -> tuple[int, ...]:
+    if word in self._special:
+      return self._special[word]
+    return tuple(token.id for token in self._bpe.tokenize(word.encode().decode("latin-1").translate(_LETTER)))
+
+  def encode(self, text: str) -> list[int]:
+    out: list[int] = []
+    for word in self._WORDS.findall(clean(text)):
+      out += self._cached(word) if len(word) < 64 else self._word(word)  # long ones are rare and would fill the cache
+    return out
+
+  def decode(self, ids: Iterable[int]) -> str:
+    tokens = (self._token[i] for i in self._body(ids))
+    letters = "".join(f"{t[:-4]} " if t.endswith("</w>") else t for t in tokens)
+    return bytes(_BYTE[c] for c in letters).decode("utf-8", "replace").rstrip()
+
+  def fingerprint(self) -> str:
+    vocab = sorted((i, token) for token, i in self._vocab.items() if token not in (START, END))
+    return hashlib.sha256(json.dumps([vocab, list(map(list, self._merges))]).encode()).hexdigest()[:16]
+
+
+def _read_bpe(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+  """Returns a vocabulary {token: id} with START and END, and the merges in order."""
+  if os.path.isfile(path):
+    return _read_openai(path)
+  if os.path.isdir(path):
+    if not (os.path.isfile(f"{path}/tokenizer.json")
+            or (os.path.isfile(f"{path}/vocab.json") and os.path.isfile(f"{path}/merges.txt"))):
+      raise UserError(f"config.data.tokenizer.path={path!r}: no tokenizer.json there, nor vocab.json and merges.txt")
+  else:
+    path = _fetch(path)
+  import transformers  # only here: it takes seconds
+
+  # Of transformers' tokenizer only the tables are used: its cleaning and splitting differ from CLIP's.
+  model = json.loads(transformers.CLIPTokenizer.from_pretrained(path).backend_tokenizer.to_str())["model"]
+  return model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+
+
+def _fetch(name: str) -> str:
+  """Returns the local directory of a hub repository's tokenizer.json, downloaded if it is not there yet."""
+  import huggingface_hub  # only here, with transformers
+
+  try:
+    try:
+      file = huggingface_hub.hf_hub_download(name, "tokenizer.json", local_files_only=True)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+      file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
+  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    raise UserError(
+      f"tokenizer 'clip': {name!r} is no file or directory here, and the hub does not give its tokenizer.json "
+      f"({' '.join(str(error).split())[:120]}); point at a local copy (a directory with tokenizer.json, or OpenAI's "
+      "bpe_simple_vocab_16e6.txt.gz) with --config.data.tokenizer.path=…, or use --config.data.tokenizer.name=bytes, "
+      "which needs no file") from error
+  return os.path.dirname(file)
+
+
+def _read_openai(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+  """Reads OpenAI's gzipped list of merges, whose order is that of the ids."""
+  size = 49152 - 256 - 2  # merges in use; the file holds five times as many
+  try:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+      merges = [tuple(line.split()) for line in file.read().split("\n")[1 : size + 1]]
+  except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    raise UserError(f"config.data.tokenizer.path={path!r}: not OpenAI's gzipped vocabulary: {error}") from error
+  if len(merges) != size or any(len(m) != 2 for m in merges):
+    raise UserError(f"config.data.tokenizer.path={path!r}: wanted {size:,} merges of two tokens, got {len(merges):,}")
+  letters = [_LETTER[byte] for byte in _ORDER]
+  tokens = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges), START, END]
+  return {token: i for i, token in enumerate(tokens)}, merges
+
+
+class BpeTokenizer(Tokenizer):
+  """A byte-level BPE from `python -m limber_jax.train_tokenizer`; any text encodes, and decodes to its cleaned self.
+
+  `path` is its directory. The id 0 is padding only; start and end are the two highest ids.
+  """
+
+  PAD = "<|pad|>"
+  FILE = "tokenizer.json"
+
+  def __init__(self, path: str = ""):
+    file = os.path.join(path, self.FILE)
+    if not path or not os.path.isfile(file):
+      raise UserError(f"config.data.tokenizer.path={path!r}: no {self.FILE} there; make one from your captions with "
+                      "`python -m limber_jax.train_tokenizer --source=FILE --vocab_size=8192 --out=DIR`, then "
+                      "--config.data.tokenizer.path=DIR")
+    with open(file, encoding="utf-8") as opened:
+      self._json = opened.read()
+    try:
+      self._prepare()
+    except Exception as error:  # the only kind that tokenizers raises
+      raise UserError(f"{file}: {error}") from error
+    ids = [self._bpe.token_to_id(t) for t in (self.PAD, START, END)]
+    if ids != [0, self.vocab_size - 2, self.vocab_size - 1]:
+      raise UserError(f"{file}: wanted {self.PAD}, {START}, {END} at 0 and the two highest ids, got {ids}; this "
+                      "tokenizer was not made by limber_jax.train_tokenizer")
+
+  def _prepare(self) -> None:
+    self._bpe = tokenizers.Tokenizer.from_str(self._json)
+    self._bpe.encode_special_tokens = True  # "<|endoftext|>" inside a caption is text
+    self.vocab_size = self._bpe.get_vocab_size()
+    self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
+
+  def __getstate__(self):
+    return self._json
+
+  def __setstate__(self, state):
+    self._json = state
+    self._prepare()
+
+  def encode(self, text: str) -> list[int]:
+    return self._bpe.encode(clean(text)).ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._bpe.decode([i for i in self._body(ids) if i > 0], skip_special_tokens=False).removeprefix(" ")
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(self._json.encode()).hexdigest()[:16]
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int, directory: str) -> "BpeTokenizer":
+    """Trains on the cleaned texts, writes tokenizer.json into `directory`, and returns the tokenizer.
+
+    Args:
+      texts: captions.
+      vocab_size: ids in all; fewer if the texts do not hold that many pairs of letters.
+      directory: made if it is not there; raises UserError if it holds a tokenizer already.
+    """
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(letters) + 3:
+      raise UserError(f"--vocab_size={vocab_size}: at least {len(letters) + 3}, for 256 bytes and 3 marks")
+    file = os.path.join(directory, cls.FILE)
+    if os.path.exists(file):
+      raise UserError(f"{file} is there already; choose another --out")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    # A word takes the space before it along, the first one too: "dog" is the same token wherever it stands.
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(map(clean, texts), tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size - 2, special_tokens=[cls.PAD], initial_alphabet=letters, show_progress=False))
+    bpe.add_special_tokens([START, END])
+    os.makedirs(directory, exist_ok=True)
+    bpe.save(file)
+    return cls(directory)

@@ -1,0 +1,178 @@
+"""What happens to a record on its way into a batch: decode, crop, tokenize. Pure functions of (record, rng)."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from limber_jax.config import choose
+from limber_jax.data.tokenizers import Tokenizer
+from limber_jax.errors import UserError
+
+Record = dict[str, Any]
+Transform = Callable[[Record, np.random.Generator | None], Record]
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
+RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
+CROPS = ("random", "center", "resized")
+
+
+def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_scale: Sequence[float]) -> Transform:
+  """Returns (record, rng) -> {"image": uint8 [image_size, image_size, 3], "tokens": int32 [context]}.
+
+  Args:
+    image_size: pixels.
+    tokenizer: from `tokenizers.load`.
+    context: T, tokens of a text; longer texts are cut.
+    crop, crop_scale: see `ResizeCrop`.
+  """
+  return Chain((Decode(), ResizeCrop(image_size, crop, tuple(crop_scale)), Tokenize(tokenizer, context),
+                Keep(("image", "tokens"))))
+
+
+def evaluation(image_size: int, tokenizer: Tokenizer, context: int) -> Transform:
+  """Returns (record, None) -> as `train` has it, with the center crop, the first text, and "label": int32 [] if any."""
+  return Chain((Decode(), ResizeCrop(image_size, "center"), Tokenize(tokenizer, context),
+                Keep(("image", "tokens", "label"))))
+
+
+@dataclass(frozen=True)
+class Chain:
+  """One transform after the other."""
+
+  steps: tuple[Transform, ...]
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    for step in self.steps:
+      record = step(record, rng)
+    return record
+
+
+@dataclass(frozen=True)
+class Decode:
+  """"image": encoded bytes or uint8 [h, w, 3] -> uint8 [h, w, 3], RGB.
+
+  Other modes are converted as PIL does it (alpha dropped), before any scaling: HF's order. OpenAI's code converts after
+  scaling, which differs for palettes and transparency only. The EXIF orientation is not applied; CLIP does not either.
+  """
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    return record | {"image": decode(record["image"])}
+
+
+def decode(image: bytes | np.ndarray) -> np.ndarray:
+  """Returns uint8 [h, w, 3]; raises UserError for what is not a whole JPEG, PNG or WEBP of up to MAX_PIXELS."""
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+      raise UserError(f"image: wanted uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
+    _check_size(image.shape[1], image.shape[0])
+    return image
+  try:
+    with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+      _check_size(*opened.size)
+      opened.info.pop("transparency", None)  # dropped by the conversion anyway, which would warn of it
+      return np.asarray(opened.convert("RGB"))
+  except UserError:
+    raise
+  except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
+    reason = "not one of " + ", ".join(FORMATS) if isinstance(error, Image.UnidentifiedImageError) else error
+    raise UserError(f"image of {len(image):,} bytes cannot be decoded: {reason}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+  if width * height > MAX_PIXELS:
+    raise UserError(f"image of {width} × {height} pixels; at most {MAX_PIXELS:,} are read")
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+  """"image": uint8 [h, w, 3] -> uint8 [size, size, 3], scaled by PIL's bicubic filter (antialiased).
+
+  crop:
+    center: the shortest side to `size`, then the middle: CLIP's preprocessing, equal to torchvision's
+      Resize(size, BICUBIC) and CenterCrop(size) to the bit.
+    random: the shortest side to `size`, then a random place: the paper's only augmentation (arXiv 2103.00020, 2.4).
+    resized: a random box of a share `scale` of the area and a ratio of sides in RATIO, scaled: open_clip's.
+  """
+
+  size: int
+  crop: str
+  scale: tuple[float, ...] = (0.9, 1.0)
+
+  def __post_init__(self):
+    choose("data.crop", self.crop, CROPS)
+    if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+      raise UserError(f"config.data.crop_scale={self.scale}: wanted two shares of the area, 0 < low <= high <= 1")
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    image = Image.fromarray(record["image"])
+    if self.crop == "resized":
+      box = random_box(image.width, image.height, self.scale, rng)
+      image = image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
+    else:
+      image = resize_shortest(image, self.size)
+      slack = image.width - self.size, image.height - self.size
+      # round() as torchvision does it: half to even
+      left, top = (round(s / 2) if self.crop == "center" else int(rng.integers(s + 1)) for s in slack)
+      image = image.crop((left, top, left + self.size, top + self.size))
+    return record | {"image": np.asarray(image)}
+
+
+def resize_shortest(image: Image.Image, size: int) -> Image.Image:
+  """Returns the image with its shortest side `size` pixels long; raises UserError if the other is beyond measure."""
+  width, height = image.size
+  short = min(width, height)
+  width, height = int(size * width / short), int(size * height / short)
+  if width * height > MAX_PIXELS:
+    raise UserError(f"image of {image.width} × {image.height} pixels would be scaled to {width} × {height}; "
+                    f"at most {MAX_PIXELS:,} pixels are handled")
+  return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def random_box(width: int, height: int, scale: Sequence[float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+  """Returns (left, top, right, bottom) of a random box: a share `scale` of the area, sides in a ratio within RATIO.
+
+  The ratio is drawn evenly in its logarithm. After ten draws that do not fit it is the largest central box of the
+  nearest ratio. Source: torchvision.transforms.RandomResizedCrop.
+  """
+  for _ in range(10):
+    area = width * height * rng.uniform(*scale)
+    ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+      return left, top, left + w, top + h
+  ratio = min(max(width / height, RATIO[0]), RATIO[1])
+  w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class Tokenize:
+  """Adds "tokens": int32 [length]; of several texts a random one, or the first if there is no rng."""
+
+  tokenizer: Tokenizer
+  length: int
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    text = record["text"]
+    if rng is not None and "texts" in record:
+      text = record["texts"][rng.integers(len(record["texts"]))]
+    return record | {"tokens": self.tokenizer(text, self.length)[0]}
+
+
+@dataclass(frozen=True)
+class Keep:
+  """Only these entries, those that are there; whole numbers as int32."""
+
+  names: tuple[str, ...]
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    kept = {k: record[k] for k in self.names if k in record}
+    return {k: np.int32(v) if isinstance(v, int) else v for k, v in kept.items()}

@@ -1,0 +1,1 @@
+"""Evaluations: what a model is measured by, during training and after it."""

@@ -1,0 +1,115 @@
+"""What a run says: progress on the terminal, metrics.jsonl, TensorBoard. Process 0 only."""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class Log:
+  """Writes metrics by step.
+
+  metrics.jsonl has one JSON object a line, each with "step": records of training ({"step", "loss", …}), of evaluation
+  ({"step", "zeroshot/top1", …}) and of events ({"step", "event", …}).
+  """
+
+  def __init__(self, workdir: str, *, steps: int, batch_size: int, start_step: int, active: bool, print=print):
+    """Opens the files of `workdir`; records after `start_step`, left by a run that was killed, are dropped.
+
+    Args:
+      steps: where the run ends, for the time left.
+      batch_size: examples a step, for examples/s.
+      start_step: the step that training goes on from.
+      active: False on processes other than 0: nothing is written.
+      print: where lines for the terminal go.
+    """
+    self._steps, self._batch, self._active, self._print = steps, batch_size, active, print
+    self._mark, self._wait, self._last = time.perf_counter(), 0.0, start_step
+    self._tty = active and print is _builtin_print and sys.stdout.isatty()
+    if not active:
+      return
+    self._path = os.path.join(workdir, "metrics.jsonl")
+    _truncate(self._path, start_step)
+    self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+    self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+
+  def waited(self, seconds: float) -> None:
+    """Adds time that the loop spent waiting for data."""
+    self._wait += seconds
+
+  def restart_clock(self) -> None:
+    """Leaves what went before (compiling, an evaluation) out of examples/s."""
+    self._mark, self._wait = time.perf_counter(), 0.0
+
+  def train(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes a training record of `step`, with speed since the last one, and a line of progress."""
+    seconds = max(time.perf_counter() - self._mark, 1e-9)
+    count = max(step - self._last, 1)
+    speed = {"examples_per_second": count * self._batch / seconds, "seconds_per_step": seconds / count,
+             "data_wait": min(self._wait / seconds, 1.0)}
+    self._last = step
+    self.restart_clock()
+    self.write(step, metrics | speed)
+    left = (self._steps - step) * speed["seconds_per_step"]
+    self.line(f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
+              f"{speed['examples_per_second']:,.0f} examples/s  data wait {speed['data_wait']:.0%}  "
+              f"left {_duration(left)}", replace=step < self._steps)
+
+  def write(self, step: int, metrics: dict[str, Any]) -> None:
+    """Writes a record of `step` to metrics.jsonl and its numbers to TensorBoard."""
+    if not self._active:
+      return
+    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    self._file.flush()
+    for name, value in metrics.items():
+      if isinstance(value, int | float):
+        self._board.add_scalar(name, value, step)
+
+  def line(self, text: str, *, replace: bool = False) -> None:
+    """Prints a line; on a terminal a `replace` line is overwritten by the next."""
+    if not self._active:
+      return
+    if self._tty:
+      sys.stdout.write(f"\r\x1b[K{text}" + ("" if replace else "\n"))
+      sys.stdout.flush()
+    else:
+      self._print(text)
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._active:
+      self._file.close()
+      self._board.close()
+
+
+_builtin_print = print
+
+
+def _truncate(path: str, step: int) -> None:
+  """Keeps the records up to `step`; a line cut short by a kill goes too."""
+  if not os.path.exists(path):
+    return
+  kept = []
+  with open(path, encoding="utf-8") as file:
+    for line in file:
+      try:
+        record = json.loads(line)
+      except ValueError:
+        break
+      if not line.endswith("\n") or record["step"] > step:
+        break
+      kept.append(line)
+  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    file.writelines(kept)
+  os.replace(f"{path}.tmp", path)
+
+
+def _duration(seconds: float) -> str:
+  seconds = int(seconds)
+  days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+  if days:
+    return f"{days}d {hours}h"
+  return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds % 60:02}s"

@@ -1,0 +1,1 @@
+"""Model definitions: linen modules, their named sizes, weight tables and sharding rows."""

@@ -1,0 +1,207 @@
+"""CLIP: an image tower and a text tower into one embedding space. Source: arXiv 2103.00020."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from limber_jax.config import Compute, choose, flatten
+from limber_jax.errors import UserError, did_you_mean
+from limber_jax.models import resnet, text, vit
+from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
+from limber_jax.models.resnet import ResNet, ResNetSize
+from limber_jax.models.text import TextSize, TextTransformer
+from limber_jax.models.vit import ViT, ViTSize
+
+# OpenAI's statistics of its training images, on the scale 0..1.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class ClipSize:
+  """Everything that defines a CLIP but its weights."""
+
+  embed_dim: int = 512
+  image: ViTSize | ResNetSize = field(default_factory=ViTSize)
+  text: TextSize = field(default_factory=TextSize)
+  activation: str = "quick_gelu"
+  mean: tuple[float, ...] = MEAN
+  std: tuple[float, ...] = STD
+
+
+def _size(embed_dim, image, text_width) -> Callable[[], ClipSize]:
+  def make():
+    return ClipSize(embed_dim, dataclasses.replace(image), TextSize(width=text_width, heads=text_width // 64))
+  return make
+
+
+PUBLISHED = {
+  "clip_rn50": _size(1024, ResNetSize(), 512),
+  "clip_rn101": _size(512, ResNetSize(layers=(3, 4, 23, 3)), 512),
+  "clip_rn50x4": _size(640, ResNetSize(image_size=288, layers=(4, 6, 10, 6), width=80, heads=40), 640),
+  "clip_rn50x16": _size(768, ResNetSize(image_size=384, layers=(6, 8, 18, 8), width=96, heads=48), 768),
+  "clip_rn50x64": _size(1024, ResNetSize(image_size=448, layers=(3, 15, 36, 10), width=128, heads=64), 1024),
+  "clip_vit_b32": _size(512, ViTSize(), 512),
+  "clip_vit_b16": _size(512, ViTSize(patch=16), 512),
+  "clip_vit_l14": _size(768, ViTSize(patch=14, width=1024, layers=24, heads=16), 768),
+  "clip_vit_l14_336": _size(768, ViTSize(image_size=336, patch=14, width=1024, layers=24, heads=16), 768),
+}
+
+
+def mu(size: ClipSize) -> ClipSize:
+  """Returns the smallest model of the same build, for tests: the same kinds of layer, two of each at most.
+
+  Widths divide by 8, and heads by 2, so that the sharding rows of the full size hold on small meshes.
+  """
+  image: ViTSize | ResNetSize
+  if isinstance(size.image, ViTSize):
+    grid = size.image.image_size // size.image.patch // 6 + 1
+    image = ViTSize(image_size=8 * grid, patch=8, width=64, layers=2, heads=2)
+  else:
+    image = ResNetSize(image_size=64, layers=tuple(max(1, min(2, n - 2)) for n in size.image.layers), width=16, heads=8)
+  return dataclasses.replace(size, embed_dim=32, image=image,
+                             text=TextSize(context=32, vocab=512, width=64, layers=2, heads=2))
+
+
+def _mu_of(make: Callable[[], ClipSize]) -> Callable[[], ClipSize]:
+  return lambda: mu(make())
+
+
+SIZES: dict[str, Callable[[], ClipSize]] = {
+  **PUBLISHED,
+  **{f"{name}_mu": _mu_of(make) for name, make in PUBLISHED.items()},
+  # For 1,797 digits on a laptop: 32 × 32 pixels, captions in bytes.
+  "clip_vit_digits": lambda: ClipSize(64, ViTSize(image_size=32, patch=8, width=128, layers=3, heads=4),
+                                      TextSize(context=32, vocab=259, width=64, layers=2, heads=2)),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+  """The two towers, as pure functions of their parameters and statistics."""
+
+  size: ClipSize
+  image: ViT | ResNet
+  text: TextTransformer
+
+  def init_image(self, rng: jax.Array) -> dict:
+    """Returns random variables {"params": …, ("batch_stats": …)} of the image tower."""
+    return self.image.init(rng, jnp.zeros((1, self.size.image.image_size, self.size.image.image_size, 3)))
+
+  def init_text(self, rng: jax.Array) -> dict:
+    """Returns random variables {"params": …} of the text tower."""
+    return self.text.init(rng, jnp.zeros((1, self.size.text.context), jnp.int32))
+
+  def encode_image(self, params: dict, stats: dict, images: jax.Array, train: bool = False) -> tuple[Features, dict]:
+    """Returns the features of images, and the statistics after them.
+
+    Args:
+      params: parameters of the image tower.
+      stats: its BatchNorm statistics; {} for a ViT.
+      images: [B, H, W, 3], uint8 in 0..255 (normalised here, with the model's mean and std) or float, already
+        normalised.
+      train: use the batch's own statistics, and update the running ones.
+
+    Returns:
+      (Features(tokens [B, S, F], pooled [B, E], not normalised), stats).
+
+    Raises:
+      ValueError: images of another size than the tower's.
+    """
+    side = self.size.image.image_size
+    if images.ndim != 4 or images.shape[1:] != (side, side, 3):
+      raise ValueError(f"images: expected [B, {side}, {side}, 3], got {images.shape}")
+    images = normalise(images, self.size.mean, self.size.std)
+    variables = {"params": params} | ({"batch_stats": stats} if stats else {})
+    if train and stats:
+      features, changed = self.image.apply(variables, images, train=True, mutable=["batch_stats"])
+      return features, changed["batch_stats"]
+    return self.image.apply(variables, images), stats
+
+  def encode_text(self, params: dict, tokens: jax.Array) -> Features:
+    """Returns Features(tokens [B, T, D], pooled [B, E], not normalised) of tokens int32 [B, T]."""
+    return self.text.apply({"params": params}, tokens)
+
+
+def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+  """Returns (images / 255 - mean) / std in float32 for uint8 images [..., 3]; floats are returned as they are."""
+  if images.dtype != jnp.uint8:
+    return images
+  shape = (1,) * (images.ndim - 1) + (3,)
+  m, s = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
+  return (images.astype(jnp.float32) / 255 - m) / s
+
+
+def build(size: ClipSize, compute: Compute) -> Clip:
+  """Returns the towers of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
+  choose("model.activation", size.activation, tuple(ACTIVATIONS))
+  choose("compute.dtype", compute.dtype, ("float32", "bfloat16", "float16"))
+  i = size.image
+  if isinstance(i, ViTSize):
+    if i.image_size % i.patch:
+      raise UserError(f"model.image: patches of {i.patch} do not tile {i.image_size} pixels")
+    if i.width % i.heads:
+      raise UserError(f"model.image: {i.heads} heads do not divide a width of {i.width}")
+  elif i.image_size % 32:
+    raise UserError(f"model.image: image_size={i.image_size}; a ResNet needs a multiple of 32")
+  elif 32 * i.width % i.heads:
+    raise UserError(f"model.image: {i.heads} heads do not divide a width of {32 * i.width}")
+  if size.text.width % size.text.heads:
+    raise UserError(f"model.text: {size.text.heads} heads do not divide a width of {size.text.width}")
+  tower = ViT if isinstance(i, ViTSize) else ResNet
+  return Clip(size, tower(i, size.embed_dim, size.activation, compute),
+              TextTransformer(size.text, size.embed_dim, size.activation, compute))
+
+
+SHARDING = (*vit.SHARDING, *resnet.SHARDING, *text.SHARDING)
+
+
+def _rows(image: Rows, text_rows: Rows, stats: Rows = ()) -> Rows:
+  return (*under("image/", "", image), *under("text/", "", text_rows), *under("stats/image/", "", stats),
+          ("logit_scale", "logit_scale", ""), ("logit_bias", "logit_bias", ""))
+
+
+# Weight tables of a whole CLIP, by kind of image tower. open_clip kept OpenAI's names. Statistics stand under "stats/".
+OPENAI_WEIGHTS = {
+  "vit": _rows(vit.OPENAI_WEIGHTS, text.OPENAI_WEIGHTS),
+  "resnet": _rows(resnet.OPENAI_WEIGHTS, text.OPENAI_WEIGHTS, resnet.OPENAI_STATS),
+}
+HF_WEIGHTS = {"vit": _rows(vit.HF_WEIGHTS, text.HF_WEIGHTS)}
+
+# Tensors that carry no weights, as patterns of their whole names.
+OPENAI_IGNORED = ("input_resolution", "context_length", "vocab_size", r"visual\..*\.num_batches_tracked")
+HF_IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
+
+
+def size_from_dict(values: dict[str, Any]) -> ClipSize:
+  """Returns the size whose `config.flatten` gave `values`, such as {"embed_dim": 512, "image.kind": "vit", …}.
+
+  Raises:
+    UserError: a field is missing, unknown or of another type.
+  """
+  towers = {"vit": ViTSize, "resnet": ResNetSize}
+  if values.get("image.kind") not in towers:
+    raise UserError(f"image.kind: expected one of {', '.join(towers)}, got {values.get('image.kind')!r}")
+  size = ClipSize(image=towers[values["image.kind"]]())
+  defaults = flatten(size)
+  for name in defaults:
+    if name not in values:
+      raise UserError(f"{name} is missing")
+  for name, value in values.items():
+    if name not in defaults:
+      raise UserError(f"{name}: no such field{did_you_mean(name, defaults)}")
+    if not _alike(value, defaults[name]):
+      raise UserError(f"{name}: expected something like {defaults[name]!r}, got {value!r}")
+    *path, field_name = name.split(".")
+    setattr(getattr(size, path[0]) if path else size, field_name, tuple(value) if isinstance(value, list) else value)
+  return size
+
+
+def _alike(value: object, default: object) -> bool:
+  if isinstance(default, list):
+    return isinstance(value, list) and len(value) == len(default) and all(map(_alike, value, default))
+  return type(value) is type(default) or (isinstance(default, float) and type(value) is int)

@@ -1,0 +1,96 @@
+"""CLIP's text transformer. Source: CLIP (arXiv 2103.00020), section 2.4, and OpenAI's release."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from limber_jax.config import Compute
+from limber_jax.models.layers import (
+  BLOCK_SHARDING,
+  HF_BLOCK,
+  OPENAI_BLOCK,
+  Block,
+  BlockInit,
+  Features,
+  LayerNorm,
+  Rows,
+  scan,
+  under,
+)
+
+
+@dataclass
+class TextSize:
+  """Sizes of the text transformer."""
+
+  context: int = 77      # tokens, start and end included
+  vocab: int = 49_408
+  width: int = 512
+  layers: int = 12
+  heads: int = 8
+
+
+class TextTransformer(nn.Module):
+  """Causal transformer pooled at the end-of-text token. tokens int32 [B, T] -> tokens [B, T, D], pooled [B, E].
+
+  There is no padding mask: padding follows the end-of-text token, which causal attention never lets look ahead. The
+  end-of-text id is the highest of the vocabulary, so the first maximum of the ids is where the text ends.
+  """
+
+  size: TextSize
+  embed_dim: int
+  activation: str
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, train: bool = False) -> Features:
+    del train  # no dropout
+    size, D = self.size, self.size.width
+    if tokens.ndim != 2 or tokens.shape[1] > size.context:
+      raise ValueError(f"tokens: expected [B, T] with T <= {size.context}, got {tokens.shape}")
+    init = BlockInit(
+      qkv=nn.initializers.normal(D**-0.5),
+      out=nn.initializers.normal((D * 2 * size.layers) ** -0.5),
+      fc=nn.initializers.normal((2 * D) ** -0.5),
+      proj=nn.initializers.normal((D * 2 * size.layers) ** -0.5),
+    )
+    embedding = self.param("embedding", nn.initializers.normal(0.02), (size.vocab, D))
+    position = self.param("position", nn.initializers.normal(0.01), (size.context, D))
+    x = embedding[tokens].astype(self.compute.dtype)  # [B, T, D]
+    x = x + position[None, : tokens.shape[1]].astype(x.dtype)
+    x, _ = scan(Block, size.layers, self.compute)(size.heads, True, self.activation, init, self.compute,
+                                                  name="blocks")(x)
+    x = LayerNorm(name="ln_final")(x)
+    end = tokens.argmax(-1)  # [B]
+    pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]  # [B, D]
+    pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype,
+                      kernel_init=nn.initializers.normal(D**-0.5), name="head")(pooled)
+    return Features(x, pooled)
+
+
+SHARDING = (
+  *BLOCK_SHARDING,
+  (r"embedding$", jax.P(None, ("fsdp", "tensor"))),  # by width: vocabularies need not divide
+  (r"(position|ln_final/(scale|bias))$", jax.P()),
+  (r"head/kernel$", jax.P("fsdp", "tensor")),
+)
+
+OPENAI_WEIGHTS: Rows = (
+  ("embedding", "token_embedding.weight", ""),
+  ("position", "positional_embedding", ""),
+  *under("blocks/", "transformer.resblocks.{}.", OPENAI_BLOCK),
+  ("ln_final/scale", "ln_final.weight", ""),
+  ("ln_final/bias", "ln_final.bias", ""),
+  ("head/kernel", "text_projection", ""),
+)
+
+HF_WEIGHTS: Rows = (
+  ("embedding", "text_model.embeddings.token_embedding.weight", ""),
+  ("position", "text_model.embeddings.position_embedding.weight", ""),
+  *under("blocks/", "text_model.encoder.layers.{}.", HF_BLOCK),
+  ("ln_final/scale", "text_model.final_layer_norm.weight", ""),
+  ("ln_final/bias", "text_model.final_layer_norm.bias", ""),
+  ("head/kernel", "text_projection.weight", "OI>IO"),
+)

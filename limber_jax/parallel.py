@@ -1,0 +1,173 @@
+"""Devices, meshes and shardings: the one place that knows how arrays lie over devices and processes.
+
+Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split), `tensor` (parameters split, batch repeated).
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from limber_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that the batch dimension is spread over
+
+# Set where JAX can find the other processes by itself: on TPU VMs (by JAX, at import), GKE, multislice and Open MPI.
+_CLUSTERS = ("TPU_ML_PLATFORM", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "OMPI_COMM_WORLD_SIZE")
+
+Rules = Sequence[tuple[str, P]]  # (regular expression on a leaf's path, its PartitionSpec)
+
+
+def start() -> None:
+  """Joins the other processes of a multi-process run, if there are any; call before any other use of JAX.
+
+  On TPU pods, SLURM, MPI and Kubernetes the others are found by themselves; elsewhere set JAX_COORDINATOR_ADDRESS,
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID. A run of one process needs no coordinator: signals are then handled by
+  `limber_jax.train` itself.
+  """
+  env = os.environ
+  if jax.distributed.is_initialized():
+    return
+  if "JAX_COORDINATOR_ADDRESS" in env:
+    try:
+      count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+    except (KeyError, ValueError) as error:
+      raise UserError("JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers "
+                      f"too; got {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}") from error
+    jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index, heartbeat_timeout_seconds=30)
+  elif any(k in env for k in _CLUSTERS) or int(env.get("SLURM_NTASKS", "1")) > 1:
+    jax.distributed.initialize(heartbeat_timeout_seconds=30)
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns a mesh with the axes `data`, `fsdp`, `tensor`.
+
+  Args:
+    sizes: devices along each axis; one axis may be -1 and takes what the others leave. An axis left out is 1.
+    devices: jax.devices() if None.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = [sizes.get(a, 1) for a in AXES]
+  if unknown := set(sizes) - set(AXES):
+    raise UserError(f"mesh: no axis {sorted(unknown)[0]!r}; known: {', '.join(AXES)}")
+  if shape.count(-1) > 1 or any(s == 0 or s < -1 for s in shape):
+    raise UserError(f"mesh {dict(zip(AXES, shape, strict=True))}: sizes are at least 1, and one of them may be -1")
+  if -1 in shape:
+    rest = int(np.prod([s for s in shape if s != -1]))
+    shape[shape.index(-1)] = max(len(devices) // rest, 1)
+  if int(np.prod(shape)) != len(devices):
+    raise UserError(f"mesh {dict(zip(AXES, shape, strict=True))} needs {int(np.prod(shape))} devices, "
+                    f"there are {len(devices)}")
+  # Auto, because jax.make_mesh's default (Explicit) turns every constraint in a model into an assertion.
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def compiler_options() -> dict[str, Any]:
+  """Returns options for jax.jit of large programs on this backend.
+
+  XLA's CPU scheduler overlaps independent work, such as the two towers: on few cores that thrashes caches (16 s
+  against 8 s for a step of ViT-B/32 on 2 cores, and twice the time to compile). Simulated devices, of which each waits
+  for the others, need the overlap (13 s of a test against 28 s).
+  """
+  alone = jax.default_backend() == "cpu" and jax.local_device_count() == 1
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if alone else {}
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """Returns "image/blocks/attn/q/kernel" for a key path of jax.tree_util."""
+  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+  """Returns a tree of NamedShardings, one for each leaf of `tree`.
+
+  A rule fits a leaf if its expression is found in the leaf's path, so the same rules serve parameters and the two
+  moments of Adam. The first fitting rule counts. Scalars are always replicated.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs.
+    rules: the rows of a model's SHARDING table.
+    mesh: from `make_mesh`.
+
+  Raises:
+    UserError: a leaf fits no rule, has fewer dimensions than its rule, or a mesh axis does not divide a dimension.
+  """
+  compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+
+  def one(path, leaf):
+    name = path_name(path)
+    if leaf.ndim == 0:
+      return NamedSharding(mesh, P())
+    spec = next((s for r, s in compiled if r.search(name)), None)
+    if spec is None:
+      raise UserError(f"{name}: shape {leaf.shape} fits no row of the sharding table")
+    if len(spec) > leaf.ndim:
+      raise UserError(f"{name}: sharding {spec} has more dimensions than the shape {leaf.shape}")
+    for dim, axes in zip(leaf.shape, spec, strict=False):
+      axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+      parts = int(np.prod([mesh.shape[a] for a in axes]))
+      if dim % parts:
+        raise UserError(f"{name}: dimension {dim} of {leaf.shape} does not divide over {parts} devices of mesh axis "
+                        f"{'×'.join(axes)}; choose another config.mesh")
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+  """Returns `x` with its sharding fixed to P(*spec) on the current mesh; unchanged where no mesh is set.
+
+  Inside shard_map the axes are the caller's, and nothing is constrained. A dimension that its axes do not divide is
+  left free: evaluation batches may be of any size.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
+    return x
+  fixed = []
+  for dim, axes in zip(x.shape, spec, strict=False):
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    parts = int(np.prod([mesh.shape[a] for a in names]))
+    fixed.append(axes if dim % parts == 0 else None)
+  return jax.lax.with_sharding_constraint(x, P(*fixed))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a batch: its first dimension over data × fsdp."""
+  return NamedSharding(mesh, P(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> slice:
+  """Returns the rows of a global batch that this process must load: one contiguous slice.
+
+  Raises:
+    UserError: the batch does not divide over the devices, or this process's rows are not contiguous.
+  """
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % parts:
+    raise UserError(f"a batch of {batch_size} does not divide over {parts} devices (mesh axes data × fsdp)")
+  index = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  rows = sorted({(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop) for s in index.values()})
+  if any(a[1] != b[0] for a, b in itertools.pairwise(rows)):
+    raise UserError("this mesh gives one process rows of the batch that do not adjoin; put the data axis outermost")
+  return slice(rows[0][0], rows[-1][1])
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+  """Returns global arrays [B, ...] over data × fsdp, from this process's rows [B/processes, ...] as numpy arrays."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,39 @@
+"""The state of a training run: all that a checkpoint holds, and nothing frozen."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from limber_jax.errors import UserError, did_you_mean
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything that changes from step to step."""
+
+  step: jax.Array            # [] int32: batches consumed, which is also the position in the data
+  params: dict[str, Any]     # the trainable parts only
+  stats: dict[str, Any]      # BatchNorm statistics by part
+  opt_state: optax.OptState
+  skipped: jax.Array         # [] int32: steps not taken because the loss or a gradient was not finite
+  skipped_in_row: jax.Array  # [] int32: how many of them end at this step
+
+  @classmethod
+  def create(cls, params: dict, stats: dict, tx: optax.GradientTransformation) -> "TrainState":
+    """Returns the state before the first step."""
+    step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: all are donated
+    return cls(step, params, stats, tx.init(params), skipped, in_row)
+
+
+def split(params: dict[str, Any], trainable: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns (trained, frozen): the parts named in `trainable`, and the others.
+
+  Raises:
+    UserError: a name is no part.
+  """
+  for name in trainable:
+    if name not in params:
+      raise UserError(f"config.trainable: no part {name!r}{did_you_mean(name, params)}")
+  return {k: v for k, v in params.items() if k in trainable}, {k: v for k, v in params.items() if k not in trainable}

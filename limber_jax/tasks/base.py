@@ -1,0 +1,31 @@
+"""What the training loop knows of a task."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from limber_jax.parallel import Rules
+
+
+class Task(Protocol):
+  """A model, what it is trained for, and what it can be asked for afterwards. All methods are pure."""
+
+  sharding: Rules
+  """Rows for `parallel.shardings` that fit every leaf of `init`'s parameters and statistics."""
+
+  def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (params {"image": …, "text": …, "logit_scale": []}, stats {"image": …}): parameters by part."""
+    ...
+
+  def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
+    """Returns (loss [], (metrics {name: []}, stats)) of a global batch of arrays [N, ...]."""
+    ...
+
+  def project(self, params: dict) -> dict:
+    """Returns parameters moved back to where they may be, after an optimizer step: the temperature's bound."""
+    ...
+
+  def predict(self) -> dict[str, Callable[..., Any]]:
+    """Returns what the model can be asked for, by name: pure functions f(params, stats, inputs) that can be jitted."""
+    ...

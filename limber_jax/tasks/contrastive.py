@@ -1,0 +1,115 @@
+"""Contrastive pre-training of two towers: CLIP (arXiv 2103.00020), LiT (2111.07991) and SigLIP (2303.15343)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from limber_jax import losses
+from limber_jax.config import Config, choose
+from limber_jax.errors import UserError
+from limber_jax.models import clip
+from limber_jax.parallel import BATCH, constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+  """Pairs of images and texts. batch: image uint8 [N, H, W, 3], tokens int32 [N, T]."""
+
+  model: clip.Clip
+  kind: str                    # softmax | sigmoid
+  chunk_size: int              # 0: all logits at once
+  accumulate: int              # pieces a batch goes through the towers in
+  trainable: tuple[str, ...]
+  sharding = clip.SHARDING
+
+  @classmethod
+  def of(cls, config: Config) -> "Contrastive":
+    """Returns the task of an experiment; raises UserError if its settings cannot go together."""
+    loss = config.loss
+    choose("loss.kind", loss.kind, ("softmax", "sigmoid"))
+    if not isinstance(config.model, clip.ClipSize):
+      raise UserError(f"task 'contrastive' needs a model from models.clip.SIZES, got {type(config.model).__name__}")
+    if loss.accumulate < 1 or config.batch_size % loss.accumulate:
+      raise UserError(f"config.loss.accumulate={loss.accumulate} does not divide config.batch_size={config.batch_size}")
+    if loss.accumulate > 1 and isinstance(config.model.image, clip.ResNetSize) and "image" in config.trainable:
+      raise UserError(f"config.loss.accumulate={loss.accumulate}: BatchNorm of a trained ResNet takes its statistics "
+                      "from the whole batch, which pieces of it cannot give; use accumulate=1 with "
+                      "config.compute.remat=full or more devices, or a ViT")
+    return cls(clip.build(config.model, config.compute), loss.kind, loss.chunk_size, loss.accumulate, config.trainable)
+
+  def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    image = self.model.init_image(jax.random.fold_in(rng, 0))
+    text = self.model.init_text(jax.random.fold_in(rng, 1))
+    params = {"image": image["params"], "text": text["params"]}
+    if self.kind == "softmax":
+      params["logit_scale"] = jnp.float32(losses.INITIAL_LOG_SCALE)
+    else:
+      params["logit_scale"] = jnp.float32(losses.SIGLIP_LOG_SCALE)
+      params["logit_bias"] = jnp.float32(losses.SIGLIP_BIAS)
+    return params, {"image": image["batch_stats"]} if "batch_stats" in image else {}
+
+  def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
+    del rng  # the towers have no dropout
+    image, text, stats = self._embed(params, stats, batch["image"], batch["tokens"])
+    scale = jnp.exp(params["logit_scale"])
+    # Chunks go round a ring of devices; without chunks XLA splits the one matrix of logits by itself.
+    chunks = {"chunk_size": self.chunk_size, "axis_name": _ring()} if self.chunk_size else {}
+    if self.kind == "softmax":
+      loss, metrics = losses.contrastive_loss(image, text, scale, **chunks)
+    else:
+      loss, metrics = losses.sigmoid_loss(image, text, scale, params["logit_bias"], **chunks)
+    return loss, (metrics, stats)
+
+  def _embed(self, params, stats, images, tokens):
+    """Returns (image [N, E], text [N, E], stats), going through the towers in `accumulate` pieces."""
+    image_stats = stats.get("image", {})
+    if self.accumulate == 1:
+      train = "image" in self.trainable
+      image, image_stats = self.model.encode_image(params["image"], image_stats, images, train=train)
+      text = self.model.encode_text(params["text"], tokens)
+      return image.pooled, text.pooled, {"image": image_stats} if stats else stats
+
+    # GradCache (arXiv 2101.06983): embeddings of every piece first, the loss over all of them, then each piece again
+    # for its gradient. That is what the transpose of a map over checkpointed pieces does.
+    @jax.checkpoint
+    def piece(args):
+      image, _ = self.model.encode_image(params["image"], image_stats, args[0])
+      return image.pooled, self.model.encode_text(params["text"], args[1]).pooled
+
+    image, text = jax.lax.map(piece, jax.tree.map(self._split, (images, tokens)))
+    return self._join(image), self._join(text), stats
+
+  def _split(self, x: jax.Array) -> jax.Array:
+    """[N, ...] -> [k, N/k, ...], every k-th row to a piece, so that each device keeps rows of each piece."""
+    x = x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(x, None, BATCH, *(None,) * (x.ndim - 2))
+
+  def _join(self, x: jax.Array) -> jax.Array:
+    """[k, N/k, E] -> [N, E], undoing `_split`."""
+    return constrain(x.swapaxes(0, 1).reshape(-1, x.shape[-1]), BATCH, None)
+
+  def project(self, params: dict) -> dict:
+    return params | {"logit_scale": jnp.clip(params["logit_scale"], 0, losses.MAX_LOG_SCALE)}
+
+  def predict(self) -> dict[str, Callable[..., Any]]:
+    """Returns "embed_image" (of images) and "embed_text" (of tokens): unit vectors float32 [B, E]."""
+
+    def unit(x):
+      x = x.astype(jnp.float32)
+      return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    def embed_image(params, stats, images):
+      return unit(self.model.encode_image(params["image"], stats.get("image", {}), images)[0].pooled)
+
+    def embed_text(params, stats, tokens):
+      return unit(self.model.encode_text(params["text"], tokens).pooled)
+
+    return {"embed_image": embed_image, "embed_text": embed_text}
+
+
+def _ring() -> tuple[str, ...] | None:
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.shape["data"] * mesh.shape["fsdp"] == 1 else BATCH

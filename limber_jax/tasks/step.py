@@ -1,0 +1,42 @@
+"""One optimizer step of any task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from limber_jax.state import TrainState
+from limber_jax.tasks.base import Task
+
+
+def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule) -> Callable[..., Any]:
+  """Returns train_step(state, frozen, batch, rng) -> (state, metrics), a pure function.
+
+  Where the loss or any gradient is not finite, the step is skipped: parameters, statistics and optimizer come back
+  untouched, `state.step` (the position in the data) goes on, and metrics["skipped"] is 1.
+  """
+
+  def train_step(state: TrainState, frozen: dict, batch: dict, rng: jax.Array):
+    rng = jax.random.fold_in(rng, state.step)
+
+    def loss_fn(params):
+      return task.loss({**frozen, **params}, state.stats, batch, rng)
+
+    (loss, (metrics, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grad_norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = task.project(optax.apply_updates(state.params, updates))
+    new = (params, stats, opt_state)
+    old = (state.params, state.stats, state.opt_state)
+    params, stats, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    bad = (~good).astype(jnp.int32)
+    in_row = jnp.where(good, 0, state.skipped_in_row + 1)
+    updates_made = state.step - state.skipped  # what the schedule counts
+    metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr(updates_made), "skipped": bad, "skipped_in_row": in_row,
+               **metrics}
+    return TrainState(state.step + 1, params, stats, opt_state, state.skipped + bad, in_row), metrics
+
+  return train_step

@@ -1,0 +1,60 @@
+"""Trains a byte-pair encoding on captions: `python -m limber_jax.train_tokenizer --source=captions.tsv --out=DIR`.
+
+The captions come from an experiment's data (--config=experiments/x.py) or from files (--source=FILE, more than once):
+tables as the source `captions` reads them (.tsv, .csv), or any other text with one caption a line. Use the result with
+--config.data.tokenizer.name=bpe --config.data.tokenizer.path=DIR.
+"""
+
+from collections.abc import Iterator
+
+from absl import flags
+
+from limber_jax import cli, registry
+from limber_jax.config import Source
+from limber_jax.data.tokenizers import BpeTokenizer
+from limber_jax.errors import UserError
+
+CONFIG = cli.define_config()
+SOURCE = flags.DEFINE_multi_string("source", [], "Table (.tsv, .csv) or text file with one caption a line.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Ids in all, start, end and padding included.")
+OUT = flags.DEFINE_string("out", None, "Directory for tokenizer.json.")
+
+
+def captions(settings: Source) -> Iterator[str]:
+  """Yields every caption of a data source."""
+  source = registry.lookup("data source", registry.SOURCES, settings.name)(settings)
+  for index in range(len(source)):
+    record = source.annotation(index)
+    yield from record.get("texts", (record["text"],))
+
+
+def lines(path: str) -> Iterator[str]:
+  """Yields every caption of a file."""
+  if path.endswith((".tsv", ".csv")):
+    yield from captions(Source(name="captions", path=path))
+    return
+  try:
+    with open(path, encoding="utf-8") as file:
+      yield from file
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--source={path}: {error}") from error
+
+
+def main(args: list[str]) -> None:
+  if args:
+    raise UserError(f"{args[0]!r}: wanted flags only; more files with more --source=…")
+  if (flags.FLAGS["config"].value is None) == (not SOURCE.value):
+    raise UserError("wanted either --source=FILE, once or more, or --config=experiments/x.py, whose data are used")
+  if OUT.value is None:
+    raise UserError("--out=DIR is missing: where tokenizer.json goes")
+  if SOURCE.value:
+    texts = (text for path in SOURCE.value for text in lines(path))
+  else:
+    texts = captions(cli.get_config(CONFIG).data.source)
+  tokenizer = BpeTokenizer.train(texts, VOCAB_SIZE.value, OUT.value)
+  print(f"{OUT.value}: {tokenizer.vocab_size} ids; use it with --config.data.tokenizer.name=bpe "
+        f"--config.data.tokenizer.path={OUT.value} --config.model.text.vocab={tokenizer.vocab_size}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,130 @@
+"""Every experiment file builds at full size, and the commands answer mistakes with one line."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+
+from limber_jax import cli, optim, parallel
+from limber_jax import config as config_lib
+from limber_jax.config import Config, Loss
+from limber_jax.errors import UserError
+from limber_jax.state import TrainState, split
+from limber_jax.tasks.contrastive import Contrastive
+from limber_jax.tasks.step import make_step
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+
+
+def get(path) -> Config:
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_an_experiment_builds_with_its_sharding_rules(path, axes):
+  config = get(path)
+  config.mesh = config_lib.Mesh(**axes)
+  assert config.name == path.stem
+  mesh = parallel.make_mesh(axes)
+  parallel.local_rows(config.batch_size, mesh)
+  task, tx = Contrastive.of(config), optim.make(config.optim, config.steps)
+  rng = jax.random.key(0)
+
+  def create(rng):
+    params, stats = task.init(rng)
+    trained, frozen = split(params, config.trainable)
+    return TrainState.create(trained, stats, tx), frozen
+
+  state, frozen = jax.eval_shape(create, rng)
+  layout = parallel.shardings((state, frozen), task.sharding, mesh)
+  # Every large matrix is split where the mesh splits parameters.
+  if axes.get("fsdp"):
+    big = [(x, s) for x, s in zip(jax.tree.leaves((state, frozen)), jax.tree.leaves(layout), strict=True)
+           if x.size > 2**20]
+    assert all(s.shard_shape(x.shape) != x.shape for x, s in big)
+  side, text = config.model.image.image_size, config.model.text
+  batch = {"image": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8),
+           "tokens": jax.ShapeDtypeStruct((config.batch_size, text.context), jnp.int32)}
+  step = make_step(task, tx, optim.schedule(config.optim, config.steps))
+  with jax.set_mesh(mesh):
+    after, metrics = jax.eval_shape(step, state, frozen, batch, rng)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert metrics["loss"].shape == ()
+
+
+def test_lit_trains_no_image_tower():
+  config = get(ROOT / "experiments" / "lit_vitb.py")
+  trained, frozen = split(jax.eval_shape(Contrastive.of(config).init, jax.random.key(0))[0], config.trainable)
+  assert set(trained) == {"text", "logit_scale"} and set(frozen) == {"image"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def config_flag():
+  if "config" not in flags.FLAGS:
+    cli.define_config()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+  (["--config=experiments/quickstat.py"], ["no file", "did you mean 'experiments/quickstart.py'"]),
+  (["--config=experiments/quickstart.py", "--config.optim.learning_rate=1"], ["no such field", "optim.lr, "]),
+  (["--config=experiments/quickstart.py", "--config.optim.warmup=1"], ["did you mean --config.optim.warmup_steps?"]),
+  (["--config=experiments/quickstart.py", "--config.steps=1e3"], ["config.steps", "1e3"]),
+  (["--config=experiments/quickstart.py", "--config.optim=3"], ["is a group", "--config.optim.lr"]),
+  (["--confg=experiments/quickstart.py"], ["confg", "config"]),
+])
+def test_a_mistake_on_the_command_line_is_one_line(arguments, words, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(sys, "argv", ["train", *arguments])  # where ml_collections looks for the fields
+  with pytest.raises(SystemExit) as end:
+    cli._parse(sys.argv)
+  said = capsys.readouterr().err
+  assert end.value.code == 2
+  assert said.startswith("error: ") and said.count("\n") == 1
+  assert all(word in said for word in words), said
+
+
+def test_a_broken_experiment_names_its_line(tmp_path, capsys):
+  (tmp_path / "broken.py").write_text("def get_config():\n  return unknown\n")
+  with pytest.raises(SystemExit) as end:
+    cli._parse(["train", f"--config={tmp_path}/broken.py"])
+  assert end.value.code == 2
+  assert "broken.py, line 2: NameError" in capsys.readouterr().err
+
+
+def test_overrides_are_typed_by_their_defaults(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(sys, "argv", ["train", "--config=experiments/quickstart.py", "--config.optim.lr=1",
+                                    "--config.model.text.width=96", "--config.evals.zeroshot.every=7",
+                                    "--config.trainable=('text', 'logit_scale')"])
+  cli._parse(sys.argv)
+  config = flags.FLAGS["config"].value
+  assert isinstance(config.optim.lr, float) and config.model.text.width == 96
+  assert config.evals["zeroshot"].every == 7 and config.trainable == ("text", "logit_scale")
+
+
+def test_runs_may_differ_only_in_how_they_run():
+  config = get(ROOT / "experiments" / "quickstart.py")
+  saved = config_lib.to_json(config)
+  config.mesh.fsdp, config.log_every, config.data.workers = 2, 1, 4
+  config_lib.check_same(config, saved, "runs/x")
+  config.optim.lr = 0.5
+  with pytest.raises(UserError, match=r"runs/x holds a run with optim\.lr=0\.002, but this config says 0\.5"):
+    config_lib.check_same(config, saved, "runs/x")
+
+
+@pytest.mark.parametrize(("field", "value"), [("kind", "hinge"), ("accumulate", 0), ("accumulate", 7)])
+def test_a_loss_that_cannot_be_is_refused(field, value):
+  config = get(ROOT / "experiments" / "quickstart.py")
+  config.loss = Loss(**{field: value})
+  with pytest.raises(UserError, match=field):
+    Contrastive.of(config)

@@ -1,0 +1,66 @@
+"""The optimizer against PyTorch's AdamW and open_clip's schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from limber_jax import optim
+from limber_jax.config import Optim
+from limber_jax.errors import UserError
+from limber_jax.models import clip
+from limber_jax.tasks.contrastive import Contrastive
+
+
+def test_the_schedule_is_open_clips():
+  from open_clip_train.scheduler import cosine_lr
+  config, steps = Optim(lr=5e-4, warmup_steps=20), 100
+  weights = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+  theirs = cosine_lr(weights, config.lr, config.warmup_steps, steps)
+  ours = optim.schedule(config, steps)
+  np.testing.assert_allclose([ours(s) for s in range(steps)], [theirs(s) for s in range(steps)], rtol=1e-4, atol=1e-10)
+  assert ours(0) == pytest.approx(5e-4 / 20)
+  assert ours(steps) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("change", [{"warmup_steps": 100}, {"warmup_steps": -1}, {"lr": 0.0}])
+def test_an_impossible_schedule_is_refused(change):
+  with pytest.raises(UserError, match="config\\.optim"):
+    optim.schedule(Optim(**change), 100)
+
+
+def test_steps_equal_adamw_of_pytorch():
+  config, steps = Optim(lr=1e-2, warmup_steps=2, weight_decay=0.2, clip_norm=0.5), 10
+  rng = np.random.default_rng(0)
+  params = {"fc": {"kernel": rng.normal(size=(4, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}}
+  kernel, bias = (torch.nn.Parameter(torch.tensor(params["fc"][k])) for k in ("kernel", "bias"))
+  theirs = torch.optim.AdamW([{"params": [kernel], "weight_decay": 0.2}, {"params": [bias], "weight_decay": 0.0}],
+                             betas=(0.9, 0.98), eps=1e-6)
+  tx, lr = optim.make(config, steps), optim.schedule(config, steps)
+  params, state = jax.tree.map(jnp.asarray, params), tx.init(params)
+  for step in range(5):
+    grads = {"fc": {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params["fc"].items()}}
+    kernel.grad, bias.grad = torch.tensor(grads["fc"]["kernel"]), torch.tensor(grads["fc"]["bias"])
+    torch.nn.utils.clip_grad_norm_([kernel, bias], 0.5)
+    for group in theirs.param_groups:
+      group["lr"] = float(lr(step))
+    theirs.step()
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params["fc"]["kernel"], kernel.detach().numpy(), rtol=1e-5)
+  np.testing.assert_allclose(params["fc"]["bias"], bias.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["clip_vit_b32_mu", "clip_rn50_mu"])
+def test_decay_spares_exactly_gains_biases_and_temperature(size):
+  """open_clip's rule: what has fewer than two dimensions is not decayed (here, apart from the stacking of blocks)."""
+  from runs import tiny
+  params, _ = jax.eval_shape(Contrastive.of(tiny(size)).init, jax.random.key(0))
+  assert isinstance(clip.SIZES[size](), clip.ClipSize)
+  mask = optim.decay_mask(params)
+  for (path, leaf), decayed in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(mask), strict=True):
+    name = "/".join(str(k.key) for k in path)
+    stacked = "blocks/" in name or "_rest/" in name
+    assert decayed == (leaf.ndim - stacked >= 2), name

@@ -1,0 +1,65 @@
+"""Meshes, sharding tables and batches over devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from limber_jax import parallel
+from limber_jax.errors import UserError
+
+
+def test_one_axis_takes_what_is_left():
+  assert dict(parallel.make_mesh({"data": -1, "fsdp": 2}).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"rows": 8}, {"data": 16}])
+def test_a_mesh_that_cannot_be_is_refused(sizes):
+  with pytest.raises(UserError, match="mesh"):
+    parallel.make_mesh(sizes)
+
+
+def test_rules_fit_parameters_and_adams_moments_alike():
+  mesh = parallel.make_mesh({"data": 4, "fsdp": 2})
+  leaf = jax.ShapeDtypeStruct((6, 4), np.float32)
+  tree = {"params": {"fc": {"kernel": leaf}}, "opt": [{"mu": {"fc": {"kernel": leaf}}}],
+          "count": jax.ShapeDtypeStruct((), np.int32)}
+  out = parallel.shardings(tree, ((r"fc/kernel$", P("fsdp", None)),), mesh)
+  assert out["params"]["fc"]["kernel"].spec == out["opt"][0]["mu"]["fc"]["kernel"].spec == P("fsdp", None)
+  assert out["count"].spec == P()
+
+
+@pytest.mark.parametrize(("shape", "rule", "message"), [
+  ((6, 4), (r"nothing", P()), "fits no row"),
+  ((6, 5), (r"kernel", P(None, "fsdp")), "dimension 5 .* fsdp"),
+  ((6,), (r"kernel", P(None, "fsdp")), "more dimensions"),
+])
+def test_a_leaf_without_a_fitting_row_is_named(shape, rule, message):
+  with pytest.raises(UserError, match=f"a/kernel: .*{message}"):
+    parallel.shardings({"a": {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}, (rule,),
+                       parallel.make_mesh({"data": 4, "fsdp": 2}))
+
+
+def test_a_batch_goes_round_unchanged():
+  mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  rows = parallel.local_rows(12, mesh)
+  assert rows == slice(0, 12)
+  batch = {"x": np.arange(24).reshape(12, 2)}
+  out = parallel.global_batch(batch, mesh)["x"]
+  assert out.sharding.spec == P(("data", "fsdp"))
+  np.testing.assert_array_equal(out, batch["x"])
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+  with pytest.raises(UserError, match="a batch of 12 does not divide over 8"):
+    parallel.local_rows(12, parallel.make_mesh({"data": 8}))
+
+
+def test_constraints_hold_on_a_mesh_and_vanish_without_one():
+  x = np.ones((8, 4), np.float32)
+  with jax.set_mesh(parallel.make_mesh({"data": 8})):
+    text = jax.jit(lambda x: parallel.constrain(x, "data", None) * 2).lower(x).as_text()
+    uneven = jax.jit(lambda x: parallel.constrain(x, "data", None) * 2)(x[:3])
+  assert "sharding_constraint" in text
+  assert uneven.shape == (3, 4)
+  assert "sharding_constraint" not in jax.jit(lambda x: parallel.constrain(x, "data", None) * 2).lower(x).as_text()

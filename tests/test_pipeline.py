@@ -1,0 +1,255 @@
+"""The pipeline: each record once an epoch, the same stream whatever reads it, clear words for what cannot be read."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from limber_jax.config import Data, Source
+from limber_jax.config import Tokenizer as TokenizerConfig
+from limber_jax.data import transforms
+from limber_jax.data.pipeline import data_fingerprint, eval_batches, order, train_batches
+from limber_jax.data.sources.digits import Digits
+from limber_jax.data.tokenizers import ByteTokenizer
+from limber_jax.errors import UserError
+
+
+class Numbers:
+  """n records that hold their index."""
+
+  classes = None
+
+  def __init__(self, n):
+    self.n = n
+
+  def __len__(self):
+    return self.n
+
+  def __getitem__(self, index):
+    assert 0 <= index < self.n
+    return {"id": f"number {index}", "index": index}
+
+  def fingerprint(self):
+    return f"{self.n:016x}"
+
+
+class Draw:
+  """Two random numbers, the record's index, and a refusal for those in `bad`."""
+
+  def __init__(self, bad=()):
+    self.bad = bad
+
+  def __call__(self, record, rng):
+    if record["index"] in self.bad:
+      raise UserError("image of 0 bytes cannot be decoded")
+    draw = np.zeros(2) if rng is None else rng.random(2)
+    return {"draw": draw, "copy": np.int32(record["index"])}
+
+
+def take(batches, count):
+  with batches:
+    return [next(batches) for _ in range(count)]
+
+
+def same(a, b):
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    assert x.keys() == y.keys()
+    for key in x:
+      assert x[key].dtype == y[key].dtype
+      np.testing.assert_array_equal(x[key], y[key])
+
+
+class TestOrder:
+
+  @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 63, 64, 65, 100, 1797])
+  def test_every_epoch_is_a_permutation(self, n):
+    for epoch in (0, 1, 1000):
+      assert sorted(order(n, 7, epoch * n + i) for i in range(n)) == list(range(n))
+
+  def test_epochs_and_seeds_differ(self):
+    orders = {tuple(order(50, seed, epoch * 50 + i) for i in range(50)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+  def test_all_orders_of_four_are_equally_likely(self):
+    counts = Counter(tuple(order(4, 1, 4 * epoch + i) for i in range(4)) for epoch in range(4800))
+    assert len(counts) == 24
+    assert sum((c - 200) ** 2 / 200 for c in counts.values()) < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
+
+  def test_every_record_is_as_likely_everywhere(self):
+    counts = np.zeros((40, 40))
+    for epoch in range(2000):
+      for i in range(40):
+        counts[i, order(40, 3, 40 * epoch + i)] += 1
+    assert ((counts - 50) ** 2 / 50).sum() < 1697  # 39² degrees of freedom, p = 0.001
+
+  def test_neighbours_are_torn_apart(self):
+    steps = Counter((order(1000, 0, p + 1) - order(1000, 0, p)) % 1000 for p in range(20_000))
+    assert max(steps.values()) < 60  # of 20 expected
+
+  def test_billions_of_records_need_neither_time_nor_memory(self):
+    n = 5 * 10**9
+    start = time.perf_counter()
+    seen = {order(n, 0, 10**14 + p) for p in range(1000)}
+    assert len(seen) == 1000 and all(0 <= i < n for i in seen)
+    assert time.perf_counter() - start < 2
+
+  def test_the_order_is_the_one_that_earlier_runs_had(self):
+    # Runs in progress go on with these numbers: another order needs another name in data_fingerprint.
+    assert [order(10, 0, p) for p in range(20)] == [2, 1, 5, 4, 6, 3, 7, 9, 0, 8, 3, 6, 7, 5, 2, 8, 1, 4, 9, 0]
+    assert [order(10**9, 42, p) for p in (0, 1, 10**9, 10**12)] == [643260314, 483047882, 966318656, 716926954]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_each_record_comes_once_an_epoch_whatever_reads_it(processes, prefetch):
+  n, size, steps = 30, 8, 15  # four epochs; batches straddle their ends
+  share = size // processes
+  streams = [take(train_batches(Numbers(n), Draw(), batch_size=size, rows=slice(p * share, (p + 1) * share), seed=3,
+                                threads=prefetch, prefetch=prefetch), steps) for p in range(processes)]
+  stream = [np.concatenate([s[step]["index"] for s in streams]) for step in range(steps)]
+  flat = np.concatenate(stream)
+  for epoch in range(4):
+    assert sorted(flat[epoch * n : (epoch + 1) * n]) == list(range(n))
+  assert flat.tolist() == [order(n, 3, p) for p in range(size * steps)]
+  draws = np.concatenate([np.concatenate([s[step]["draw"] for s in streams]) for step in range(steps)])
+  np.testing.assert_array_equal(draws, [np.random.default_rng((3, p)).random(2) for p in range(size * steps)])
+
+
+@pytest.mark.parametrize("rows", [slice(0, 100), slice(50, 100), slice(0, 64), slice(3, 40), slice(99, 100)])
+def test_rows_of_any_number_are_those_of_the_global_batch(rows):
+  whole = take(train_batches(Numbers(1000), Draw(), batch_size=100, rows=slice(0, 100), seed=0), 3)
+  same(take(train_batches(Numbers(1000), Draw(), batch_size=100, rows=rows, seed=0), 3),
+       [{k: v[rows] for k, v in batch.items()} for batch in whole])
+
+
+@pytest.mark.parametrize("start", [1, 7, 10**9])
+def test_a_later_start_gives_the_same_stream(start):
+  batches = train_batches(Numbers(30), Draw(), batch_size=8, rows=slice(0, 8), seed=1, start_step=start)
+  [first] = take(batches, 1)
+  assert first["index"].tolist() == [order(30, 1, 8 * start + row) for row in range(8)]
+  if start < 100:
+    whole = take(train_batches(Numbers(30), Draw(), batch_size=8, rows=slice(0, 8), seed=1), start + 5)
+    resumed = train_batches(Numbers(30), Draw(), batch_size=8, rows=slice(0, 8), seed=1, start_step=start)
+    same(take(resumed, 5), whole[start:])
+
+
+def test_a_batch_larger_than_the_data_goes_round_several_times():
+  [batch] = take(train_batches(Numbers(3), Draw(), batch_size=64, rows=slice(0, 64), seed=0), 1)
+  assert sorted(Counter(batch["index"].tolist()).values()) == [21, 21, 22]
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("rows", [None, slice(0, 8), slice(8, 16)])
+def test_evaluation_passes_once_in_order_and_marks_the_padding(n, rows):
+  with eval_batches(Numbers(n), Draw(), batch_size=16, rows=rows) as batches:
+    out = list(batches)
+  assert len(out) == -(-n // 16)
+  for step, batch in enumerate(out):
+    positions = np.arange(step * 16, step * 16 + 16)[rows or slice(0, 16)]
+    np.testing.assert_array_equal(batch["mask"], positions < n)
+    np.testing.assert_array_equal(batch["index"], np.minimum(positions, n - 1))
+    np.testing.assert_array_equal(batch["copy"], batch["index"])
+    assert batch["mask"].dtype == bool and batch["index"].dtype == np.int64
+
+
+def test_two_workers_give_what_threads_give():
+  source, transform = Digits(Source(split="test")), transforms.train(32, ByteTokenizer(), 40, "random", (0.9, 1.0))
+  streams = [take(train_batches(source, transform, batch_size=96, rows=slice(0, 80), seed=0, start_step=2,
+                                workers=workers, threads=2), 5) for workers in (0, 2)]
+  same(*streams)
+
+
+def test_digits_arrive_as_arrays_for_the_device():
+  source = Digits(Source())
+  [batch] = take(train_batches(source, transforms.train(32, ByteTokenizer(), 40, "center", (0.9, 1.0)),
+                               batch_size=48, rows=slice(0, 48), seed=0), 1)
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+    "image": ((48, 32, 32, 3), np.uint8), "tokens": ((48, 40), np.int32), "index": ((48,), np.int64)}
+  for index, tokens in zip(batch["index"], batch["tokens"], strict=True):
+    assert ByteTokenizer().decode(tokens) == source.annotation(index)["text"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_that_cannot_be_read_is_named(workers):
+  bad = order(30, 0, 8 * 3 + 5)
+  batches = train_batches(Numbers(30), Draw(bad=(bad,)), batch_size=8, rows=slice(0, 8), seed=0, workers=workers)
+  with batches:
+    for _ in range(3):
+      next(batches)
+    with pytest.raises(UserError, match=rf"Numbers record {bad} \(number {bad}\): image of 0 bytes cannot be decoded"):
+      next(batches)
+
+
+def test_a_source_without_records_and_a_negative_seed_are_told():
+  with pytest.raises(UserError, match="no records"):
+    train_batches(Numbers(0), Draw(), batch_size=8, rows=slice(0, 8), seed=0)
+  with pytest.raises(UserError, match="seed=-1"):
+    train_batches(Numbers(9), Draw(), batch_size=8, rows=slice(0, 8), seed=-1)
+  with pytest.raises(ValueError, match="not within"):
+    train_batches(Numbers(9), Draw(), batch_size=8, rows=slice(4, 12), seed=0)
+
+
+def test_no_more_is_read_ahead_than_said():
+  counted, lock = [], threading.Lock()
+
+  def count(record, rng):
+    with lock:
+      counted.append(record["index"])
+    return {"copy": np.int32(record["index"])}
+
+  with train_batches(Numbers(10**6), count, batch_size=64, rows=slice(0, 64), seed=0, threads=2, prefetch=2) as batches:
+    next(batches)
+    time.sleep(0.5)
+    # one given out, two ready, one waiting for a place, and the pieces of one more being read
+    assert 64 * 3 <= len(counted) <= 64 * 5
+
+
+def test_closing_ends_threads_and_the_stream():
+  before = threading.active_count()
+  batches = train_batches(Numbers(100), Draw(), batch_size=8, rows=slice(0, 8), seed=0)
+  next(batches)
+  batches.close()
+  batches.close()
+  with pytest.raises(StopIteration):
+    next(batches)
+  deadline = time.monotonic() + 10
+  while threading.active_count() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert threading.active_count() <= before
+
+
+def test_a_script_that_never_closes_ends_without_noise():
+  script = """
+from limber_jax.config import Source
+from limber_jax.data import pipeline, tokenizers, transforms
+from limber_jax.data.sources.digits import Digits
+if __name__ == "__main__":
+  transform = transforms.train(32, tokenizers.ByteTokenizer(), 40, "center", (0.9, 1.0))
+  batches = pipeline.train_batches(Digits(Source()), transform, batch_size=8, rows=slice(0, 8), seed=0)
+  print(next(batches)["image"].shape)
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+  assert (done.returncode, done.stdout, done.stderr) == (0, "(8, 32, 32, 3)\n", "")
+
+
+class TestFingerprint:
+
+  def of(self, source=None, data=None, batch_size=8, seed=0, tokenizer=None):
+    return data_fingerprint(source or Numbers(5), tokenizer or ByteTokenizer(), data or Data(), batch_size, seed)
+
+  def test_it_changes_with_everything_that_decides_a_batch(self):
+    prints = [
+      self.of(), self.of(source=Numbers(6)), self.of(batch_size=16), self.of(seed=1), self.of(data=Data(crop="center")),
+      self.of(data=Data(crop_scale=(0.5, 1.0))), self.of(data=Data(source=Source(split="test"))),
+      self.of(data=Data(source=Source(text_key="t")))]
+    assert len(set(prints)) == len(prints) and all(len(p) == 64 for p in prints)
+
+  def test_it_does_not_change_with_places_and_speed(self):
+    other = Data(source=Source(path="x", images="y"), tokenizer=TokenizerConfig(path="z"), workers=3, threads=1,
+                 prefetch=9)
+    assert self.of(data=other) == self.of()

@@ -1,0 +1,117 @@
+"""The shape of the tree: who may import whom, what is never imported, and that every name leads somewhere."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from limber_jax import registry
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (ROOT / folder).rglob("*.py"))
+
+# A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
+# their neighbours in the same layer.
+LAYERS = (
+  {"__init__", "losses", "config", "registry", "errors", "cli", "log", "parallel", "signals"},
+  {"models", "optim", "data"},
+  {"state", "checkpoint"},
+  {"weights", "generate"},
+  {"tasks"},
+  {"evals"},
+  {"train", "evaluate", "caption", "classify", "convert", "bench", "health", "train_tokenizer"},
+)
+
+
+def imports(path):
+  """Returns (line, "limber_jax.models.vit") for each import of a file, those inside functions too.
+
+  `from a import b` counts as a.b where that is a module, else as a.
+  """
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from ((node.lineno, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+      for alias in node.names:
+        deeper = ROOT.joinpath(*node.module.split("."), alias.name)
+        is_module = deeper.is_dir() or deeper.with_suffix(".py").is_file()
+        yield node.lineno, f"{node.module}.{alias.name}" if is_module else node.module
+
+
+def part(module):
+  """Returns "models" for limber_jax.models.vit, "__init__" for limber_jax itself."""
+  return module.split(".")[1] if "." in module else "__init__"
+
+
+def layer(name):
+  found = [i for i, names in enumerate(LAYERS) if name in names]
+  assert found, f"limber_jax/{name} is in no layer: give it one in tests/test_structure.py"
+  return found[0]
+
+
+def own(path):
+  return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.is_relative_to(ROOT / "limber_jax")], ids=own)
+def test_a_module_imports_only_from_lower_layers_and_its_own_package(path):
+  me = part(own(path))
+  for line, module in imports(path):
+    if module.split(".")[0] == "limber_jax":
+      other = part(module)
+      beside = layer(me) == layer(other) and not any((ROOT / "limber_jax" / p).is_dir() for p in {me, other})
+      assert me == other or layer(other) < layer(me) or beside, (
+        f"{path.relative_to(ROOT)}:{line}: {me} is in layer {layer(me)} and imports {module} of layer {layer(other)}")
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  graph = {own(f): {m for _, m in imports(f) if m.startswith("limber_jax")} for f in FILES
+           if f.is_relative_to(ROOT / "limber_jax")}
+  while leaves := [m for m, needs in graph.items() if not needs & (graph.keys() - {m})]:
+    for module in leaves:
+      del graph[module]
+  assert not graph
+
+
+@pytest.mark.smoke
+def test_importing_the_losses_loads_jax_and_optax_and_no_more():
+  script = """if True:
+    import sys
+    import jax, optax
+    before = set(sys.modules)
+    import limber_jax.losses
+    print(*sorted({m if m.startswith("limber_jax") else m.split(".")[0] for m in set(sys.modules) - before}))
+  """
+  loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+  assert set(loaded.split()) - set(sys.stdlib_module_names) <= {"limber_jax", "limber_jax.losses", "limber_jax.errors"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_a_file_says_what_it_is_and_imports_nothing_forbidden(path):
+  assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+  forbidden = {"tensorflow"}
+  if not path.is_relative_to(ROOT / "tests"):  # where a pickle of our own making is what a worker process gets
+    forbidden |= {"pickle", "cloudpickle", "dill", "joblib", "pytest"}
+    if not path.is_relative_to(ROOT / "limber_jax/bench"):
+      forbidden |= {"torch", "torchvision", "open_clip", "timm"}
+  assert [f"{line}: {module}" for line, module in imports(path) if module.split(".")[0] in forbidden] == []
+
+
+TABLES = {name: table for name, table in vars(registry).items() if name.isupper()}
+
+
+@pytest.mark.parametrize("target", [t for table in TABLES.values() for t in table.values()])
+def test_a_registry_entry_leads_to_a_file_that_defines_it(target):
+  module, attribute = target.split(":")
+  base = ROOT.joinpath(*module.split("."))
+  file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+  assert file.is_file(), f"{target}: no file {file}"
+  tree = ast.parse(file.read_text())
+  defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+  for node in tree.body:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    defined |= {t.id for t in targets if isinstance(t, ast.Name)}
+  assert attribute in defined
