@@ -38,6 +38,7 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)  # CLIP, section 2.5
 MAX_LOG_SCALE = 4.605169773101807
 SIGLIP_LOG_SCALE = math.log(10)  # SigLIP, section 3.2, with the bias
 SIGLIP_BIAS = -10.0
+_LOWEST = -1e30  # below every logit; −inf less itself would be NaN
 
 AxisName = str | tuple[str, ...] | None
 Metrics = dict[str, jax.Array]
@@ -205,40 +206,58 @@ def _own_gradient(compute: Callable) -> Callable:
 def _softmax(how: _How, with_gradient: bool, x, y, scale):
   """`contrastive_loss` of normalised x, y [n, E] in two sweeps: one for each line's log-sum-exp, one for the gradient.
 
-  The gradient of l_ij is 1/2N · [exp(l_ij − row_i) + exp(l_ij − col_j) − 2 (i = j)].
+  A line's own logit d is kept apart from the others', whose log-sum-exp is o: its cross-entropy is softplus(o − d), and
+  the gradient of d is −σ(o − d). Both stay exact however well a pair is told apart; p_ii − 1 would leave nothing but
+  rounding, the more of it since the two sweeps need not round alike.
   """
   n, total = len(x), len(x) * how.devices
   x, y = x.astype(how.dtype), _columns(how, y.astype(how.dtype))
 
   def measure(x, y, same, rows, cols):
-    (row, diagonal), col = rows, cols
     logits = scale * _product(x, y.T)  # [r, m]
-    diagonal += jnp.sum(jnp.where(same, logits, 0.0), axis=1)
-    return (_merge(row, _peak_and_mass(logits, 1)), diagonal), _merge(col, _peak_and_mass(logits, 0))
+    return tuple(_add_line(line, logits, same, axis) for axis, line in ((1, rows), (0, cols)))
 
-  (row, diagonal), col = _sweep(how, measure, x, y, ((_line(x, -jnp.inf), _line(x, 0)), _line(x, 0)),
-                                (_line(y, -jnp.inf), _line(y, 0)))
+  row, col = _sweep(how, measure, x, y, *((_line(a, _LOWEST), _line(a, 0), _line(a, 0)) for a in (x, y)))
   if how.gathers:  # each device has seen its rows of every column
     peak = lax.pmax(col[0], how.names)
-    col = peak, lax.psum(col[1] * jnp.exp(col[0] - peak), how.names)
+    col = peak, *lax.psum((col[1] * jnp.exp(col[0] - peak), col[2]), how.names)
   own = _own(how, col, n)
-  # Peak minus diagonal first: both are as large as the scale, the logarithm is small.
-  nats = [(peak - diagonal) + jnp.log(mass) for peak, mass in (row, own)]
-  loss = _sum(how, nats[0] + nats[1]) / (2 * total)
-  metrics = _metrics(how, diagonal, row[0], own[0])
+  loss = _sum(how, sum(jax.nn.softplus(_margin(line)) for line in (row, own))) / (2 * total)
+  metrics = _metrics(how, row[2], row[0], own[0])
   if not with_gradient:
     return (loss, metrics), None
 
   def differentiate(x, y, same, rows, cols):
-    ((row_peak, row_share), dx), ((col_peak, col_share), dy) = rows, cols
+    ((row_peak, row_share, row_wrong), dx), ((col_peak, col_share, col_wrong), dy) = rows, cols
     logits = scale * _product(x, y.T)
-    g = (jnp.exp(logits - row_peak[:, None]) * row_share[:, None] +
-         jnp.exp(logits - col_peak[None, :]) * col_share[None, :] - 2.0 * same).astype(how.dtype)
+    g = jnp.where(same, -(row_wrong[:, None] + col_wrong[None, :]),
+                  jnp.exp(logits - row_peak[:, None]) * row_share[:, None] +
+                  jnp.exp(logits - col_peak[None, :]) * col_share[None, :]).astype(how.dtype)
     return (rows[0], dx + _product(g, y)), (cols[0], dy + _product(g.T, x))
 
-  stats = [(peak, 1 / mass) for peak, mass in (row, col)]
-  (_, dx), (_, dy) = _sweep(how, differentiate, x, y, (stats[0], _zeros(x)), (stats[1], _zeros(y)))
+  (_, dx), (_, dy) = _sweep(how, differentiate, x, y, (_shares(row), _zeros(x)), (_shares(col), _zeros(y)))
   return (loss, metrics), _gradients(how, scale, x, dx, dy, 2 * total)
+
+
+def _add_line(line, logits, same, axis: int):
+  """Returns `line` with more logits in it: the peak of the others', Σ exp(others − peak), and the line's own logit."""
+  others = jnp.where(same, _LOWEST, logits)
+  peak = jnp.maximum(line[0], jnp.max(others, axis))
+  mass = jnp.sum(jnp.where(same, 0.0, jnp.exp(others - jnp.expand_dims(peak, axis))), axis)
+  return peak, line[1] * jnp.exp(line[0] - peak) + mass, line[2] + jnp.sum(jnp.where(same, logits, 0.0), axis)
+
+
+def _margin(line):
+  """Returns by how much the others' log-sum-exp exceeds the line's own logit, −inf where there are no others."""
+  peak, mass, own = line
+  return jnp.where(mass > 0, (peak - own) + jnp.log(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+
+
+def _shares(line):
+  """Returns (peak, share, wrong): another's probability is exp(logit − peak) · share, all the others' is wrong."""
+  peak, mass, _ = line
+  wrong = jax.nn.sigmoid(_margin(line))
+  return peak, wrong / jnp.where(mass > 0, mass, 1.0), wrong
 
 
 @_own_gradient
@@ -371,15 +390,3 @@ def _zeros(x):
 def _line(x, value: float):
   """Returns float32[n] full of `value`, one for each row of x [n, E]."""
   return lax.full_like(x, value, jnp.float32, shape=(len(x),))
-
-
-def _peak_and_mass(logits, axis: int):
-  """Returns log-sum-exp in two numbers a line: the largest logit, and the sum of exponentials measured from it."""
-  peak = jnp.max(logits, axis, keepdims=True)
-  return jnp.squeeze(peak, axis), jnp.sum(jnp.exp(logits - peak), axis)
-
-
-def _merge(a, b):
-  """Returns the peak and mass of the union of two disjoint parts of each line."""
-  peak = jnp.maximum(a[0], b[0])
-  return peak, a[1] * jnp.exp(a[0] - peak) + b[1] * jnp.exp(b[0] - peak)

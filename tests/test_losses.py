@@ -112,6 +112,14 @@ def test_value_and_gradients_are_those_of_open_clip(open_clip, name, scale, bias
   assert_same(got, by_open_clip(open_clip, name, image, text, scale, bias))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_gradients_of_well_told_pairs_are_not_rounding(open_clip, chunk_size):
+  image, text = embeddings(37, 24, seed=5)  # a loss of 6e-4, where p − 1 would put gradients 1.5e-4 off
+  got = values_and_gradients("contrastive", image, text, 100.0, 0.0, chunk_size=chunk_size)
+  # float32 holds a logit of 100 to 4e-6, and such a loss is an exponential of logits.
+  assert_same(got, by_open_clip(open_clip, "contrastive", image, text, 100.0, 0.0), value_rtol=4e-6)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("name", LOSSES)
 def test_logits_from_minus_100_to_100_are_exact(open_clip, name, chunk_size):

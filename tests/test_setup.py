@@ -60,7 +60,7 @@ def test_a_directory_that_cannot_be_written_fails_the_checkpoint(tmp_path):
 def test_a_check_that_hangs_ends_with_a_verdict():
   code, verdict = verdict_of(run_health("--timeout=0.01"))
   assert (code, verdict["ok"]) == (1, False)
-  assert verdict["reasons"] == ["start: no answer in 0.01 s"]
+  assert re.fullmatch(r"(start|devices|matmul): no answer in 0.01 s", *verdict["reasons"])  # how far it came is chance
 
 
 @pytest.mark.parametrize("shared", [True, False])
