@@ -90,6 +90,10 @@ class Checkpoints:
       raise UserError(f"{self.directory}/{step} does not fit this config: {_first_line(error)}") from error
     return item["params"], item["stats"]
 
+  def meta(self, step: int) -> dict[str, Any]:
+    """Returns what `save` was given as `meta` of `step`."""
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
   def wait(self) -> None:
     """Returns when the save under way is on disk; raises if it failed."""
     self._manager.wait_until_finished()

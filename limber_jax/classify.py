@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -89,19 +89,21 @@ class Classifier:
     paths = iter(paths)
     with ThreadPoolExecutor() as pool:
       while batch := list(itertools.islice(paths, self.batch_size)):
-        read = list(pool.map(self._try, batch))
+        read = list(pool.map(functools.partial(attempt, self.read), batch))
         images = [image for image in read if not isinstance(image, str)]
         found = iter(self(np.stack(images)) if images else ())
         yield from ((path, image if isinstance(image, str) else next(found))
                     for path, image in zip(batch, read, strict=True))
 
-  def _try(self, path: str) -> np.ndarray | str:
-    try:
-      return self.read(path)
-    except UserError as error:
-      return str(error)
-    except OSError as error:
-      return error.strerror or str(error)
+
+def attempt(read: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
+  """Returns the image that `read` finds at a path, or the reason why it finds none."""
+  try:
+    return read(path)
+  except UserError as error:
+    return str(error)
+  except OSError as error:
+    return error.strerror or str(error)
 
 
 def find(inputs: Sequence[str]) -> list[str]:

@@ -36,6 +36,16 @@ def get_config(holder: Any) -> Config:
   return config
 
 
+def load_experiment(path: str) -> Config:
+  """Returns the experiment in a file, as it stands there; raises UserError if it is missing or broken."""
+  if not os.path.isfile(path):
+    raise UserError(f"no experiment file {path!r}; {_experiments(path)}")
+  config = runpy.run_path(path)["get_config"]()
+  if not isinstance(config, Config):
+    raise UserError(f"{path}: get_config() gave a {type(config).__name__}, wanted a limber_jax.config.Config")
+  return config
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Parses flags, calls `main(positional arguments)` and exits; a UserError becomes one line and exit code 2."""
 

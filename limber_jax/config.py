@@ -7,10 +7,13 @@ its mean and std) live beside the model.
 
 import dataclasses
 import json
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from limber_jax.errors import UserError
+from limber_jax import registry
+from limber_jax.errors import UserError, did_you_mean
 
 
 @dataclass
@@ -41,8 +44,11 @@ class Data:
 
   source: Source = field(default_factory=Source)
   tokenizer: Tokenizer = field(default_factory=Tokenizer)
-  crop: str = "random"      # random: the paper's square crop of the resized image | center | resized: RandomResizedCrop
+  # random: the paper's square crop of the resized image | resized: RandomResizedCrop | center | own: the encoder's rule
+  crop: str = "random"
   crop_scale: tuple[float, ...] = (0.9, 1.0)  # area kept by crop="resized": open_clip's default
+  length: int = 64          # T, tokens of a caption with its end; CLIP's text tower has a length of its own
+  features: str = ""        # a directory of limber_jax.encode, read in place of images
   workers: int = 0          # Grain processes; 0 reads in threads of the training process
   threads: int = 8          # reading threads a process: decoding releases the GIL
   prefetch: int = 2         # batches ready ahead of the device
@@ -59,10 +65,42 @@ class Loss:
 
 
 @dataclass
+class Captions:
+  """The loss over captions after an image's prompt, and what LiMBeR's code did otherwise."""
+
+  # always: each caption ends with an EOS to predict | reference: the longest of every micro-batch have none
+  eos: str = "always"
+  # tokens: every token of the batch counts the same | reference: every micro-batch does
+  mean: str = "tokens"
+  micro_batch: int = 16     # rows of a micro-batch, for "reference": 256 over 16 GPUs
+  # eval: frozen or tuned, the encoder runs as at test | train: with batch statistics and dropped paths, as theirs did
+  encoder: str = "eval"
+
+
+@dataclass(unsafe_hash=True)  # known before tracing, as a static argument must be; not to be changed once in use
+class Decoding:
+  """How text is generated. LiMBeR's code ships method="sample" with 0.7, 0, 0.9 and inverted_nucleus."""
+
+  method: str = "greedy"          # greedy | sample | beam
+  temperature: float = 1.0        # sample: what logits are divided by, before they are filtered
+  top_k: int = 0                  # sample: from so many of the likeliest tokens; 0 = all
+  top_p: float = 1.0              # sample: from the fewest tokens that have this probability together
+  inverted_nucleus: bool = False  # sample: keep 1 - top_p instead, and divide by the temperature after filtering
+  beams: int = 4                  # beam: texts kept for each row
+  length_penalty: float = 1.0     # beam: texts compete by log-probability / length ** length_penalty
+  prompt: str = "A picture of"    # what follows an image at test, and only there; no space at its end
+  max_new_tokens: int = 20
+  seed: int = 0                   # sample: a row draws by this and its own number
+
+
+@dataclass
 class Optim:
   """AdamW with linear warm-up and cosine decay to zero: CLIP, Tables 18-20."""
 
   lr: float = 5e-4
+  # cosine | linear: after a linear warm-up | deepspeed: a logarithmic warm-up, then linear, as LiMBeR's code had it
+  schedule: str = "cosine"
+  part_lr: dict[str, float] = field(default_factory=dict)  # the peak rate of a part, where it is not `lr`
   warmup_steps: int = 2000
   weight_decay: float = 0.2  # on kernels and embeddings; never on gains, biases and the temperature
   b1: float = 0.9
@@ -118,6 +156,13 @@ class Init:
 
   image: str = ""            # a directory or file that limber_jax.weights can read
   text: str = ""
+  prompt: str = ""
+  lm: str = ""
+  others: dict[str, str] = field(default_factory=dict)  # of further maps: {"image@name": …}
+
+  def of(self, part: str) -> str:
+    """Returns where the weights of a part come from, "" for random ones."""
+    return self.others.get(part, getattr(self, part, "") if part != "others" else "")
 
 
 @dataclass
@@ -130,6 +175,8 @@ class Config:
   trainable: tuple[str, ...] = ("image", "text", "logit_scale")
   init: Init = field(default_factory=Init)
   loss: Loss = field(default_factory=Loss)
+  captions: Captions = field(default_factory=Captions)  # of task "captioning"
+  decoding: Decoding = field(default_factory=Decoding)
   data: Data = field(default_factory=Data)
   optim: Optim = field(default_factory=Optim)
   batch_size: int = 32768    # pairs in one optimizer step, over all devices
@@ -139,15 +186,18 @@ class Config:
   compute: Compute = field(default_factory=Compute)
   checkpoint: Checkpoint = field(default_factory=Checkpoint)
   evals: dict[str, Evaluation] = field(default_factory=dict)
+  # workdir -> the experiment file that is trained there first, unless it has been: what `init` reads
+  first: dict[str, str] = field(default_factory=dict)
   log_every: int = 50        # steps
 
   def __post_init__(self):
-    self.evals = dict(self.evals)
+    self.evals, self.first = dict(self.evals), dict(self.first)
 
 
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
 RUNTIME = ("mesh", "checkpoint", "log_every", "data.workers", "data.threads", "data.prefetch", "compute.attention",
-           "compute.remat", "compute.unroll", "data.source.path", "data.source.images", "data.tokenizer.path", "evals")
+           "compute.remat", "compute.unroll", "data.source.path", "data.source.images", "data.tokenizer.path",
+           "data.features", "decoding", "evals", "first")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -166,6 +216,85 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def to_json(config: Config) -> str:
   """Returns the configuration as JSON text, one dotted field a line."""
   return json.dumps(flatten(config), indent=1)
+
+
+def from_json(text: str, where: str) -> Config:
+  """Returns the configuration whose `to_json` gave `text`.
+
+  Args:
+    text: JSON.
+    where: where it was read, for messages.
+
+  Raises:
+    UserError: no JSON object, or a field is missing, unknown or of another type; the message names `where` and field.
+  """
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where}: no configuration, for it is no JSON ({error})") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{where}: no configuration, for it is no JSON object")
+  try:
+    return unflatten(Config, values)
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from error
+
+
+def unflatten(cls: type, values: dict[str, Any]) -> Any:
+  """Returns the instance of the dataclass `cls` whose `flatten` gave `values`, as JSON gives them back.
+
+  The annotations of the fields say what belongs where: of several dataclasses the one is built whose `kind` is there,
+  and `Config.model` is the one that registry.SIZES names for the task. Of dicts of dataclasses no key has a dot.
+
+  Raises:
+    UserError: a field is missing, unknown or of another type.
+  """
+  used: set[str] = set()
+
+  def read(hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    classes = [o for o in options if dataclasses.is_dataclass(o)]
+    if typing.get_origin(hint) is dict:
+      of, start = typing.get_args(hint)[1], f"{name}."
+      keys = [n.removeprefix(start) for n in values if n.startswith(start)]
+      keys = dict.fromkeys(k.partition(".")[0] for k in keys) if dataclasses.is_dataclass(of) else keys
+      return {key: read(of, start + key) for key in keys}
+    if classes and not (types.NoneType in options and values.get(name, ...) is None):
+      return build(classes, f"{name}.")
+    if name not in values:
+      raise UserError(f"{name} is missing")
+    used.add(name)
+    return None if classes else leaf(hint, name, values[name])
+
+  def build(classes: list[type], start: str) -> Any:
+    cls = classes[0]
+    if len(classes) > 1:
+      kinds = {c.kind: c for c in classes}
+      if (kind := read(str, f"{start}kind")) not in kinds:
+        raise UserError(f"{start}kind: expected one of {', '.join(kinds)}, got {kind!r}")
+      cls = kinds[kind]
+    hints = typing.get_type_hints(cls)
+    if cls is Config:
+      hints["model"] = registry.lookup("task", registry.SIZES, read(str, "task"))
+    return cls(**{f.name: read(hints[f.name], start + f.name) for f in dataclasses.fields(cls)})
+
+  def leaf(hint: Any, name: str, value: Any) -> Any:
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+      of = typing.get_args(hint)
+      of = of[:1] * len(value) if of[-1] is ... else of
+      if len(of) == len(value):
+        return tuple(leaf(h, name, v) for h, v in zip(of, value, strict=True))
+    if hint is float and type(value) is int:  # which is how 1.0 may have been written in an experiment
+      return float(value)
+    if type(value) is not hint:
+      raise UserError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
+    return value
+
+  out = build([cls], "")
+  for name in sorted(values.keys() - used):
+    beside = [n for n in used if n.rpartition(".")[0] == name.rpartition(".")[0]]
+    raise UserError(f"{name}: no such field{did_you_mean(name, beside or {n.partition('.')[0] for n in used})}")
+  return out
 
 
 def check_same(config: Config, saved: str, where: str) -> None:

@@ -1,12 +1,15 @@
 """Rewrites a model's weights for another library: `python -m limber_jax.convert SRC DST --to=hf|open_clip|limber`.
 
 SRC is anything that `limber_jax.weights.load` reads. Tokenizer files are not part of it: copy them beside the result.
+
+With --to=projection SRC is a workdir where a linear map was trained between frozen models, and DST the one file that
+holds it; `limber_jax.caption --projection=DST` captions with it wherever these models are.
 """
 
 import jax
 from absl import flags
 
-from limber_jax import cli
+from limber_jax import captioner, cli
 from limber_jax.errors import UserError
 from limber_jax.weights import export, load
 
@@ -20,14 +23,23 @@ def convert(source: str, destination: str, to: str) -> None:
 
 
 if __name__ == "__main__":
-  _to = flags.DEFINE_enum("to", None, export.FORMATS, "Format to write.")
+  _FORMATS = (*export.FORMATS, "projection")
+  _to = flags.DEFINE_enum("to", None, _FORMATS, "Format to write.")
+  _checkpoint = flags.DEFINE_string("checkpoint", "best", "Of a projection: latest, best, or a step.")
+  _map = flags.DEFINE_string("map", "", "Of a projection: the name of a further map; empty: the first.")
 
   def _main(argv: list[str]) -> None:
     if len(argv) != 2:
       raise UserError(f"expected SRC and DST, got {len(argv)} arguments; "
                       "for example python -m limber_jax.convert runs/b32 b32-hf --to=hf")
     if _to.value is None:
-      raise UserError(f"--to is missing; choose one of {', '.join(export.FORMATS)}")
-    convert(*argv, _to.value)
+      raise UserError(f"--to is missing; choose one of {', '.join(_FORMATS)}")
+    if _to.value == "projection":
+      step = captioner.export_projection(*argv, checkpoint=_checkpoint.value, name=_map.value)
+      print(f"{argv[1]}: the linear map of step {step}")
+    elif _checkpoint.present or _map.present:
+      raise UserError("--checkpoint and --map are for --to=projection")
+    else:
+      convert(*argv, _to.value)
 
   cli.run(_main)

@@ -1,9 +1,10 @@
-"""Losses over a batch of image-text pairs. Importable alone: pulls in jax and nothing else of limber_jax.
+"""Losses over image-text pairs and over captions. Importable alone: pulls in jax and nothing else of limber_jax.
 
     from limber_jax.losses import contrastive_loss
     loss, metrics = contrastive_loss(image, text, jnp.exp(log_scale))
 
-Both losses compare every image with every text: N×N logits. They work in these ways, with the same value and gradient:
+`caption_loss` is a language model's. The two losses over pairs compare every image with every text: N×N logits. They
+work in these ways, with the same value and gradient:
 
     plain arrays                          one device, or global arrays under `jax.jit` on a mesh: XLA splits the work
     axis_name="i" in shard_map or pmap    each device passes its own rows [n, E]; N = n × devices
@@ -96,6 +97,44 @@ def sigmoid_loss(image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.
   Source: SigLIP, arXiv 2303.15343, algorithm 1; the ring is its section 3.3.
   """
   return _apply(_sigmoid, image, text, {"scale": scale, "bias": bias}, axis_name, chunk_size)
+
+
+def caption_loss(logits: jax.Array, tokens: jax.Array, mask: jax.Array, *,
+                 total: jax.Array | float | None = None) -> tuple[jax.Array, Metrics]:
+  """Returns the mean cross-entropy of the tokens, in nats a token.
+
+  Args:
+    logits: [B, T, V]; logits[:, t] are those that predict tokens[:, t]. Any floating-point type: reduced in float32.
+    tokens: integers [B, T].
+    mask: [B, T], True where a token counts; or floating-point weights.
+    total: [] what the weighted sum is divided by; None = the sum of `mask`. A part of a batch, with the sum over the
+      whole batch here, gives its share of the batch's mean: so parts can be added up.
+
+  Returns:
+    loss: [] float32; 0 where nothing counts.
+    metrics: "accuracy", the share of the counted tokens that are the likeliest of their logits; no gradient.
+
+  Raises:
+    ValueError: shapes or types that do not fit together.
+
+  Source: LiMBeR, arXiv 2209.15162, section 3.2.
+  """
+  if logits.ndim != 3 or not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise ValueError(f"logits: expected floating-point [B, T, V], got {logits.dtype}{list(logits.shape)}")
+  for name, x in (("tokens", tokens), ("mask", mask)):
+    if x.shape != logits.shape[:2]:
+      raise ValueError(f"{name}: expected shape {list(logits.shape[:2])}, got {list(x.shape)}")
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
+  weights = mask.astype(jnp.float32)
+  total = jnp.sum(weights) if total is None else jnp.asarray(total, jnp.float32)
+  logits = logits.astype(jnp.float32)
+  own = jnp.take_along_axis(logits, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]  # [B, T]
+  # Not 0 · NaN: what does not count may be anything.
+  nats = jnp.where(weights > 0, jax.nn.logsumexp(logits, axis=-1) - own, 0.0)
+  right = jnp.where(weights > 0, own >= jnp.max(logits, axis=-1), False)
+  share = 1 / jnp.where(total > 0, total, 1.0)
+  return jnp.sum(nats * weights) * share, {"accuracy": lax.stop_gradient(jnp.sum(right * weights) * share)}
 
 
 class _How(NamedTuple):

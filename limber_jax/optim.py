@@ -1,12 +1,16 @@
-"""The optimizer and its schedule. Source: CLIP (arXiv 2103.00020), section 2.5 and Tables 18-20."""
+"""The optimizer and its schedules. Source: CLIP (arXiv 2103.00020), section 2.5 and Tables 18-20; LiMBeR (2209.15162).
 
+A part "prompt@name" belongs to a further map, which is trained as if it were alone: it is clipped apart.
+"""
+
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from limber_jax.config import Optim
+from limber_jax.config import Optim, choose
 from limber_jax.errors import UserError
 from limber_jax.parallel import path_name
 
@@ -16,7 +20,11 @@ DECAYED = ("kernel", "embedding", "position")  # the last word of a parameter's 
 def schedule(config: Optim, steps: int) -> optax.Schedule:
   """Returns the learning rate as a function of the number of updates made.
 
-  Linear from lr/warmup_steps (the first update is not lost to a rate of 0) to lr, then half a cosine to 0 at `steps`.
+  cosine: linear from lr/warmup_steps (the first update is not lost to a rate of 0) to lr, then half a cosine to 0 at
+    `steps`.
+  linear: the same, but straight to 0.
+  deepspeed: lr · ln(n + 1) / ln(warmup_steps), from 0, then straight to 0. It is DeepSpeed 0.6's WarmupDecayLR, which
+    LiMBeR's code ran with, though its configuration speaks of another.
 
   Raises:
     UserError: the warm-up is as long as the run, or the settings are out of range.
@@ -27,11 +35,16 @@ def schedule(config: Optim, steps: int) -> optax.Schedule:
   if config.lr <= 0:
     raise UserError(f"config.optim.lr={config.lr} must be more than 0")
 
+  kind = choose("optim.schedule", config.schedule, ("cosine", "linear", "deepspeed"))
+
   def lr(count):
     count = jnp.asarray(count, jnp.float32)
-    warm = (count + 1) / max(config.warmup_steps, 1)
     done = (count - config.warmup_steps) / (steps - config.warmup_steps)
-    return config.lr * jnp.where(count < config.warmup_steps, warm, 0.5 * (1 + jnp.cos(jnp.pi * done)))
+    down = 0.5 * (1 + jnp.cos(jnp.pi * done)) if kind == "cosine" else 1 - done
+    warm = (count + 1) / max(config.warmup_steps, 1)
+    if kind == "deepspeed":
+      warm = jnp.log(count + 1) / math.log(max(config.warmup_steps, 2))
+    return config.lr * jnp.where(count < config.warmup_steps, warm, down)
 
   return lr
 
@@ -42,7 +55,42 @@ def decay_mask(params: Any) -> Any:
 
 
 def make(config: Optim, steps: int) -> optax.GradientTransformation:
-  """Returns AdamW with the schedule of `config`, decoupled decay by `decay_mask`, and clipping by global norm."""
-  clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+  """Returns AdamW with the schedule of `config`, decoupled decay by `decay_mask`, and clipping by global norm.
+
+  Raises:
+    UserError: as of `schedule`, or a rate that is not above 0.
+  """
+  for part, lr in config.part_lr.items():
+    if lr <= 0:
+      raise UserError(f"config.optim.part_lr[{part!r}]={lr} must be more than 0; take the part out of config.trainable "
+                      "to freeze it")
+  clip = [_clip(config.clip_norm)] if config.clip_norm else []
+  rates = [_scale_parts({part: lr / config.lr for part, lr in config.part_lr.items()})] if config.part_lr else []
   return optax.chain(*clip, optax.adamw(schedule(config, steps), config.b1, config.b2, config.eps,
-                                        weight_decay=config.weight_decay, mask=decay_mask))
+                                        weight_decay=config.weight_decay, mask=decay_mask), *rates)
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+  """Clips the gradients of each map's parts by their norm; where there is one map, by the global norm."""
+  one = optax.clip_by_global_norm(norm)
+
+  def update(grads, state, params=None):
+    maps: dict[str, dict] = {}
+    for part, leaves in grads.items():
+      maps.setdefault(part.partition("@")[2], {})[part] = leaves
+    clipped = {}
+    for parts in maps.values():
+      clipped |= one.update(parts, state)[0]
+    return {part: clipped[part] for part in grads}, state
+
+  return optax.GradientTransformation(one.init, update)
+
+
+def _scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
+  """Multiplies the updates of some parts: Adam's update is proportional to its rate, decay included."""
+
+  def scale(updates, params):
+    del params
+    return {part: optax.tree.scale(factors.get(part, 1.0), leaves) for part, leaves in updates.items()}
+
+  return optax.stateless(scale)

@@ -88,6 +88,11 @@ def path_name(path: Sequence[Any]) -> str:
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def within(part: str, rules: Rules) -> Rules:
+  """Returns `rules` so that they fit only leaves below a part of the model, such as "prompt"."""
+  return tuple((rf"(^|/){re.escape(part)}/.*(?:{pattern})", spec) for pattern, spec in rules)
+
+
 def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
   """Returns a tree of NamedShardings, one for each leaf of `tree`.
 
@@ -149,6 +154,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
+
+
+def place(tree: Any, like: Any) -> Any:
+  """Returns numpy arrays, which every process holds whole, as `like` (ShapeDtypeStructs with shardings) says."""
+
+  def one(x, want):
+    x = np.asarray(x, want.dtype)
+    # device_put would want every device to be this process's own.
+    return jax.make_array_from_callback(x.shape, want.sharding, lambda index: x[index])
+
+  return jax.tree.map(one, tree, like)
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> slice:

@@ -9,11 +9,16 @@ from typing import Any
 from limber_jax.errors import UserError, did_you_mean
 
 TASKS = {
+  "captioning": "limber_jax.tasks.captioning:Captioning",
   "contrastive": "limber_jax.tasks.contrastive:Contrastive",
+  "language_modelling": "limber_jax.tasks.language_modelling:LanguageModelling",
 }
 
-MODELS = {
-  "clip": "limber_jax.models.clip:SIZES",
+# What config.model is, by task.
+SIZES = {
+  "captioning": "limber_jax.models.limber:LimberSize",
+  "contrastive": "limber_jax.models.clip:ClipSize",
+  "language_modelling": "limber_jax.models.gptj:GPTJSize",
 }
 
 SOURCES = {
@@ -26,9 +31,11 @@ TOKENIZERS = {
   "bytes": "limber_jax.data.tokenizers:ByteTokenizer",
   "clip": "limber_jax.data.tokenizers:ClipTokenizer",
   "bpe": "limber_jax.data.tokenizers:BpeTokenizer",
+  "gpt2": "limber_jax.data.tokenizers:Gpt2Tokenizer",
 }
 
 EVALS = {
+  "naming": "limber_jax.evals.naming:Naming",
   "retrieval": "limber_jax.evals.retrieval:Retrieval",
   "similarity": "limber_jax.evals.similarity:Similarity",
   "zeroshot": "limber_jax.evals.zeroshot:ZeroShot",

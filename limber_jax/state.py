@@ -1,5 +1,6 @@
 """The state of a training run: all that a checkpoint holds, and nothing frozen."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -15,7 +16,7 @@ class TrainState(flax.struct.PyTreeNode):
 
   step: jax.Array            # [] int32: batches consumed, which is also the position in the data
   params: dict[str, Any]     # the trainable parts only
-  stats: dict[str, Any]      # BatchNorm statistics by part
+  stats: dict[str, Any]      # BatchNorm statistics of the trainable parts
   opt_state: optax.OptState
   skipped: jax.Array         # [] int32: steps not taken because the loss or a gradient was not finite
   skipped_in_row: jax.Array  # [] int32: how many of them end at this step
@@ -27,13 +28,22 @@ class TrainState(flax.struct.PyTreeNode):
     return cls(step, params, stats, tx.init(params), skipped, in_row)
 
 
-def split(params: dict[str, Any], trainable: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns (trained, frozen): the parts named in `trainable`, and the others.
+class Frozen(flax.struct.PyTreeNode):
+  """What no step changes and no checkpoint holds."""
 
-  Raises:
-    UserError: a name is no part.
-  """
-  for name in trainable:
-    if name not in params:
-      raise UserError(f"config.trainable: no part {name!r}{did_you_mean(name, params)}")
+  params: dict[str, Any]  # the other parts, in the precision they are computed in
+  stats: dict[str, Any]   # their BatchNorm statistics, float32
+
+
+def split(params: dict[str, Any], trainable: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns (trained, frozen): the parts named in `trainable`, and the others; of parameters or anything else."""
   return {k: v for k, v in params.items() if k in trainable}, {k: v for k, v in params.items() if k not in trainable}
+
+
+def check_trainable(trainable: tuple[str, ...], parts: Iterable[str]) -> None:
+  """Raises UserError if a name is no part, or none is given."""
+  if not trainable:
+    raise UserError(f"config.trainable names no part; there are {', '.join(parts)}")
+  for name in trainable:
+    if name not in parts:
+      raise UserError(f"config.trainable: no part {name!r}{did_you_mean(name, parts)}")

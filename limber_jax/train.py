@@ -7,7 +7,7 @@ exactly where it was, on any number of processes.
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,15 +20,16 @@ from limber_jax import cli, optim, parallel, registry
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract
 from limber_jax.config import Config
-from limber_jax.data import pipeline, tokenizers, transforms
+from limber_jax.data import pipeline, tokenizers
+from limber_jax.data.features import FeatureSource
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.log import Log
 from limber_jax.signals import StopRequest
-from limber_jax.state import TrainState, split
+from limber_jax.state import Frozen, TrainState, check_trainable, split
 from limber_jax.tasks.base import Task
 from limber_jax.tasks.step import make_step
-from limber_jax.weights import load
+from limber_jax.weights.digest import digest
 
 
 @dataclasses.dataclass
@@ -39,76 +40,104 @@ class Setup:
   mesh: jax.sharding.Mesh
   task: Task
   tx: optax.GradientTransformation
-  frozen: dict[str, Any]                # parameters that are not trained
+  frozen: Frozen                        # what is not trained
+  digests: dict[str, str]               # of each part of it
   init: Callable[[], TrainState]        # a fresh state
   like: TrainState                      # its ShapeDtypeStructs with shardings
   tokenizer: Any
 
 
-def setup(config: Config) -> Setup:
-  """Returns what training and evaluation share; raises UserError for settings that do not fit together."""
+def setup(config: Config, only: str = "") -> Setup:
+  """Returns what training and evaluation share; raises UserError for settings that do not fit together.
+
+  With `only`, such as "image", the other kinds of frozen parts are not loaded.
+  """
   mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
   task = registry.lookup("task", registry.TASKS, config.task).of(config)
+  if config.data.features and not hasattr(task, "cached"):
+    raise UserError(f"config.data.features: there are none of task {config.task!r}, only of 'captioning'")
   tokenizer = tokenizers.load(config.data.tokenizer)
-  if tokenizer.vocab_size > config.model.text.vocab:
-    raise UserError(f"config.data.tokenizer has {tokenizer.vocab_size} ids, the model's text tower only "
-                    f"{config.model.text.vocab}; set --config.model.text.vocab={tokenizer.vocab_size}")
+  if tokenizer.vocab_size > task.vocab:
+    raise UserError(f"config.data.tokenizer has {tokenizer.vocab_size} ids, the model only {task.vocab}; "
+                    "choose another tokenizer, or set the vocab of config.model")
   tx = optim.make(config.optim, config.steps)
   rng = jax.random.key(config.seed)
-
   params_like, stats_like = jax.eval_shape(task.init, rng)
-  params_sharding = parallel.shardings(params_like, task.sharding, mesh)
-  stats_sharding = parallel.shardings(stats_like, task.sharding, mesh)
-  given = {part: load.load_into(path, part, config.model, params_like[part], stats_like.get(part))
-           for part in ("image", "text") if (path := getattr(config.init, part))}
+  check_trainable(config.trainable, params_like)
 
-  def place(tree, sharding):
-    # device_put would want every device to be this process's own.
-    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree,
-                        sharding)
+  def cast(params):
+    """What is not trained is held in the precision it is computed in."""
+    dtype = jnp.dtype(config.compute.dtype)
+    fixed = split(params, config.trainable)[1]
+    return params | jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, fixed)
 
-  def initial() -> tuple[dict, dict]:
+  def laid_out(tree):
+    return abstract(tree, parallel.shardings(tree, task.sharding, mesh))
+
+  params_like, stats_like = laid_out(jax.eval_shape(cast, params_like)), laid_out(stats_like)
+
+  def initial(parts: Iterable[str]) -> tuple[dict, dict]:
+    """Returns (params, stats) of some parts, from disk or at random."""
+    paths = {part: path for part in parts if (path := config.init.of(part))}
+    random = [part for part in parts if part not in paths]
+
+    def draw():  # what is not returned is not computed
+      params, stats = task.init(rng)
+      return cast({p: params[p] for p in random}), {p: stats[p] for p in random if p in stats}
+
     with jax.set_mesh(mesh):
-      params, stats = jax.jit(lambda: task.init(rng), out_shardings=(params_sharding, stats_sharding))()
-    for part, (part_params, part_stats) in given.items():
-      params = params | {part: place(part_params, params_sharding[part])}
-      if part_stats:
-        stats = stats | {part: place(part_stats, stats_sharding[part])}
+      layout = jax.tree.map(lambda x: x.sharding, ({p: params_like[p] for p in random},
+                                                   {p: stats_like[p] for p in random if p in stats_like}))
+      params, stats = jax.jit(draw, out_shardings=layout)()
+    for part, path in paths.items():
+      params[part], found = task.load(path, part, params_like[part], stats_like.get(part, {}))
+      if found:
+        stats[part] = found
     return params, stats
 
-  trained_like, frozen_like = split(params_like, config.trainable)
-  dtype = jnp.dtype(config.compute.dtype)
-  frozen = {}
-  if frozen_like:
-    # What is not trained is held in the precision it is computed in.
-    frozen = jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, split(initial()[0], config.trainable)[1])
+  trained, fixed = split(params_like, config.trainable)
+  loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
+  frozen = Frozen(*initial(loaded) if loaded else ({}, {}))
+  digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
 
   def create(params, stats):
     return TrainState.create(params, stats, tx)
 
-  state_like = jax.eval_shape(create, trained_like, stats_like)
-  state_sharding = parallel.shardings(state_like, task.sharding, mesh)
+  like = laid_out(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
 
   def init() -> TrainState:
-    params, stats = initial()
-    return jax.jit(create, out_shardings=state_sharding)(split(params, config.trainable)[0], stats)
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*initial(list(trained)))
 
-  return Setup(config, mesh, task, tx, frozen, init, abstract(state_like, state_sharding), tokenizer)
+  return Setup(config, mesh, task, tx, frozen, digests, init, like, tokenizer)
+
+
+def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, step: int) -> None:
+  """Raises UserError if the frozen parts are not those that the checkpoint `step` with `meta` was trained on."""
+  for part, was in meta.get("frozen", {}).items():
+    if digests.get(part) != was:
+      raise UserError(f"{workdir} was trained on other weights of {part!r}: its checkpoint {step} has the digest "
+                      f"{was[:12]}, config.init.{part} now gives {digests.get(part, 'none')[:12]}")
+
+
+def cached(setup: Setup) -> dict[str, dict[str, Any]]:
+  """Returns all that features of the experiment's encoders depend on but the data; see `data.features.describe`."""
+  return {part: what | {"weights": setup.digests[part]} for part, what in setup.task.cached(setup.config.data).items()}
 
 
 def make_evals(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
   """Returns the evaluations of the experiment by name, their data opened."""
   config = setup.config
-  context = Context(tokenizer=setup.tokenizer, image_size=config.model.image.image_size,
-                    context_length=config.model.text.context, mesh=setup.mesh, workdir=workdir, stop=stop)
+  transform = setup.task.transform(setup.tokenizer, config.data, train=False)
+  context = Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length,
+                    decoding=config.decoding, mesh=setup.mesh, workdir=workdir, stop=stop)
   return {name: registry.lookup("evaluation", registry.EVALS, e.name)(e, context) for name, e in config.evals.items()}
 
 
 def evaluate(setup: Setup, evals: dict[str, Any], params: dict, stats: dict) -> dict[str, float]:
   """Returns {"zeroshot/top1": …} of the evaluations given; raises evals.base.Stopped when asked to stop."""
   predict = setup.task.predict()
-  params = {**setup.frozen, **params}
+  params, stats = {**setup.frozen.params, **params}, {**setup.frozen.stats, **stats}
   return {f"{name}/{key}": value for name, run in evals.items() for key, value in run(predict, params, stats).items()}
 
 
@@ -126,12 +155,22 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
     UserError: settings or data that do not fit, a workdir of another experiment, or optim.max_skips steps in a row
       without a finite loss and gradient.
   """
+  for directory, file in config.first.items():
+    experiment = cli.load_experiment(file)
+    if not os.path.isdir(os.path.join(directory, "checkpoints", str(experiment.steps))):
+      log(f"first {file}, in {directory}")
+      state = train(experiment, directory, log=log)
+      if int(state.step) < experiment.steps:
+        return state  # a signal came; the same command goes on with it
+
   with StopRequest() as stop:
     main = jax.process_index() == 0
     s = setup(config)
     _claim(workdir, config, main)
     rows = parallel.local_rows(config.batch_size, s.mesh)
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
+    if config.data.features:
+      source = FeatureSource(source, config.data.features, cached(s))
     fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed)
     # One process looks at the flag wherever it waits; several agree on it in the step, see `flagged`.
     alone = stop if jax.process_count() == 1 else lambda: False
@@ -145,6 +184,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
       if meta["data"] != fingerprint:
         raise UserError(f"{workdir} was trained on other data: its checkpoint {latest} has the fingerprint "
                         f"{meta['data'][:12]}, config.data now gives {fingerprint[:12]}; choose another --workdir")
+      check_frozen(meta, s.digests, workdir, latest)
     start = int(state.step)
     out = Log(workdir, steps=config.steps, batch_size=config.batch_size, start_step=start, active=main, print=log)
     count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -154,9 +194,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
 
     batches = pipeline.train_batches(
       source,
-      transforms.train(config.model.image.image_size, s.tokenizer, config.model.text.context, config.data.crop,
-                       config.data.crop_scale),
-      batch_size=config.batch_size, rows=rows, seed=config.seed, start_step=start, workers=config.data.workers,
+      s.task.transform(s.tokenizer, config.data, train=True), batch_size=config.batch_size, rows=rows,
+      seed=config.seed, start_step=start, workers=config.data.workers,
       threads=config.data.threads, prefetch=config.data.prefetch)
     replicated = parallel.replicated(s.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, s.like)
@@ -204,7 +243,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
               if last or (config.evals[n].every and step % config.evals[n].every == 0)}
 
     def save(step: int, metrics: dict[str, float], *, evaluated: bool) -> None:
-      checkpoints.save(state, {"data": fingerprint, "evaluated": evaluated}, metrics or None)
+      checkpoints.save(state, {"data": fingerprint, "evaluated": evaluated, "frozen": s.digests}, metrics or None)
 
     step, stopping, metrics, pending, saved = start, stop(), {}, None, start
     try:

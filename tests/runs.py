@@ -6,13 +6,30 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from limber_jax import optim, parallel
-from limber_jax.config import Checkpoint, Compute, Config, Data, Evaluation, Mesh, Optim, Source, Tokenizer
-from limber_jax.models import clip
-from limber_jax.state import TrainState, split
+from limber_jax.checkpoint import Checkpoints
+from limber_jax.config import (
+  Checkpoint,
+  Compute,
+  Config,
+  Data,
+  Decoding,
+  Evaluation,
+  Mesh,
+  Optim,
+  Source,
+  Tokenizer,
+  to_json,
+)
+from limber_jax.models import clip, encoders
+from limber_jax.models.gptj import GPTJSize
+from limber_jax.models.limber import LimberSize, Map, PromptSize
+from limber_jax.state import TrainState
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.tasks.step import make_step
+from limber_jax.tasks.step import make_init, make_step
+from limber_jax.train import setup
 
 
 def tiny(size: str = "clip_vit_b32_mu", *, mesh: tuple[int, int, int] = (1, 1, 1), **changes: Any) -> Config:
@@ -23,6 +40,38 @@ def tiny(size: str = "clip_vit_b32_mu", *, mesh: tuple[int, int, int] = (1, 1, 1
     "optim": Optim(lr=1e-3, warmup_steps=2, clip_norm=1.0), "compute": Compute(dtype="float32"),
     "mesh": Mesh(*mesh), "checkpoint": Checkpoint(every=100, keep=100)}
   return Config(**(defaults | changes))
+
+
+def tiny_limber(**changes: Any) -> Config:
+  """Returns an experiment of captioning, three steps between random frozen models; `changes` replace fields of it."""
+  image = encoders.encoder_size("clip_vit_b32_mu")
+  model = LimberSize(image=image, lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16),
+                     others={"other": Map(image, PromptSize(per_feature=2))})
+  defaults = {
+    "name": "tiny_limber", "task": "captioning", "model": model, "trainable": ("prompt", "prompt@other"), "steps": 3,
+    "mesh": (-1, 1, 1), "data": Data(source=Source(name="digits"), tokenizer=Tokenizer(name="bytes"), threads=2),
+    "decoding": Decoding(prompt="a b", max_new_tokens=8), "optim": Optim(lr=1e-2, warmup_steps=1, weight_decay=0.0)}
+  return tiny(**(defaults | changes))
+
+
+def untrained(config: Config, workdir: str) -> None:
+  """Makes the workdir of a run whose checkpoint is of before the first step."""
+  s = setup(config)
+  checkpoints = Checkpoints(workdir, config.checkpoint, write=True)
+  checkpoints.save(s.init(), {"frozen": s.digests})
+  checkpoints.close()
+  with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
+    file.write(to_json(config))
+
+
+def pictures(folder: Any, count: int) -> list[str]:
+  """Writes images of random blocks into a folder and returns their paths."""
+  paths = []
+  for i in range(count):
+    blocks = np.random.default_rng(i).integers(0, 2, (4, 4, 3), dtype=np.uint8) * 255
+    paths.append(str(folder / f"{i:02}.png"))
+    Image.fromarray(blocks.repeat(5, 0).repeat(5 + i % 3, 1)).save(paths[-1])
+  return paths
 
 
 def zeroshot(every: int = 2) -> dict[str, Evaluation]:
@@ -67,14 +116,8 @@ def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastiv
   task = task.of(config)
   tx = optim.make(config.optim, config.steps)
   rng = jax.random.key(0)
-
-  def create(rng):
-    params, stats = task.init(rng)
-    trained, frozen = split(params, config.trainable)
-    return TrainState.create(trained, stats, tx), frozen
-
   # Drawn on one device and then spread: drawing takes longer to compile than a step, and so is compiled only once.
-  state, frozen = jax.jit(create)(rng)
+  state, frozen = jax.jit(make_init(task, tx, config.trainable))(rng)
   shardings = parallel.shardings(state, task.sharding, mesh)
   state = jax.device_put(state, shardings)
   metrics, states = [], []

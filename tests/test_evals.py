@@ -1,5 +1,8 @@
 """Evaluations, on embeddings made by hand and on a tiny model."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +11,18 @@ import sklearn.metrics
 from PIL import Image
 
 from limber_jax import parallel, registry
-from limber_jax.config import Compute, Evaluation, Source
+from limber_jax.config import Compute, Decoding, Evaluation, Source
+from limber_jax.data import transforms
+from limber_jax.data.sources.digits import CLASSES
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals import base, similarity
 from limber_jax.evals.base import Context, Runner, Stopped, ranks
+from limber_jax.evals.naming import Naming, named
 from limber_jax.evals.retrieval import Retrieval, recalls
 from limber_jax.evals.similarity import Similarity
 from limber_jax.evals.zeroshot import ZeroShot, class_names, classifier, load_templates
+from limber_jax.generate import Generated
 from limber_jax.models import clip
 from limber_jax.tasks.contrastive import Contrastive
 
@@ -58,8 +65,8 @@ def config(**fields):
 
 def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):
   devices = jax.devices()[: int(np.prod(mesh))]
-  return Context(ByteTokenizer(), image_size, length, parallel.make_mesh(dict(zip(parallel.AXES, mesh, strict=True)),
-                                                                         devices), str(workdir), stop)
+  return Context(ByteTokenizer(), transforms.evaluation(image_size, ByteTokenizer(), length), length, Decoding(),
+                 parallel.make_mesh(dict(zip(parallel.AXES, mesh, strict=True)), devices), str(workdir), stop)
 
 
 # Looks embeddings up: of image i in row i of params["image"], of a text by its first byte in params["text"].
@@ -352,3 +359,33 @@ def test_embeddings_of_padded_batches_are_those_of_whole_ones(model):
   np.testing.assert_allclose(np.concatenate([b["embedding"] for b in batches]), whole, atol=1e-6)
   np.testing.assert_allclose(runner.embed_rows("rows", predict["embed_image"], params, {}, images[:5]), whole[:5],
                              atol=1e-6)
+
+
+# Naming
+
+@pytest.mark.parametrize(("caption", "classes"), [
+  ("a photo of the digit Seven.", {7}), ("seventy", set()), ("one or two", {1, 2}), ("", set()), ("number\nzero", {0}),
+])
+def test_a_class_is_named_by_its_whole_name(caption, classes):
+  assert named(caption, CLASSES) == classes
+
+
+def test_captions_are_counted_by_map_and_without_an_image(made, tmp_path):
+  made([{"label": label} for label in (0, 1, 2, 1)], classes=("cat", "dog", "bird"))
+  texts = np.array([ByteTokenizer()(text, 8)[0][1:] for text in ("a cat", "a dog", "a bird", "a fish")])
+
+  def generate(which, params, stats, batch, eos):
+    assert eos == ByteTokenizer.eot and batch["tokens"].shape == batch["mask"].shape == (8, 1)
+    tokens = jnp.asarray(texts)[which(batch)]
+    return Generated(tokens, (tokens != eos).argmin(-1), tokens[:, 0])
+
+  right = lambda batch: batch["label"]  # noqa: E731
+  never = lambda batch: jnp.full_like(batch["label"], 1)  # noqa: E731
+  predict = {"nll": None, "generate": functools.partial(generate, right),
+             "generate@b": functools.partial(generate, lambda batch: batch["label"] + 1),
+             "generate_blind": functools.partial(generate, never)}
+  settings = dataclasses.replace(context(workdir=tmp_path), decoding=Decoding(prompt=""))
+  found = Naming(config(name="naming"), settings)(predict, {}, {})
+  assert found == {"right": 1.0, "right@b": 0.0, "blind": 0.5, "count": 4.0}
+  with Image.open(tmp_path / "captions.png") as sheet:
+    assert sheet.width > 300

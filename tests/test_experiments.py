@@ -5,17 +5,18 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 
-from limber_jax import cli, optim, parallel
+from limber_jax import cli, optim, parallel, registry
 from limber_jax import config as config_lib
 from limber_jax.config import Config, Loss
+from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.state import TrainState, split
+from limber_jax.state import split
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.tasks.step import make_step
+from limber_jax.tasks.step import make_init, make_step
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
@@ -28,6 +29,13 @@ def get(path) -> Config:
   return module.get_config()
 
 
+def batch_of(task, config):
+  """Returns the shapes of a batch: what the task's own transform makes of a record."""
+  record = {"id": "", "image": np.zeros((9, 9, 3), np.uint8), "text": "a caption"}
+  row = task.transform(ByteTokenizer(), config.data, train=True)(record, np.random.default_rng(0))
+  return {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in row.items()}
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -37,24 +45,17 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
   assert config.name == path.stem
   mesh = parallel.make_mesh(axes)
   parallel.local_rows(config.batch_size, mesh)
-  task, tx = Contrastive.of(config), optim.make(config.optim, config.steps)
+  task, tx = registry.lookup("task", registry.TASKS, config.task).of(config), optim.make(config.optim, config.steps)
   rng = jax.random.key(0)
 
-  def create(rng):
-    params, stats = task.init(rng)
-    trained, frozen = split(params, config.trainable)
-    return TrainState.create(trained, stats, tx), frozen
-
-  state, frozen = jax.eval_shape(create, rng)
+  state, frozen = jax.eval_shape(make_init(task, tx, config.trainable), rng)
   layout = parallel.shardings((state, frozen), task.sharding, mesh)
   # Every large matrix is split where the mesh splits parameters.
   if axes.get("fsdp"):
     big = [(x, s) for x, s in zip(jax.tree.leaves((state, frozen)), jax.tree.leaves(layout), strict=True)
            if x.size > 2**20]
     assert all(s.shard_shape(x.shape) != x.shape for x, s in big)
-  side, text = config.model.image.image_size, config.model.text
-  batch = {"image": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8),
-           "tokens": jax.ShapeDtypeStruct((config.batch_size, text.context), jnp.int32)}
+  batch = batch_of(task, config)
   step = make_step(task, tx, optim.schedule(config.optim, config.steps))
   with jax.set_mesh(mesh):
     after, metrics = jax.eval_shape(step, state, frozen, batch, rng)

@@ -330,8 +330,8 @@ def test_a_size_comes_back_from_its_flat_form(name):
   ({"image.kind": "vitt"}, "image.kind: expected one of vit, resnet, got 'vitt'"),
   ({"text.vocab": None}, "text.vocab is missing"),
   ({"text.vocabulary": 3}, "text.vocabulary: no such field; did you mean 'text.vocab'"),
-  ({"embed_dim": "32"}, "embed_dim: expected something like 512, got '32'"),
-  ({"mean": [0.5, 0.5]}, "mean: expected something like"),
+  ({"embed_dim": "32"}, "embed_dim: expected int, got '32'"),
+  ({"mean": [0.5, 0.5]}, r"mean: expected tuple\[float, float, float\], got"),
 ])
 def test_a_flat_size_with_a_mistake_is_refused(change, message):
   values = {k: v for k, v in (flatten(SIZES["vit"]) | change).items() if v is not None}

@@ -151,10 +151,10 @@ def test_evaluation_passes_once_in_order_and_marks_the_padding(n, rows):
   assert len(out) == -(-n // 16)
   for step, batch in enumerate(out):
     positions = np.arange(step * 16, step * 16 + 16)[rows or slice(0, 16)]
-    np.testing.assert_array_equal(batch["mask"], positions < n)
+    np.testing.assert_array_equal(batch["real"], positions < n)
     np.testing.assert_array_equal(batch["index"], np.minimum(positions, n - 1))
     np.testing.assert_array_equal(batch["copy"], batch["index"])
-    assert batch["mask"].dtype == bool and batch["index"].dtype == np.int64
+    assert batch["real"].dtype == bool and batch["index"].dtype == np.int64
 
 
 def test_two_workers_give_what_threads_give():

@@ -168,7 +168,7 @@ class TestCaptions:
     assert texts(table(folder, "title\tfilepath\nx\ta.png\n", "x.txt", separator="\\t")) == ["x"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
   """A TFDS directory of two tiny datasets, prepared without TensorFlow."""
   tfds = pytest.importorskip("tensorflow_datasets")
@@ -252,6 +252,17 @@ class TestTfds:
     with pytest.raises(UserError, match=message) as caught:
       tfds_source(os.path.join(prepared, path), **fields)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pair_of_captions_speaks_of_one_digit_in_two_ways():
+  one, pair = Digits(Source()), Digits(Source(text_key="pair"))
+  for i in range(0, len(one), 7):
+    first, second = pair.annotation(i)["text"].split("; ")
+    name = CLASSES[one.annotation(i)["label"]]
+    assert first == one.annotation(i)["text"] and first != second and name in second.split()
+  assert one.fingerprint() != pair.fingerprint()
+  with pytest.raises(UserError, match="'digits' has only 'pair'"):
+    Digits(Source(text_key="title"))
 
 
 @pytest.fixture(params=sorted(registry.SOURCES))

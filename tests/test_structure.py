@@ -17,11 +17,12 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 LAYERS = (
   {"__init__", "losses", "config", "registry", "errors", "cli", "log", "parallel", "signals"},
   {"models", "optim", "data"},
-  {"state", "checkpoint"},
+  {"state", "checkpoint", "recipes"},
   {"weights", "generate"},
   {"tasks"},
   {"evals"},
-  {"train", "evaluate", "caption", "classify", "convert", "bench", "health", "train_tokenizer"},
+  {"train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "bench", "health",
+   "train_tokenizer"},
 )
 
 

@@ -13,7 +13,16 @@ import pytest
 
 from limber_jax import registry
 from limber_jax.config import Tokenizer
-from limber_jax.data.tokenizers import END, START, BpeTokenizer, ByteTokenizer, ClipTokenizer, clean, load
+from limber_jax.data.tokenizers import (
+  END,
+  START,
+  BpeTokenizer,
+  ByteTokenizer,
+  ClipTokenizer,
+  Gpt2Tokenizer,
+  clean,
+  load,
+)
 from limber_jax.errors import UserError
 
 # Planes and blocks whose letters, digits, marks, spaces or cases are treated differently by one library or another.
@@ -177,6 +186,66 @@ class TestClip:
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="session")
+def gpt2_directory(tmp_path_factory):
+  """A GPT-2 vocabulary of our own in the layout of the hub: vocab.json, merges.txt, tokenizer.json; as GPT-J's are."""
+  import tokenizers
+  directory = tmp_path_factory.mktemp("gpt2")
+  bpe = tokenizers.ByteLevelBPETokenizer()
+  bpe.train_from_iterator([f"A photo of the number {i}, isn't it? It's\n  {i * 37} dogs' cafés." for i in range(300)],
+                          vocab_size=600, special_tokens=[])
+  bpe.add_special_tokens(["<|endoftext|>"])
+  vocab = json.loads(bpe.to_str())["model"]["vocab"] | {"<|endoftext|>": len(bpe.get_vocab()) - 1}
+  bpe.save_model(str(directory))
+  (directory / "vocab.json").write_text(json.dumps(vocab))
+  return directory
+
+
+@pytest.fixture
+def gpt2(gpt2_directory):
+  return Gpt2Tokenizer(str(gpt2_directory))
+
+
+class TestGpt2:
+
+  def test_ids_equal_those_of_transformers_on_hostile_text(self, gpt2_directory):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2Tokenizer.from_pretrained(str(gpt2_directory))
+    ours = Gpt2Tokenizer(str(gpt2_directory))
+    assert ours.vocab_size == len(theirs) and ours.eot == theirs.eos_token_id == ours.vocab_size - 1
+    for text in hostile_texts(800):
+      if "endoftext" in text.lower() or any("\ud800" <= c <= "\udfff" for c in text):
+        continue  # transformers takes the mark for itself; half a surrogate is no text
+      ids = ours.encode(text)
+      assert ids == theirs.encode(text), repr(text)
+      assert ours.decode(ids) == text
+
+  def test_a_clip_text_tower_may_not_have_it(self, gpt2):
+    with pytest.raises(UserError, match="would take the start for the end"):
+      gpt2("a dog", 12)
+
+  def test_the_end_inside_a_text_is_letters(self, gpt2):
+    ours = gpt2
+    assert ours.eot not in ours.encode("a<|endoftext|>b")
+    assert ours.decode(ours.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+  def test_tokenizer_json_gives_the_same_ids(self, gpt2_directory, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Tokenizer.from_pretrained(str(gpt2_directory)).save_pretrained(str(tmp_path))
+    assert (tmp_path / "tokenizer.json").is_file() and not (tmp_path / "merges.txt").is_file()
+    one, other = Gpt2Tokenizer(str(gpt2_directory)), Gpt2Tokenizer(str(tmp_path))
+    assert one.encode("A photo of 3 dogs.") == other.encode("A photo of 3 dogs.")
+    assert one.fingerprint() == other.fingerprint()
+
+  def test_other_directories_are_told(self, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json there, nor vocab\.json and merges\.txt"):
+      Gpt2Tokenizer(str(tmp_path))
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match=r"not GPT-2's vocabulary, '<\|endoftext\|>' is not among its 1 tokens"):
+      Gpt2Tokenizer(str(tmp_path))
+
+
 class TestBytes:
 
   def test_ids_are_the_bytes_plus_one(self):
@@ -232,7 +301,14 @@ def tokenizer(request):
   return ByteTokenizer() if request.param == "bytes" else request.getfixturevalue(request.param)
 
 
-def test_every_tokenizer_writes_start_ids_end_and_zeros(tokenizer):
+@pytest.fixture(params=sorted(registry.TOKENIZERS.keys() - {"gpt2"}))
+def tower_tokenizer(request):
+  """A tokenizer that a CLIP text tower may have."""
+  return ByteTokenizer() if request.param == "bytes" else request.getfixturevalue(request.param)
+
+
+def test_every_tokenizer_writes_start_ids_end_and_zeros(tower_tokenizer):
+  tokenizer = tower_tokenizer
   rows = tokenizer(["a dog", "", "a photo of a dog " * 50], 12)
   assert rows.shape == (3, 12) and rows.dtype == np.int32
   for row, text in zip(rows, ["a dog", ""], strict=False):
@@ -243,7 +319,8 @@ def test_every_tokenizer_writes_start_ids_end_and_zeros(tokenizer):
   assert tokenizer([], 12).shape == (0, 12)
 
 
-def test_every_tokenizer_ends_texts_with_its_highest_id(tokenizer):
+def test_every_tokenizer_ends_texts_with_its_highest_id(tower_tokenizer):
+  tokenizer = tower_tokenizer
   assert tokenizer.eot == tokenizer.vocab_size - 1 and tokenizer.sot == tokenizer.eot - 1
   for text in hostile_texts(400):
     if "of_text" not in clean(text):  # open_clip's marks, see ClipTokenizer
@@ -253,7 +330,8 @@ def test_every_tokenizer_ends_texts_with_its_highest_id(tokenizer):
       assert all(0 <= i < tokenizer.sot for i in ids)
 
 
-def test_every_tokenizer_refuses_long_texts_only_if_told_to(tokenizer):
+def test_every_tokenizer_refuses_long_texts_only_if_told_to(tower_tokenizer):
+  tokenizer = tower_tokenizer
   text = "dog " * 40
   assert tokenizer(text, 10).shape == (1, 10)
   with pytest.raises(UserError, match="at most 10 fit"):

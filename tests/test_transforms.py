@@ -236,3 +236,44 @@ def test_transforms_leave_the_record_as_it_was():
   record = dict(RECORD)
   transforms.train(32, ByteTokenizer(), 16, "random", (0.9, 1.0))(record, np.random.default_rng(0))
   assert record == RECORD
+
+
+# What LiMBeR's encoders and language models get
+
+def test_squash_takes_both_sides_whatever_the_aspect():
+  image = np.random.default_rng(0).integers(0, 256, (30, 70, 3), np.uint8)
+  for resample in ("bilinear", "bicubic"):
+    got = ResizeCrop(16, "squash", resample=resample)({"image": image}, None)["image"]
+    want = Image.fromarray(image).resize((16, 16), getattr(Image.Resampling, resample.upper()))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_native_takes_the_middle_as_it_is_and_pads_with_black():
+  image = np.random.default_rng(0).integers(1, 256, (10, 40, 3), np.uint8)
+  got = ResizeCrop(20, "native")({"image": image}, None)["image"]
+  np.testing.assert_array_equal(got[5:15], image[:, 10:30])
+  assert not got[:5].any() and not got[15:].any()
+
+
+def test_several_encoders_see_the_same_crop_of_an_image():
+  rules = {"image": ResizeCrop(8, "random"), "image@other": ResizeCrop(16, "random")}
+  image = np.zeros((16, 64, 3), np.uint8)
+  image[:, 32:] = 255
+  transform = transforms.captioning(rules, ByteTokenizer(), 4)
+  for seed in range(5):
+    row = transform({"image": image, "text": "a"}, np.random.default_rng(seed))
+    assert row["image"].shape == (8, 8, 3) and row["image@other"].shape == (16, 16, 3)
+  alone = ResizeCrop(8, "random")({"image": image}, np.random.default_rng(4))["image"]
+  np.testing.assert_array_equal(row["image"], alone)
+
+
+@pytest.mark.parametrize(("text", "start", "tokens", "real"), [
+  ("ab", False, [98, 99, 258, 258, 258], 3),
+  ("ab", True, [258, 98, 99, 258, 258], 4),
+  ("abcd", False, [98, 99, 100, 101, 258], 5),
+  ("abcdef", False, [98, 99, 100, 101, 102], 5),  # cut, and so without an end
+  ("", False, [258] * 5, 1),
+])
+def test_a_caption_ends_once_and_a_cut_one_never(text, start, tokens, real):
+  row = transforms.TokenizeCaption(ByteTokenizer(), 5, start)({"text": text}, None)
+  assert row["tokens"].tolist() == tokens and row["mask"].tolist() == [i < real for i in range(5)]

@@ -5,12 +5,7 @@ median of the pairs'. Memory is taken at --large: of plain only what XLA says it
 a run takes. The share of peak counts the three products that any way needs; the chunked softmax loss makes a fourth.
 """
 
-import importlib.metadata
-import json
-import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +15,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from limber_jax import losses
+from limber_jax.bench import measure
 from limber_jax.errors import UserError
 
 _N = flags.DEFINE_integer("n", 8192, "Pairs in the batch whose loss is timed.", lower_bound=1)
@@ -36,16 +32,11 @@ def main(argv: list[str]) -> None:
   """Prints one JSON object."""
   if argv:
     raise UserError(f"bench loss: unexpected argument {argv[0]!r}")
-  device = jax.devices()[0]
-  out = {
-    "device": device.device_kind, "cores": os.cpu_count(), "kind": _KIND.value, "dtype": _DTYPE.value,
-    "n": _N.value, "width": _E.value, "chunk": _CHUNK.value,
-    "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-  }
+  out = measure.surroundings(("jax", "jaxlib")) | {
+    "kind": _KIND.value, "dtype": _DTYPE.value, "n": _N.value, "width": _E.value, "chunk": _CHUNK.value}
   if _LARGE.value:  # first: the process has not used more memory before, so its peak is this run's
     out[f"at_{_LARGE.value}"] = _memory(_LARGE.value)
-  out |= _times(_N.value)
-  print(json.dumps(_short(out), indent=1))
+  measure.show(out | _times(_N.value))
 
 
 def _memory(n: int) -> dict[str, Any]:
@@ -53,26 +44,28 @@ def _memory(n: int) -> dict[str, Any]:
   plain, _ = _compile(n, None)
   chunked, _ = _compile(n, _CHUNK.value)
   batch = jax.block_until_ready(_batch(n))
-  before = _memory_in_use()
+  before = measure.memory_in_use()
   start = time.perf_counter()
   result = jax.block_until_ready(chunked(*batch))
   seconds = time.perf_counter() - start
-  outputs = sum(x.nbytes for x in jax.tree.leaves(result))
   return {"plain_temp_bytes": _temp(plain), "chunked_temp_bytes": _temp(chunked), "chunked_seconds": seconds,
-          "chunked_extra_bytes_measured": None if before is None else _peak_memory() - before - outputs}
+          "chunked_extra_bytes_measured": None if before is None else (
+            measure.peak_memory() - before - measure.bytes_of(result))}
 
 
 def _times(n: int) -> dict[str, Any]:
   """Returns the times of both ways for n pairs, and the device's limit between them."""
-  side = 2048 if jax.default_backend() == "cpu" else 8192
-  batch, product = _batch(n), _product(side)
+  batch = _batch(n)
+  product, product_flops, peak = measure.matrix_product(
+    _DTYPE.value, "highest" if _DTYPE.value == "float32" else None)  # as the loss has it
   (plain, plain_compile), (chunked, chunked_compile) = _compile(n, None), _compile(n, _CHUNK.value)
   runs = [lambda: plain(*batch), lambda: chunked(*batch), product]
   for run in runs:
-    _timed(run)
-  seconds = [[_timed(run) for run in runs] for _ in range(_REPEATS.value)]
-  limit = 2 * side**3 / min(s[2] for s in seconds)
-  ratios = [s[1] / s[0] for s in seconds]
+    measure.timed(run)
+  seconds = [[measure.timed(run) for run in runs] for _ in range(_REPEATS.value)]
+  plains, chunks, products = zip(*seconds, strict=True)
+  limit = product_flops / min(products)
+  ratio, each = measure.ratios(chunks, plains)
   flops = 3 * 2 * n * n * _E.value
 
   def facts(compiled, compile_seconds, time):
@@ -80,18 +73,11 @@ def _times(n: int) -> dict[str, Any]:
             "share_of_peak": flops / time / limit}
 
   return {
-    "plain": facts(plain, plain_compile, statistics.median(s[0] for s in seconds)),
-    "chunked": facts(chunked, chunked_compile, statistics.median(s[1] for s in seconds)),
-    "chunked_time_over_plain": statistics.median(ratios), "ratio_of_each_pair": ratios,
-    "device_peak_flops_per_second": limit,
-    "device_peak": f"{_DTYPE.value} product of two matrices of side {side}, measured in this run",
+    "plain": facts(plain, plain_compile, statistics.median(plains)),
+    "chunked": facts(chunked, chunked_compile, statistics.median(chunks)),
+    "chunked_time_over_plain": ratio, "ratio_of_each_pair": each,
+    "device_peak_flops_per_second": limit, "device_peak": peak,
   }
-
-
-def _product(side: int) -> Callable[[], jax.Array]:
-  a = jax.random.normal(jax.random.key(0), (side, side), _DTYPE.value)
-  multiply = jax.jit(lambda a: jnp.matmul(a, a, precision="highest" if _DTYPE.value == "float32" else None))
-  return lambda: multiply(a)
 
 
 def _batch(n: int) -> tuple[jax.Array, ...]:
@@ -113,41 +99,8 @@ def _compile(n: int, chunk: int | None) -> tuple[Callable, float]:
   row = jax.ShapeDtypeStruct((n, _E.value), _DTYPE.value)
   shapes = row, row, *_parameters()
   f = jax.value_and_grad(lambda *a: loss(*a, chunk_size=chunk), argnums=tuple(range(len(shapes))), has_aux=True)
-  start = time.perf_counter()
-  return jax.jit(f).lower(*shapes).compile(), time.perf_counter() - start
+  return measure.compiled(f, *shapes)
 
 
 def _temp(compiled) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
-
-
-def _memory_in_use() -> int | None:
-  """Returns the bytes in use on the device, or, on a CPU, by this process; None where neither is known."""
-  if stats := jax.devices()[0].memory_stats():
-    return stats["bytes_in_use"]
-  try:
-    with open("/proc/self/statm") as f:
-      return int(f.read().split()[1]) * resource.getpagesize()
-  except OSError:
-    return None
-
-
-def _peak_memory() -> int:
-  """Returns the most bytes that were ever in use, in the sense of `_memory_in_use`."""
-  stats = jax.devices()[0].memory_stats()
-  unit = 1 if sys.platform == "darwin" else 1024
-  return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _timed(run: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(run())
-  return time.perf_counter() - start
-
-
-def _short(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {k: _short(v) for k, v in value.items()}
-  if isinstance(value, list):
-    return [_short(v) for v in value]
-  return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,18 +1,20 @@
-"""`bench train`: one optimizer step of an experiment on random pairs, beside open_clip's on the same device.
+"""`bench train`: one optimizer step of an experiment on a random batch, beside open_clip's on the same device.
 
 The two steps are timed in turn, JAX, PyTorch, JAX, PyTorch …, so that a machine that slows down slows both; the ratio
-is the median of the pairs'. Input is the same for both: a batch that already lies on the host. Model FLOPs are three
-times the forward pass's (twice for the backward pass, nothing for recomputation), counted in the traced program.
+is the median of the pairs'. On a CPU PyTorch gets one thread where that is faster. Input is the same for both: a batch
+that already lies on the host. Weights are random, and what is not trained is held in the precision of activations, as
+in a run.
+
+Model FLOPs are what one step cannot do without: the matrix products and convolutions of the traced loss and of its
+gradient for the parts that are trained, and nothing for recomputation. Of a CLIP they are three times the forward
+pass's. Of a LiMBeR they are less than twice: through the frozen language model goes the gradient of its inputs alone,
+and through the encoder none.
 """
 
-import importlib.metadata
-import json
+import copy
+import dataclasses
 import math
-import os
-import resource
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +24,29 @@ import numpy as np
 from absl import flags
 
 from limber_jax import cli, optim, parallel, registry
+from limber_jax.bench import measure
+from limber_jax.bench.measure import count_flops
 from limber_jax.config import Config
+from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.models import clip
-from limber_jax.state import TrainState, split
-from limber_jax.tasks.step import make_step
+from limber_jax.models import clip, encoders, gptj
+from limber_jax.models.clip import ClipSize
+from limber_jax.models.encoders import EncoderSize
+from limber_jax.models.gptj import GPTJSize
+from limber_jax.models.limber import Limber, LimberSize
+from limber_jax.models.resnet import ResNetSize
+from limber_jax.models.vit import ViTSize
+from limber_jax.state import Frozen, check_trainable, split
+from limber_jax.tasks.base import Task
+from limber_jax.tasks.step import make_init, make_step
 from limber_jax.weights import export
 
 _CONFIG = cli.define_config()
-_BATCH = flags.DEFINE_integer("batch_size", 0, "Pairs a step; 0: 16 on a CPU, else 256 a device.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each, after two that warm up.")
-_DTYPE = flags.DEFINE_string("dtype", "", "Of activations; empty: float32 on a CPU, else bfloat16.")
-_PEER = flags.DEFINE_bool("peer", True, "Time open_clip's step too, if it is installed and has these towers.")
-_KEPT: list[Any] = []  # torch forgets a library's operators with the library
+_BATCH = flags.DEFINE_integer("batch_size", 0, "Rows a step; 0: 16 on a CPU, else 256 a device.", lower_bound=0)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each, after two that warm up.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"],
+                           "Of activations; empty: float32 on a CPU, else bfloat16.")
+_PEER = flags.DEFINE_bool("peer", True, "Time open_clip's step too, if it is installed and has one like this.")
 _SIZE = flags.DEFINE_string("size", "", "Another size than the experiment's: a name, or mu for its smallest build.")
 
 
@@ -45,76 +57,143 @@ def main(argv: list[str]) -> None:
   config = cli.get_config(_CONFIG)
   cpu = jax.default_backend() == "cpu"
   if _SIZE.value:
-    if _SIZE.value != "mu" and _SIZE.value not in clip.SIZES:
-      raise UserError(f"--size: no size {_SIZE.value!r}{did_you_mean(_SIZE.value, ['mu', *clip.SIZES])}")
-    config.model = clip.mu(config.model) if _SIZE.value == "mu" else clip.SIZES[_SIZE.value]()
+    resize(config, _SIZE.value)
   config.batch_size = _BATCH.value or (16 if cpu else 256 * jax.device_count())
   config.compute.dtype = _DTYPE.value or ("float32" if cpu else "bfloat16")
-  if _REPEATS.value < 1:
-    raise UserError(f"--repeats={_REPEATS.value}: at least 1")
-  batch = random_batch(config)
-  limit = matmul_limit(config.compute.dtype)
-  ours, facts = jax_step(config, batch)
+
+  task = task_of(config)
+  batch = random_batch(task, config)
+  ours, facts = jax_step(task, config, batch)
+  ours(), ours()
+  facts["peak_memory_bytes"] = measure.peak_memory()  # before PyTorch comes into the same process
   theirs = torch_step(config, batch) if _PEER.value else None
-  for step in filter(None, (ours, theirs)):
-    step(), step()  # the first compiles, or builds its caches
-  seconds: list[tuple[float, float]] = []
-  for _ in range(_REPEATS.value):
-    seconds.append((_timed(ours), _timed(theirs) if theirs else math.nan))
-  step_time = statistics.median(s[0] for s in seconds)
-  flops = 3 * forward_flops(config) * config.batch_size
-  out = {
-    "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}", "cores": os.cpu_count(),
-    "config": config.name, "dtype": config.compute.dtype, "remat": config.compute.remat,
+  product, product_flops, peak = measure.matrix_product(config.compute.dtype)
+  runs = [run for run in (ours, theirs, product) if run]
+  product(), product()
+  threads = measure.choose_threads(theirs) if theirs else 0
+  seconds = list(zip(*([measure.timed(run) for run in runs] for _ in range(_REPEATS.value)), strict=True))
+  step_time = statistics.median(seconds[0])
+  limit = product_flops / min(seconds[-1]) * (1 if cpu else jax.device_count())
+  forward, flops = model_flops(config, batch)
+  out = measure.surroundings(("jax", "flax", "optax")) | {
+    "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    "config": config.name, "task": config.task, "dtype": config.compute.dtype, "remat": config.compute.remat,
     "batch": config.batch_size, "accumulate": config.loss.accumulate,
+    "shapes": {name: list(x.shape) for name, x in batch.items()}, "trainable": list(config.trainable),
     "examples_per_second": config.batch_size / step_time, "step_seconds": step_time,
-    **facts, "peak_memory_bytes": _peak_memory(), "model_flops_per_second": flops / step_time,
-    "device_peak_flops_per_second": limit, "device_peak": f"{config.compute.dtype} matrix product measured in this run",
-    "share_of_peak": flops / step_time / limit,
-    "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")},
+    **facts,
+    "model_flops": flops, "model_flops_over_forward": flops / forward, "model_flops_per_second": flops / step_time,
+    "device_peak_flops_per_second": limit, "device_peak": peak, "share_of_peak": flops / step_time / limit,
   }
   if theirs:
     import open_clip
     import torch
-    out |= {"open_clip_step_seconds": statistics.median(s[1] for s in seconds),
-            "speed_against_open_clip": statistics.median(b / a for a, b in seconds),
-            "speed_of_each_pair": [b / a for a, b in seconds]}
+    ratio, each = measure.ratios(seconds[1], seconds[0])
+    out |= {"open_clip_step_seconds": statistics.median(seconds[1]), "open_clip_threads": threads,
+            "speed_against_open_clip": ratio, "speed_of_each_pair": each}
     out["versions"] |= {"torch": torch.__version__, "open_clip": open_clip.__version__}
-  print(json.dumps({k: _short(v) for k, v in out.items()}, indent=1))
+  measure.show(out)
 
 
-def random_batch(config: Config) -> dict[str, np.ndarray]:
-  """Returns a batch {"image": uint8 [N, H, W, 3], "tokens": int32 [N, T]} whose texts end at random places."""
-  rng = np.random.default_rng(0)
-  side, text, n = config.model.image.image_size, config.model.text, config.batch_size
-  tokens = rng.integers(1, text.vocab - 1, (n, text.context), dtype=np.int32)
-  tokens[np.arange(n), rng.integers(1, text.context, n)] = text.vocab - 1
-  return {"image": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8), "tokens": tokens}
+def resize(config: Config, name: str) -> None:
+  """Puts a model of another size into `config`: "mu" for the smallest of the same build, or a name that its task has.
+
+  Raises:
+    UserError: no such size; the message gives those there are.
+  """
+  named = {ClipSize: clip.SIZES, GPTJSize: gptj.SIZES}.get(type(config.model), {})
+  if name != "mu" and name not in named:
+    raise UserError(f"--size: no size {name!r} for task {config.task!r}{did_you_mean(name, ['mu', *named])}")
+  if name != "mu":
+    config.model = named[name]()
+  elif isinstance(config.model, ClipSize):
+    config.model = clip.mu(config.model)
+  elif isinstance(config.model, GPTJSize):
+    config.model = gptj.SIZES["gptj_mu"]()
+  else:
+    config.model = limber_mu(config.model)
+  if isinstance(config.model, GPTJSize | LimberSize):  # the text must fit into a smaller context
+    free = config.model.context if isinstance(config.model, GPTJSize) else text_room(config)
+    config.data = dataclasses.replace(config.data, length=min(config.data.length, free))
 
 
-def jax_step(config: Config, batch: dict[str, np.ndarray]) -> tuple[Callable[[], None], dict[str, Any]]:
-  """Returns (a function that makes one step and waits for it, {"compile_seconds", "parameters"})."""
+def limber_mu(size: LimberSize) -> LimberSize:
+  """Returns the smallest LiMBeR of the same build: its maps, between the smallest encoders and language model."""
+
+  def mu(image: EncoderSize) -> EncoderSize:
+    if not isinstance(image.tower, ViTSize | ResNetSize):
+      return encoders.mu(image)
+    small = clip.mu(ClipSize(image.embed_dim, image.tower, activation=image.activation))
+    return dataclasses.replace(image, tower=small.image, embed_dim=small.embed_dim)
+
+  others = {name: dataclasses.replace(m, image=m.image and mu(m.image)) for name, m in size.others.items()}
+  return dataclasses.replace(size, image=mu(size.image), lm=gptj.SIZES["gptj_mu"](), others=others)
+
+
+def text_room(config: Config) -> int:
+  """Returns the tokens that the language model's context leaves beside the longest prompt, at least 1."""
+  model = Limber.of(config.model, config.compute)
+  return max(1, config.model.lm.context - max(map(model.prompt_length, model.maps)))
+
+
+def task_of(config: Config) -> Task:
+  """Returns the task of an experiment; raises UserError if its settings cannot go together."""
+  return registry.lookup("task", registry.TASKS, config.task).of(config)
+
+
+def random_batch(task: Task, config: Config) -> dict[str, np.ndarray]:
+  """Returns a batch as the task's own transform makes its rows: noise, and texts that end at random places.
+
+  Pixels are anything; tokens too, up to the highest id, which is the end of a text, and stands nowhere before it.
+  """
+  record = {"id": "", "image": np.zeros((9, 9, 3), np.uint8), "text": "a caption"}
+  if config.data.features:  # in place of images
+    record |= {part.replace("image", "features", 1): np.zeros(of["shape"], jnp.dtype(of["dtype"]))
+               for part, of in task.cached(config.data).items()}
+  row = task.transform(ByteTokenizer(), config.data, train=True)(record, np.random.default_rng(0))
+  rng, n = np.random.default_rng(0), config.batch_size
+  length = row["tokens"].shape[0]
+  end = rng.integers(min(1, length - 1), length, n)  # where it stands
+  tokens = rng.integers(1, task.vocab - 1, (n, length), dtype=np.int32)
+  tokens[np.arange(n), end] = task.vocab - 1
+
+  def draw(name, like):
+    shape = (n, *like.shape)
+    if name in ("tokens", "mask"):
+      return tokens if name == "tokens" else np.arange(length)[None] <= end[:, None]
+    if like.dtype == np.uint8:
+      return rng.integers(0, 256, shape, np.uint8)
+    return rng.normal(size=shape).astype(like.dtype)
+
+  return {name: draw(name, like) for name, like in row.items()}
+
+
+def jax_step(task: Task, config: Config, batch: dict[str, np.ndarray]) -> tuple[Callable[[], None], dict[str, Any]]:
+  """Returns (a function that makes one step and waits for it, {"compile_seconds", "parameters", …_bytes})."""
   mesh = parallel.make_mesh(vars(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
-  task = registry.lookup("task", registry.TASKS, config.task).of(config)
+  check_trainable(config.trainable, jax.eval_shape(task.init, jax.random.key(0))[0])
   tx = optim.make(config.optim, config.steps)
   rng = jax.random.key(config.seed)
+  init = make_init(task, tx, config.trainable)
 
   def create(rng):
-    params, stats = task.init(rng)
-    trained, frozen = split(params, config.trainable)
-    return TrainState.create(trained, stats, tx), frozen
+    state, frozen = init(rng)
+    cast = jax.tree.map(lambda x: x.astype(config.compute.dtype) if x.ndim else x, frozen.params)
+    return state, Frozen(cast, frozen.stats)
 
   layout = parallel.shardings(jax.eval_shape(create, rng), task.sharding, mesh)
   with jax.set_mesh(mesh):
     state, frozen = jax.jit(create, out_shardings=layout)(rng)
-    step = jax.jit(make_step(task, tx, optim.schedule(config.optim, config.steps)), donate_argnums=0,
-                   out_shardings=(layout[0], parallel.replicated(mesh)),
-                   compiler_options=parallel.compiler_options())
-    start = time.perf_counter()
-    compiled = step.lower(state, frozen, parallel.global_batch(batch, mesh), rng).compile()
-  facts = {"compile_seconds": time.perf_counter() - start,
-           "parameters": sum(x.size for x in jax.tree.leaves((state.params, frozen)))}
+    compiled, seconds = measure.compiled(
+      make_step(task, tx, optim.schedule(config.optim, config.steps)), state, frozen,
+      parallel.global_batch(batch, mesh), rng, donate_argnums=0,
+      out_shardings=(layout[0], parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
+  facts = {
+    "compile_seconds": seconds,
+    "parameters": measure.size_of((state.params, frozen.params)), "trained_parameters": measure.size_of(state.params),
+    "frozen_bytes": measure.bytes_of(frozen), "optimizer_bytes": measure.bytes_of(state.opt_state),
+  }
 
   def run():
     nonlocal state
@@ -127,21 +206,13 @@ def jax_step(config: Config, batch: dict[str, np.ndarray]) -> tuple[Callable[[],
 
 def torch_step(config: Config, batch: dict[str, np.ndarray]) -> Callable[[], None] | None:
   """Returns the same for open_clip's model, ClipLoss and AdamW; None, with a line on stderr, where it cannot be."""
-  if config.loss.kind != "softmax" or config.loss.accumulate > 1 or len(config.trainable) < 3:
-    print("open_clip: not timed; it has no step like this one", file=sys.stderr)
+  same = config.task == "contrastive" and config.loss.kind == "softmax" and config.loss.accumulate == 1
+  if not same or set(config.trainable) != {"image", "text", "logit_scale"}:
+    measure.no_peer("open_clip", "it has no step like this one")
     return None
-  try:
-    import torch
-    # torchvision's CUDA build dies at import beside a torch for CPUs unless these operators are declared.
-    if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
-      _KEPT.append(library := torch.library.Library("torchvision", "DEF"))
-      library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-      library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip
-  except (ImportError, RuntimeError) as error:  # a torchvision that does not fit its torch raises RuntimeError
-    print(f"open_clip: not timed ({' '.join(str(error).split())[:200]}); pip install -e '.[test]' brings it",
-          file=sys.stderr)
+  if (open_clip := measure.import_peer("open_clip")) is None:
     return None
+  import torch
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model = open_clip.model.CLIP(**export.open_clip_config(config.model)).to(device).train()
   if device == "cuda":
@@ -171,67 +242,21 @@ def torch_step(config: Config, batch: dict[str, np.ndarray]) -> Callable[[], Non
   return run
 
 
-def forward_flops(config: Config) -> int:
-  """Returns the floating-point operations of matrix products and convolutions of one pair's forward pass."""
-  model = clip.build(config.model, config.compute)
-  image, text = (jax.eval_shape(init, jax.random.key(0)) for init in (model.init_image, model.init_text))
-  side = config.model.image.image_size
+def model_flops(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]:
+  """Returns the FLOPs (of the forward pass, of that and the gradient for what is trained) of one step's batch.
 
-  def forward(image, text, pixels, tokens):
-    features, _ = model.encode_image(image["params"], image.get("batch_stats", {}), pixels)
-    return features.pooled, model.encode_text(text["params"], tokens).pooled
-
-  return count_flops(jax.make_jaxpr(forward)(image, text, jnp.zeros((1, side, side, 3)),
-                                             jnp.zeros((1, config.model.text.context), jnp.int32)).jaxpr)
-
-
-def count_flops(jaxpr: Any) -> int:
-  """Returns twice the multiplications of every matrix product and convolution in a jaxpr, loops counted out.
-
-  XLA's own cost analysis counts the body of a loop once.
+  Counted in programs without anything that computes twice, and without attention that is one opaque operation.
   """
-  total = 0
-  for eqn in jaxpr.eqns:
-    name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
-    if name == "dot_general":
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += 2 * out.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-    elif name == "conv_general_dilated":
-      kernel = eqn.invars[1].aval
-      features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-      total += 2 * out.size * kernel.size // features
-    else:
-      times = eqn.params["length"] if name == "scan" else 1
-      for value in eqn.params.values():
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-          total += times * count_flops(inner)
-  return total
+  plain = copy.copy(config)
+  plain.compute = dataclasses.replace(config.compute, remat="none", attention="xla", unroll=1)
+  plain.loss = dataclasses.replace(config.loss, accumulate=1, chunk_size=0)
+  task = task_of(plain)
+  params, stats = jax.eval_shape(task.init, jax.random.key(0))
+  trained, frozen = split(params, config.trainable)
 
+  def loss(trained, frozen, stats, batch):
+    return task.loss({**frozen, **trained}, stats, batch, jax.random.key(0))[0]
 
-def matmul_limit(dtype: str, size: int = 0) -> float:
-  """Returns the FLOP/s of the largest square matrix product that is quick to time here, over all devices."""
-  size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-  a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-  product = jax.jit(lambda a: a @ a)
-  product(a).block_until_ready()
-  best = min(_timed(lambda: product(a).block_until_ready()) for _ in range(5))
-  return 2 * size**3 / best * (1 if jax.default_backend() == "cpu" else jax.device_count())
-
-
-def _timed(function: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start
-
-
-def _peak_memory() -> int:
-  """Returns the most bytes in use on a device, or, on a CPU, by this process with everything in it."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _short(value: Any) -> Any:
-  if isinstance(value, list):
-    return [_short(v) for v in value]
-  return float(f"{value:.4g}") if isinstance(value, float) else value
+  forward, both = (count_flops(jax.make_jaxpr(f)(trained, frozen, stats, batch).jaxpr)
+                   for f in (loss, jax.value_and_grad(loss)))
+  return forward, both

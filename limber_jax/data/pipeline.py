@@ -115,15 +115,16 @@ def train_batches(source: Source, transform: Transform, *, batch_size: int, rows
   return _batches(examples, start_step, sys.maxsize // batch_size, workers, threads, prefetch)
 
 
-def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows: slice | None = None, workers: int = 0,
-                 threads: int = 8, prefetch: int = 2) -> Batches:
-  """Returns one pass in the order of the source, as `train_batches` has it, with "mask" bool [b]: True where real.
+def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows: slice | None = None,
+                 indices: np.ndarray | None = None, workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
+  """Returns one pass in the order of the source, as `train_batches` has it, with "real" bool [b].
 
-  The last batch is filled with the last record, where mask is False. The transform gets None for its rng. `rows` None
-  means the whole batch.
+  The last batch is filled with the last record, where real is False. The transform gets None for its rng. `rows` None
+  means the whole batch. With `indices` int [n] the pass is over these records, in this order.
   """
-  examples = _Examples(source, transform, batch_size, rows or slice(0, batch_size), None)
-  return _batches(examples, 0, -(-len(source) // batch_size), workers, threads, prefetch)
+  examples = _Examples(source, transform, batch_size, rows or slice(0, batch_size), None, indices)
+  n = len(source) if indices is None else len(indices)
+  return _batches(examples, 0, -(-n // batch_size), workers, threads, prefetch)
 
 
 def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_size: int, seed: int) -> str:
@@ -132,7 +133,7 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   Where the data and the tokenizer are kept does not count, nor how they are read.
   """
   settings = dataclasses.asdict(data)
-  for name in ("workers", "threads", "prefetch"):
+  for name in ("workers", "threads", "prefetch", "features"):
     del settings[name]
   del settings["source"]["path"], settings["source"]["images"], settings["tokenizer"]["path"]
   what = [source.fingerprint(), tokenizer.fingerprint(), settings, batch_size, seed]
@@ -148,6 +149,7 @@ class _Examples:
   batch_size: int
   rows: slice
   seed: int | None  # None: in order, once
+  indices: np.ndarray | None = None  # where in order: of the records to take; None: all
 
   def __post_init__(self):
     if not len(self.source):
@@ -175,9 +177,10 @@ class _Examples:
     return _stack([self._example(position) for position in range(start, start + self.piece)])
 
   def _example(self, position: int) -> dict[str, Any]:
-    n = len(self.source)
+    n = len(self.source) if self.indices is None else len(self.indices)
     if self.seed is None:
-      index, rng, extra = min(position, n - 1), None, {"mask": np.bool_(position < n)}
+      index, rng, extra = min(position, n - 1), None, {"real": np.bool_(position < n)}
+      index = index if self.indices is None else int(self.indices[index])
     else:
       index, rng, extra = order(n, self.seed, position), np.random.default_rng((self.seed, position)), {}
     record = {}

@@ -190,7 +190,7 @@ def _read_bpe(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
             or (os.path.isfile(f"{path}/vocab.json") and os.path.isfile(f"{path}/merges.txt"))):
       raise UserError(f"config.data.tokenizer.path={path!r}: no tokenizer.json there, nor vocab.json and merges.txt")
   else:
-    path = _fetch(path)
+    path = _fetch(path, "clip")
   import transformers  # only here: it takes seconds
 
   # Of transformers' tokenizer only the tables are used: its cleaning and splitting differ from CLIP's.
@@ -198,7 +198,7 @@ def _read_bpe(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
   return model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
 
 
-def _fetch(name: str) -> str:
+def _fetch(name: str, kind: str) -> str:
   """Returns the local directory of a hub repository's tokenizer.json, downloaded if it is not there yet."""
   import huggingface_hub  # only here, with transformers
 
@@ -209,10 +209,11 @@ def _fetch(name: str) -> str:
       file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
     raise UserError(
-      f"tokenizer 'clip': {name!r} is no file or directory here, and the hub does not give its tokenizer.json "
-      f"({' '.join(str(error).split())[:120]}); point at a local copy (a directory with tokenizer.json, or OpenAI's "
-      "bpe_simple_vocab_16e6.txt.gz) with --config.data.tokenizer.path=…, or use --config.data.tokenizer.name=bytes, "
-      "which needs no file") from error
+      f"tokenizer {kind!r}: {name!r} is no file or directory here, and the hub does not give its tokenizer.json "
+      f"({' '.join(str(error).split())[:120]}); point at a local copy (a directory with tokenizer.json"
+      + (", or OpenAI's bpe_simple_vocab_16e6.txt.gz" if kind == "clip" else "")
+      + ") with --config.data.tokenizer.path=…, or use --config.data.tokenizer.name=bytes, which needs no file"
+    ) from error
   return os.path.dirname(file)
 
 
@@ -229,6 +230,66 @@ def _read_openai(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
   letters = [_LETTER[byte] for byte in _ORDER]
   tokens = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges), START, END]
   return {token: i for i, token in enumerate(tokens)}, merges
+
+
+class Gpt2Tokenizer(Tokenizer):
+  """GPT-2's byte-pair encoding, which GPT-J reads too; the text is taken as it is, case and spaces included.
+
+  `path` is a directory with tokenizer.json, or with vocab.json and merges.txt; or a hub id. "" = EleutherAI/gpt-j-6B on
+  the hub. "<|endoftext|>" starts and ends texts; inside of one it is letters like any others.
+  """
+
+  def __init__(self, path: str = ""):
+    path = path or "EleutherAI/gpt-j-6B"
+    folder = path if os.path.isdir(path) else _fetch(path, "gpt2")
+    try:
+      if os.path.isfile(file := os.path.join(folder, "tokenizer.json")):
+        with open(file, encoding="utf-8") as opened:
+          model = json.load(opened)["model"]
+        vocab = model["vocab"]
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+      else:
+        vocab, merges = tokenizers.models.BPE.read_file(os.path.join(folder, "vocab.json"),
+                                                        os.path.join(folder, "merges.txt"))
+    except Exception as error:  # tokenizers raises nothing narrower
+      raise UserError(f"config.data.tokenizer.path={path!r}: no tokenizer.json there, nor vocab.json and merges.txt "
+                      f"({error})") from error
+    missing = next((t for t in ("<|endoftext|>", *_LETTER.values()) if t not in vocab), None)
+    if missing is not None:
+      raise UserError(f"config.data.tokenizer.path={path!r}: not GPT-2's vocabulary, {missing!r} is not among its "
+                      f"{len(vocab)} tokens")
+    self._tables = vocab, merges
+    self._prepare()
+
+  def _prepare(self) -> None:
+    vocab, merges = self._tables
+    self._bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    self._bpe.decoder = tokenizers.decoders.ByteLevel()
+    self.vocab_size = max(vocab.values()) + 1
+    self.sot = self.eot = vocab["<|endoftext|>"]
+
+  def __getstate__(self):
+    return self._tables
+
+  def __setstate__(self, state):
+    self._tables = state
+    self._prepare()
+
+  def __call__(self, texts: str | Sequence[str], length: int, truncate: bool = True) -> np.ndarray:
+    raise UserError("tokenizer 'gpt2' starts and ends texts with one id: a CLIP text tower would take the start for "
+                    "the end; choose clip, bpe or bytes for --config.data.tokenizer.name")
+
+  def encode(self, text: str) -> list[int]:
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no text
+    return self._bpe.encode(text).ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._bpe.decode(list(self._body(ids)), skip_special_tokens=False)
+
+  def fingerprint(self) -> str:
+    vocab, merges = self._tables
+    return hashlib.sha256(json.dumps([sorted(vocab.items()), list(map(list, merges))]).encode()).hexdigest()[:16]
 
 
 class BpeTokenizer(Tokenizer):

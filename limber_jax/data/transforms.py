@@ -19,7 +19,8 @@ Transform = Callable[[Record, np.random.Generator | None], Record]
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
 RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
-CROPS = ("random", "center", "resized")
+CROPS = ("random", "center", "resized", "squash", "native")
+RESAMPLES = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_scale: Sequence[float]) -> Transform:
@@ -39,6 +40,19 @@ def evaluation(image_size: int, tokenizer: Tokenizer, context: int) -> Transform
   """Returns (record, None) -> as `train` has it, with the center crop, the first text, and "label": int32 [] if any."""
   return Chain((Decode(), ResizeCrop(image_size, "center"), Tokenize(tokenizer, context),
                 Keep(("image", "tokens", "label"))))
+
+
+def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int, start: bool = False) -> Transform:
+  """Returns (record, rng) -> {name: uint8 [size, size, 3] for each rule, "tokens", "mask" [length], "label" if any}.
+
+  Args:
+    rules: what becomes of the image, by the name of the result; none where only the text is wanted.
+    tokenizer: from `tokenizers.load`.
+    length, start: see `TokenizeCaption`.
+  """
+  images = (Decode(), Images(tuple(rules.items()))) if rules else ()
+  kept = (*rules, "tokens", "mask", "label")
+  return Chain((*images, TokenizeCaption(tokenizer, length, start), Keep(kept)))
 
 
 @dataclass(frozen=True)
@@ -91,39 +105,46 @@ def _check_size(width: int, height: int) -> None:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-  """"image": uint8 [h, w, 3] -> uint8 [size, size, 3], scaled by PIL's bicubic filter (antialiased).
+  """"image": uint8 [h, w, 3] -> uint8 [size, size, 3], scaled by PIL's filter `resample` (antialiased).
 
   crop:
     center: the shortest side to `size`, then the middle: CLIP's preprocessing, equal to torchvision's
       Resize(size, BICUBIC) and CenterCrop(size) to the bit.
     random: the shortest side to `size`, then a random place: the paper's only augmentation (arXiv 2103.00020, 2.4).
     resized: a random box of a share `scale` of the area and a ratio of sides in RATIO, scaled: open_clip's.
+    squash: both sides to `size`, whatever the aspect: BEiT's preprocessing.
+    native: the middle at its own resolution, black where the image is smaller: how LiMBeR's code fed NF-ResNet50.
   """
 
   size: int
   crop: str
   scale: tuple[float, ...] = (0.9, 1.0)
+  resample: str = "bicubic"
 
   def __post_init__(self):
     choose("data.crop", self.crop, CROPS)
+    choose("resample", self.resample, tuple(RESAMPLES))
     if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise UserError(f"config.data.crop_scale={self.scale}: wanted two shares of the area, 0 < low <= high <= 1")
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image = Image.fromarray(record["image"])
+    image, square, resample = Image.fromarray(record["image"]), (self.size, self.size), RESAMPLES[self.resample]
     if self.crop == "resized":
       box = random_box(image.width, image.height, self.scale, rng)
-      image = image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
+      image = image.crop(box).resize(square, resample)
+    elif self.crop == "squash":
+      image = image.resize(square, resample)
     else:
-      image = resize_shortest(image, self.size)
+      if self.crop != "native":
+        image = resize_shortest(image, self.size, resample)
       slack = image.width - self.size, image.height - self.size
       # round() as torchvision does it: half to even
-      left, top = (round(s / 2) if self.crop == "center" else int(rng.integers(s + 1)) for s in slack)
+      left, top = (int(rng.integers(s + 1)) if self.crop == "random" else round(s / 2) for s in slack)
       image = image.crop((left, top, left + self.size, top + self.size))
     return record | {"image": np.asarray(image)}
 
 
-def resize_shortest(image: Image.Image, size: int) -> Image.Image:
+def resize_shortest(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
   """Returns the image with its shortest side `size` pixels long; raises UserError if the other is beyond measure."""
   width, height = image.size
   short = min(width, height)
@@ -131,7 +152,7 @@ def resize_shortest(image: Image.Image, size: int) -> Image.Image:
   if width * height > MAX_PIXELS:
     raise UserError(f"image of {image.width} × {image.height} pixels would be scaled to {width} × {height}; "
                     f"at most {MAX_PIXELS:,} pixels are handled")
-  return image.resize((width, height), Image.Resampling.BICUBIC)
+  return image.resize((width, height), resample)
 
 
 def random_box(width: int, height: int, scale: Sequence[float], rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -154,17 +175,57 @@ def random_box(width: int, height: int, scale: Sequence[float], rng: np.random.G
 
 
 @dataclass(frozen=True)
+class Images:
+  """Several images out of the one decoded, by name; each rule draws the same random numbers."""
+
+  rules: tuple[tuple[str, ResizeCrop], ...]
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    start = rng.bit_generator.state if rng is not None else None
+    out = dict(record)
+    for name, rule in self.rules:
+      if rng is not None:
+        rng.bit_generator.state = start
+      out[name] = rule(record, rng)["image"]
+    return out
+
+
+def one_text(record: Record, rng: np.random.Generator | None) -> str:
+  """Returns a text of the record: of several a random one, or the first if there is no rng."""
+  if rng is not None and "texts" in record:
+    return record["texts"][rng.integers(len(record["texts"]))]
+  return record["text"]
+
+
+@dataclass(frozen=True)
 class Tokenize:
-  """Adds "tokens": int32 [length]; of several texts a random one, or the first if there is no rng."""
+  """Adds "tokens": int32 [length], start, ids, end, 0 …: what CLIP's text tower reads."""
 
   tokenizer: Tokenizer
   length: int
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    text = record["text"]
-    if rng is not None and "texts" in record:
-      text = record["texts"][rng.integers(len(record["texts"]))]
-    return record | {"tokens": self.tokenizer(text, self.length)[0]}
+    return record | {"tokens": self.tokenizer(one_text(record, rng), self.length)[0]}
+
+
+@dataclass(frozen=True)
+class TokenizeCaption:
+  """Adds "tokens": int32 [length], ids, end, end …, and "mask": bool [length], True up to the first end.
+
+  This is what a language model learns to write. A text too long loses its last ids and has no end then: it would teach
+  to stop in the middle of a sentence. With `start` the end of another text comes first.
+  """
+
+  tokenizer: Tokenizer
+  length: int
+  start: bool = False
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    eot = self.tokenizer.eot
+    ids = [*[eot] * self.start, *self.tokenizer.encode(one_text(record, rng)), eot][: self.length]
+    tokens = np.full(self.length, eot, np.int32)
+    tokens[: len(ids)] = ids
+    return record | {"tokens": tokens, "mask": np.arange(self.length) < len(ids)}
 
 
 @dataclass(frozen=True)

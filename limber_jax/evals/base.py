@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from limber_jax.config import Evaluation
-from limber_jax.data import pipeline, transforms
+from limber_jax.config import Decoding, Evaluation
+from limber_jax.data import pipeline
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
+from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
 from limber_jax.parallel import global_batch, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
@@ -28,8 +29,9 @@ class Context:
   """What evaluations share."""
 
   tokenizer: Tokenizer
-  image_size: int                           # pixels
-  context_length: int                       # T, tokens
+  transform: Transform                      # of records, by the task
+  length: int                               # T, tokens of a text
+  decoding: Decoding                        # of what is generated
   mesh: Mesh
   workdir: str                              # where pictures go
   stop: Callable[[], bool] = lambda: False  # asked between batches; several processes must get the same answer
@@ -61,7 +63,7 @@ class Runner:
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
     if not len(self.source):
       raise UserError(f"evaluation {config.name!r}: data source {config.source.name!r} has no records")
-    self.transform = transforms.evaluation(context.image_size, context.tokenizer, context.context_length)
+    self.transform = context.transform
     self._batch_size = config.batch_size
     self._rows = local_rows(config.batch_size, context.mesh)  # of a batch that this process loads
     self._jitted: dict[str, Callable[..., Any]] = {}
@@ -78,15 +80,33 @@ class Runner:
     """
 
     def run(params, stats, batch):
-      return {"embedding": embed(params, stats, batch.pop("image")), **batch}
+      kept = {k: batch[k] for k in ("index", "label") if k in batch}
+      return {"embedding": embed(params, stats, batch["image"]), **kept}
+
+    return self.run_source("source", run, params, stats)
+
+  def run_source(self, name: str, function: Callable[..., dict], params: dict, stats: dict) -> Iterator[dict]:
+    """Yields the tree of arrays [b, ...] that function(params, stats, batch) gives of the source, in order.
+
+    Args:
+      name: of the function; functions of one name are jitted once.
+      function: gets what the transform gives, stacked, and "index" int32 [B]; its results have B rows.
+      params, stats: on the mesh, or numpy arrays.
+
+    Raises:
+      Stopped: between two batches, the run was asked to end.
+    """
+
+    def run(params, stats, batch):
+      real = batch.pop("real")
+      return real, function(params, stats, batch)
 
     with pipeline.eval_batches(self.source, self.transform, batch_size=self._batch_size, rows=self._rows,
                                workers=self.context.workers, threads=self.context.threads) as batches:
       for batch in batches:
-        del batch["tokens"]
-        out = self._call("source", run, params, stats, batch | {"index": batch["index"].astype(np.int32)})
-        mask = out.pop("mask")
-        yield {k: v[mask] for k, v in out.items()}
+        batch["index"] = batch["index"].astype(np.int32)
+        real, out = self._call(name, run, params, stats, batch)
+        yield jax.tree.map(lambda x, real=real: x[real], out)
 
   def embed_rows(self, name: str, embed: Callable[..., Any], params: dict, stats: dict, rows: np.ndarray) -> np.ndarray:
     """Returns float32 [n, E] of all `rows` [n, ...], which every process holds.

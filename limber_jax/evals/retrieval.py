@@ -29,7 +29,7 @@ class Retrieval:
     records = map(self._runner.source.annotation, range(len(self._runner.source)))
     texts = [r.get("texts", (r["text"],)) for r in records]
     self._owner = np.repeat(np.arange(len(texts)), [len(t) for t in texts])  # [captions]: the image of each
-    tokens = context.tokenizer([t for several in texts for t in several], context.context_length)
+    tokens = context.tokenizer([t for several in texts for t in several], context.length)
     # Captions of the same tokens are embedded once: the rounding differs between rows of a batch, and ties would break.
     self._tokens, self._which = np.unique(tokens, axis=0, return_inverse=True)
 

@@ -31,7 +31,7 @@ class Similarity:
 
   def __init__(self, config: Evaluation, context: Context):
     self._runner = Runner(config, context)
-    source, length = self._runner.source, context.context_length
+    source, length = self._runner.source, context.length
     if "label" in source.annotation(0):
       names, templates = class_names(config, source), load_templates(config.templates)
       records = _one_of_each(source, len(names), f"evaluation 'similarity' on data source {config.source.name!r}")

@@ -33,7 +33,7 @@ class ZeroShot:
     if "label" not in self._runner.source.annotation(0):
       raise UserError(f"{self._where}: its records have no labels; set source.label_key, or choose another evaluation")
     self._classes = class_names(config, self._runner.source)
-    self._tokens = prompts(context.tokenizer, self._classes, load_templates(config.templates), context.context_length)
+    self._tokens = prompts(context.tokenizer, self._classes, load_templates(config.templates), context.length)
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     weights = ensemble(partial(self._runner.embed_rows, "text", predict["embed_text"], params, stats), self._tokens)

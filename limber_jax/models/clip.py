@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute, choose, flatten
-from limber_jax.errors import UserError, did_you_mean
+from limber_jax.config import Compute, choose, unflatten
+from limber_jax.errors import UserError
 from limber_jax.models import resnet, text, vit
 from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
 from limber_jax.models.resnet import ResNet, ResNetSize
@@ -29,8 +29,8 @@ class ClipSize:
   image: ViTSize | ResNetSize = field(default_factory=ViTSize)
   text: TextSize = field(default_factory=TextSize)
   activation: str = "quick_gelu"
-  mean: tuple[float, ...] = MEAN
-  std: tuple[float, ...] = STD
+  mean: tuple[float, float, float] = MEAN
+  std: tuple[float, float, float] = STD
 
 
 def _size(embed_dim, image, text_width) -> Callable[[], ClipSize]:
@@ -178,30 +178,5 @@ HF_IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 
 def size_from_dict(values: dict[str, Any]) -> ClipSize:
-  """Returns the size whose `config.flatten` gave `values`, such as {"embed_dim": 512, "image.kind": "vit", …}.
-
-  Raises:
-    UserError: a field is missing, unknown or of another type.
-  """
-  towers = {"vit": ViTSize, "resnet": ResNetSize}
-  if values.get("image.kind") not in towers:
-    raise UserError(f"image.kind: expected one of {', '.join(towers)}, got {values.get('image.kind')!r}")
-  size = ClipSize(image=towers[values["image.kind"]]())
-  defaults = flatten(size)
-  for name in defaults:
-    if name not in values:
-      raise UserError(f"{name} is missing")
-  for name, value in values.items():
-    if name not in defaults:
-      raise UserError(f"{name}: no such field{did_you_mean(name, defaults)}")
-    if not _alike(value, defaults[name]):
-      raise UserError(f"{name}: expected something like {defaults[name]!r}, got {value!r}")
-    *path, field_name = name.split(".")
-    setattr(getattr(size, path[0]) if path else size, field_name, tuple(value) if isinstance(value, list) else value)
-  return size
-
-
-def _alike(value: object, default: object) -> bool:
-  if isinstance(default, list):
-    return isinstance(value, list) and len(value) == len(default) and all(map(_alike, value, default))
-  return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+  """Returns the size whose `config.flatten` gave `values`; raises UserError as `config.unflatten` does."""
+  return unflatten(ClipSize, values)

@@ -20,10 +20,10 @@ class ResNetSize:
   """Sizes of a ModifiedResNet."""
 
   kind: str = "resnet"
-  image_size: int = 224                      # pixels a side
-  layers: tuple[int, ...] = (3, 4, 6, 3)     # blocks in each of the four stages
-  width: int = 64                            # channels after the stem
-  heads: int = 32                            # of the attention pooling
+  image_size: int = 224                             # pixels a side
+  layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # blocks in each of the four stages
+  width: int = 64                                   # channels after the stem
+  heads: int = 32                                   # of the attention pooling
 
   @property
   def num_tokens(self) -> int:

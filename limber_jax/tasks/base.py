@@ -5,6 +5,9 @@ from typing import Any, Protocol
 
 import jax
 
+from limber_jax.config import Data
+from limber_jax.data.tokenizers import Tokenizer
+from limber_jax.data.transforms import Transform
 from limber_jax.parallel import Rules
 
 
@@ -13,9 +16,25 @@ class Task(Protocol):
 
   sharding: Rules
   """Rows for `parallel.shardings` that fit every leaf of `init`'s parameters and statistics."""
+  vocab: int
+  """The number of ids that the model knows."""
+  length: int
+  """T, the tokens of a text."""
+
+  def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> Transform:
+    """Returns (record, rng) -> arrays of a batch's row; the rng is None where not `train`."""
+    ...
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns (params {"image": …, "text": …, "logit_scale": []}, stats {"image": …}): parameters by part."""
+    """Returns (params {"image": …, "text": …, "logit_scale": []}, stats {"image": …}), by part."""
+    ...
+
+  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (params, stats) of one part from disk, laid out as the ShapeDtypeStructs `like` and `stats` say.
+
+    Raises:
+      UserError: nothing there, or another model; the message names what does not fit.
+    """
     ...
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:

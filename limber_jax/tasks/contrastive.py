@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses
-from limber_jax.config import Config, choose
+from limber_jax.config import Config, Data, choose
+from limber_jax.data import transforms
+from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import clip
-from limber_jax.parallel import BATCH, constrain
+from limber_jax.parallel import BATCH, place
+from limber_jax.tasks import pieces
+from limber_jax.weights import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Contrastive:
                       "config.compute.remat=full or more devices, or a ViT")
     return cls(clip.build(config.model, config.compute), loss.kind, loss.chunk_size, loss.accumulate, config.trainable)
 
+  @property
+  def vocab(self) -> int:
+    return self.model.size.text.vocab
+
+  @property
+  def length(self) -> int:
+    return self.model.size.text.context
+
+  def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
+    side = self.model.size.image.image_size
+    if train:
+      return transforms.train(side, tokenizer, self.length, data.crop, data.crop_scale)
+    return transforms.evaluation(side, tokenizer, self.length)
+
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     image = self.model.init_image(jax.random.fold_in(rng, 0))
     text = self.model.init_text(jax.random.fold_in(rng, 1))
@@ -50,6 +68,9 @@ class Contrastive:
       params["logit_scale"] = jnp.float32(losses.SIGLIP_LOG_SCALE)
       params["logit_bias"] = jnp.float32(losses.SIGLIP_BIAS)
     return params, {"image": image["batch_stats"]} if "batch_stats" in image else {}
+
+  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+    return place(load.load_into(path, part, self.model.size, like, stats), (like, stats))
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     del rng  # the towers have no dropout
@@ -79,17 +100,8 @@ class Contrastive:
       image, _ = self.model.encode_image(params["image"], image_stats, args[0])
       return image.pooled, self.model.encode_text(params["text"], args[1]).pooled
 
-    image, text = jax.lax.map(piece, jax.tree.map(self._split, (images, tokens)))
-    return self._join(image), self._join(text), stats
-
-  def _split(self, x: jax.Array) -> jax.Array:
-    """[N, ...] -> [k, N/k, ...], every k-th row to a piece, so that each device keeps rows of each piece."""
-    x = x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(x, None, BATCH, *(None,) * (x.ndim - 2))
-
-  def _join(self, x: jax.Array) -> jax.Array:
-    """[k, N/k, E] -> [N, E], undoing `_split`."""
-    return constrain(x.swapaxes(0, 1).reshape(-1, x.shape[-1]), BATCH, None)
+    image, text = jax.lax.map(piece, (pieces.split(images, self.accumulate), pieces.split(tokens, self.accumulate)))
+    return pieces.join(image), pieces.join(text), stats
 
   def project(self, params: dict) -> dict:
     return params | {"logit_scale": jnp.clip(params["logit_scale"], 0, losses.MAX_LOG_SCALE)}

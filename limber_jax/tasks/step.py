@@ -7,8 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from limber_jax.state import TrainState
+from limber_jax.state import Frozen, TrainState, split
 from limber_jax.tasks.base import Task
+
+
+def make_init(task: Task, tx: optax.GradientTransformation, trainable: tuple[str, ...]) -> Callable[..., Any]:
+  """Returns init(rng) -> (TrainState, Frozen), all parts at random: a pure function."""
+
+  def init(rng: jax.Array) -> tuple[TrainState, Frozen]:
+    params, stats = task.init(rng)
+    (trained, fixed), (moving, still) = split(params, trainable), split(stats, trainable)
+    return TrainState.create(trained, moving, tx), Frozen(fixed, still)
+
+  return init
 
 
 def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule) -> Callable[..., Any]:
@@ -18,13 +29,14 @@ def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule) 
   untouched, `state.step` (the position in the data) goes on, and metrics["skipped"] is 1.
   """
 
-  def train_step(state: TrainState, frozen: dict, batch: dict, rng: jax.Array):
+  def train_step(state: TrainState, frozen: Frozen, batch: dict, rng: jax.Array):
     rng = jax.random.fold_in(rng, state.step)
 
     def loss_fn(params):
-      return task.loss({**frozen, **params}, state.stats, batch, rng)
+      return task.loss({**frozen.params, **params}, {**frozen.stats, **state.stats}, batch, rng)
 
     (loss, (metrics, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    stats = {part: stats[part] for part in state.stats}
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -1,15 +1,21 @@
 """Weights to disk, for other libraries and for us. Tokenizer files are not part of it."""
 
 import json
+import math
 import os
 from typing import Any
 
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
 from safetensors.numpy import save_file
 
 from limber_jax.config import flatten
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.models import clip
+from limber_jax.models import clip, gptj
 from limber_jax.models.clip import ClipSize
+from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import convert
@@ -35,15 +41,85 @@ def save(path: str, to: str, size: ClipSize, params: dict[str, Any], stats: dict
   configs, weights, rows = FORMATS[to](size, tree)
   tensors = convert.export(rows, tree)
   try:
-    os.makedirs(path, exist_ok=True)
-    if os.listdir(path):
-      raise UserError(f"{path} holds something already; choose a new directory")
-    for name, values in configs.items():
-      with open(os.path.join(path, name), "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-    save_file(tensors, os.path.join(path, weights), metadata={"format": "pt"})  # transformers asks for the entry
+    _start(path, configs)
+    _save(path, weights, tensors)
   except OSError as error:
     raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def save_lm(path: str, size: GPTJSize, params: dict[str, Any], *, dtype: str = "float32",
+            shard_bytes: int = 5_000_000_000) -> None:
+  """Writes a GPT-J into the new or empty directory `path`, as GPTJForCausalLM.from_pretrained(path) opens it.
+
+  Args:
+    path: the directory.
+    size: of the model.
+    params: of the part "lm", on the host or on devices of this process.
+    dtype: of the file: float32, bfloat16 or float16.
+    shard_bytes: the most that one file holds, unless a single tensor is larger; the host holds one file at a time.
+
+  Raises:
+    UserError: a leaf that a GPT-J has no place for, such as adapters, or `path` cannot be written or holds something.
+  """
+  if dtype not in (known := ("float32", "bfloat16", "float16")):
+    raise UserError(f"no dtype {dtype!r}{did_you_mean(dtype, known)}")
+  leaves = flax.traverse_util.flatten_dict(params, sep="/")
+  width = jnp.dtype(dtype).itemsize
+  shards: list[list[tuple[str, str, str, int | None]]] = [[]]  # (their name, our path, how, block)
+  used = total = 0
+  for ours, theirs, how in convert.plan_export(gptj.HF_WEIGHTS, params):
+    blocks = range(leaves[ours].shape[0]) if "{" in theirs else (None,)
+    for i in blocks:
+      one = width * math.prod(leaves[ours].shape[i is not None :])
+      if used + one > shard_bytes and shards[-1]:
+        shards.append([])
+        used = 0
+      used += one
+      total += one
+      shards[-1].append((theirs.replace("{}", str(i)), ours, how, i))
+  single = len(shards) == 1
+  names = ["model.safetensors" if single else f"model-{n:05}-of-{len(shards):05}.safetensors"
+           for n in range(1, len(shards) + 1)]
+  configs = {"config.json": _gptj_config(size, dtype)}
+  if not single:
+    configs["model.safetensors.index.json"] = {
+      "metadata": {"total_size": total},
+      "weight_map": {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}}
+  try:
+    _start(path, configs)
+    for name, shard in zip(names, shards, strict=True):
+      tensors: dict[str, np.ndarray] = {}
+      for theirs, ours, how, i in shard:
+        leaf = jax.device_get(leaves[ours] if i is None else leaves[ours][i])
+        tensors |= convert.export(((ours, theirs, how),), flax.traverse_util.unflatten_dict({ours: leaf}, sep="/"))
+        tensors[theirs] = tensors[theirs].astype(jnp.dtype(dtype), copy=False)
+      _save(path, name, tensors)
+  except OSError as error:
+    raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def _start(path: str, configs: dict[str, dict]) -> None:
+  os.makedirs(path, exist_ok=True)
+  if os.listdir(path):
+    raise UserError(f"{path} holds something already; choose a new directory")
+  for name, values in configs.items():
+    with open(os.path.join(path, name), "w", encoding="utf-8") as file:
+      json.dump(values, file, indent=1)
+
+
+def _save(path: str, name: str, tensors: dict[str, np.ndarray]) -> None:
+  save_file(tensors, os.path.join(path, name), metadata={"format": "pt"})  # transformers asks for the entry
+
+
+def _gptj_config(size: GPTJSize, dtype: str) -> dict[str, Any]:
+  end = 50_256 if size.vocab > 50_256 else None  # GPT-2's; of another vocabulary the end is not known here
+  return {
+    "architectures": ["GPTJForCausalLM"], "model_type": "gptj", "dtype": dtype,
+    "vocab_size": size.vocab, "n_positions": size.context, "n_embd": size.width, "n_layer": size.layers,
+    "n_head": size.heads, "rotary_dim": size.rotary, "n_inner": None, "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02,
+    "tie_word_embeddings": False, "bos_token_id": end, "eos_token_id": end,
+  }
 
 
 def _limber(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:

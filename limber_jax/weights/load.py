@@ -1,14 +1,23 @@
 """Weights from disk, in any of the formats below; which one is seen from the files themselves.
 
+Whole CLIPs, by `load`:
+
     a directory   limber_config.json + params.safetensors                          written by `weights.export`
                   open_clip_config.json + open_clip_model.safetensors              open_clip
                   config.json + model.safetensors (or its shards and their index)  CLIPModel of HF transformers
                   config.json + checkpoints                                        a workdir of limber_jax.train: its
                                                                                    best checkpoint, or else its newest
-    a file        *.safetensors, *.npz                                             a state dict in OpenAI's names
+    a file        safetensors, npz, torch.save, torch.jit.save                     a state dict in OpenAI's names
 
-A state dict has no configuration: its sizes are recovered from its shapes, with heads 64 wide and QuickGELU, as all of
-OpenAI's models have. A further format is one function in `FORMATS`.
+Parts of a LiMBeR, by `load_part`, each from a workdir that has the part, too:
+
+    lm      a directory with config.json of a GPTJForCausalLM, or its file of weights alone
+    image   any of the CLIPs above; a directory with config.json of a BEiT or of timm's nf_resnet; their file alone
+    prompt  a file of `weights.projection`; proj.ckpt of jmerullo/limber
+
+Where a directory has no safetensors, PyTorch's pickles are read (`weights.pickles` says how that is safe), and of a
+GPT-J Flax's msgpack. A state dict has no configuration: the sizes of a CLIP are recovered from its shapes, with heads
+64 wide and QuickGELU, as all of OpenAI's models have. A further format of CLIP is one function in `FORMATS`.
 """
 
 import contextlib
@@ -23,18 +32,22 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from limber_jax.checkpoint import Checkpoints
-from limber_jax.config import Checkpoint, Compute
+from limber_jax.config import Checkpoint, Compute, flatten
 from limber_jax.errors import UserError
-from limber_jax.models import clip
+from limber_jax.models import clip, gptj, prompt
+from limber_jax.models.beit import BeitSize
 from limber_jax.models.clip import ClipSize
+from limber_jax.models.encoders import Encoder, EncoderSize
+from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import ACTIVATIONS, Rows
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import files
-from limber_jax.weights.convert import convert, identity, pattern
+from limber_jax.weights.convert import convert, identity, pattern, stream
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ def load(path: str) -> Loaded:
   """Returns the model at `path`.
 
   Raises:
-    UserError: nothing there, a pickle, a model of another build, or tensors that do not fit it exactly.
+    UserError: nothing there, a file that is not only weights, a model of another build, or tensors that do not fit it
+      exactly.
   """
   opened = open_model(path)
   with _naming(path):
@@ -85,34 +99,70 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
     UserError: as of `load`, or a leaf has another shape; the message names it.
   """
   opened = open_model(path)
-  # What belongs to another part need not be read.
-  others = (pattern(theirs) for ours, theirs, _ in opened.rows if ours.removeprefix("stats/").split("/")[0] != part)
   with _naming(path):
     tree = convert(opened.rows, opened.source, {part: params} | ({"stats": {part: stats}} if stats else {}),
-                   (*opened.ignored, *others))
-  theirs, ours = ({"activation": s.activation, f"{part}.heads": getattr(s, part).heads}
-                  | ({"mean": tuple(s.mean), "std": tuple(s.std)} if part == "image" else {})
-                  for s in (opened.size, size))
-  for name, value in theirs.items():
-    if value != ours[name]:
-      raise UserError(f"{path} has {name}={value!r}, but this config's model has {ours[name]!r}; "
-                      f"set --config.model.{name}={value}")
+                   _ignored_beside(opened, part))
+  _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads,
+                                        "mean": size.mean, "std": size.std})
   return tree[part], tree.get("stats", {}).get(part, {})
+
+
+def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: dict[str, Any],
+              stats: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns (params, stats) of one part of a LiMBeR, on the devices: the host never holds more than a few tensors.
+
+  Args:
+    path: one of the sources above.
+    part: "image", "lm" or "prompt"; from a workdir any that was trained there, such as "adapters".
+    size: of the image or the lm; None of other parts. What shapes cannot show is compared with what the source says.
+    like: ShapeDtypeStructs of the parameters, whose types and shardings the result has (`convert.stream`).
+    stats: the same of the statistics; None or {} if the part has none.
+
+  Raises:
+    UserError: nothing there, another model, or tensors that do not fit exactly; the message names the first.
+  """
+  _exists(path)
+  if os.path.isdir(os.path.join(path, "checkpoints")) and not (part == "image" and _is_clip_run(path)):
+    return _part_of_run(path, part, size, like, stats or {})
+  readers = {"image": _image, "lm": _lm, "prompt": _prompt}
+  if part not in readers:
+    raise UserError(f"{path}: a part {part!r} is read from a workdir of limber_jax.train only")
+  source = readers[part](path, size, like)
+  with _naming(path):
+    tree = stream(source.rows, source.source, like | ({"stats": stats} if stats else {}), source.ignored)
+  return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
 
 
 def open_model(path: str) -> Opened:
   """Returns the model at `path` with its tensors yet to be read; raises UserError as `load` does."""
-  if not os.path.exists(path):
-    raise UserError(f"{path}: no such file or directory; weights are read from disk, and a model of the Hugging Face "
-                    f"hub is brought there by `hf download NAME --local-dir DIRECTORY`")
+  _exists(path)
   for read in FORMATS:
     if (opened := read(path)) is not None:
       return opened
-  for name in sorted(os.listdir(path)):
-    if name.endswith(files.PICKLES):
-      raise UserError(files.refusal(os.path.join(path, name)))
   raise UserError(f"{path}: no model there; looked for limber_config.json, open_clip_config.json with "
-                  f"open_clip_model.safetensors, and config.json with model.safetensors")
+                  f"open_clip_model.safetensors, and config.json with model.safetensors or pytorch_model.bin")
+
+
+def _exists(path: str) -> None:
+  if not os.path.exists(path):
+    raise UserError(f"{path}: no such file or directory; weights are read from disk, and a model of the Hugging Face "
+                    f"hub is brought there by `hf download NAME --local-dir DIRECTORY`")
+
+
+def _ignored_beside(opened: Opened, part: str) -> tuple[str, ...]:
+  """Returns the patterns of what need not be read for one part: the others' tensors too."""
+  others = (pattern(theirs) for ours, theirs, _ in opened.rows if ours.removeprefix("stats/").split("/")[0] != part)
+  return (*opened.ignored, *others)
+
+
+def _check_clip(path: str, part: str, theirs: ClipSize, ours: dict[str, Any]) -> None:
+  """Raises if the CLIP at `path` computes something else than `ours` says."""
+  has = {"activation": theirs.activation, f"{part}.heads": getattr(theirs, part).heads}
+  has |= {"mean": tuple(theirs.mean), "std": tuple(theirs.std)} if part == "image" else {}
+  for name, value in has.items():
+    if value != (tuple(ours[name]) if isinstance(value, tuple) else ours[name]):
+      raise UserError(f"{path} has {name}={value!r}, but this config's model has {ours[name]!r}; "
+                      f"set --config.model.{name}={value}")
 
 
 def shapes(size: ClipSize, logit_bias: bool = False) -> dict[str, Any]:
@@ -147,17 +197,18 @@ def _run(path: str) -> Opened | None:
   like = shapes(size, values["loss.kind"] == "sigmoid")
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-  stats = like.pop("stats", {})
-  trained = {k: v for k, v in like.items() if k in values["trainable"]}
+  stats_like = like.pop("stats", {})
+  trained, trained_stats = ({k: v for k, v in tree.items() if k in values["trainable"]} for tree in (like, stats_like))
   checkpoints = Checkpoints(path, Checkpoint(best=values["checkpoint.best"]))
   try:
-    params, stats = checkpoints.restore_params(checkpoints.find("best"), trained, stats)
+    params, stats = checkpoints.restore_params(checkpoints.find("best"), trained, trained_stats)
   finally:
     checkpoints.close()
   for part in like.keys() - trained.keys():  # what was frozen is in no checkpoint
     if not values.get(f"init.{part}"):
       raise UserError(f"{path}: its {part!r} was frozen at random values, which no checkpoint holds")
-    params[part], _ = load_into(values[f"init.{part}"], part, size, like[part], stats.get(part))
+    params[part], found = load_into(values[f"init.{part}"], part, size, like[part], stats_like.get(part))
+    stats = stats | ({part: found} if found else {})
   tree = params | ({"stats": stats} if stats else {})
   return Opened(size, flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/"), identity(tree))
 
@@ -176,11 +227,12 @@ _OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_p
 
 def _open_clip(path: str) -> Opened | None:
   config = os.path.join(path, "open_clip_config.json")
-  names = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
-  weights = [f for name in names if os.path.isfile(f := os.path.join(path, name))]
-  if not os.path.isfile(config) or not weights:
+  if not os.path.isfile(config):
     return None
-  source = files.tensors(weights[0])
+  source = _weights(path, ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
+                           "open_clip_pytorch_model.bin"))
+  if source is None:
+    return None
   if "vision_model.embeddings.class_embedding" in source:
     return None  # a directory for both libraries, whose weights are in transformers' names
   with _naming(config):
@@ -208,9 +260,8 @@ def _open_clip(path: str) -> Opened | None:
 
 
 def _hf(path: str) -> Opened | None:
-  config, index = os.path.join(path, "config.json"), os.path.join(path, "model.safetensors.index.json")
-  single = os.path.join(path, "model.safetensors")
-  if not os.path.isfile(config) or not (os.path.isfile(index) or os.path.isfile(single)):
+  config = os.path.join(path, "config.json")
+  if not os.path.isfile(config) or not any(os.path.isfile(os.path.join(path, name)) for name in _HF_FILES):
     return None
   # Only here, because it takes seconds; the defaults and older spellings of its configurations are its own matter.
   from huggingface_hub.errors import StrictDataclassError
@@ -237,8 +288,7 @@ def _hf(path: str) -> Opened | None:
                     layers=v.num_hidden_layers, heads=v.num_attention_heads)
     text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads)
   size = ClipSize(hf.projection_dim, image, text, t.hidden_act, *_hf_mean_std(path))
-  source = files.tensors(single) if os.path.isfile(single) else _shards(path, index)
-  return Opened(size, source, clip.HF_WEIGHTS["vit"], clip.HF_IGNORED)
+  return Opened(size, _weights(path, _HF_FILES), clip.HF_WEIGHTS["vit"], clip.HF_IGNORED)
 
 
 def _hf_mean_std(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -250,6 +300,17 @@ def _hf_mean_std(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         values = values.get("image_processor", values)
         return tuple(values.get("image_mean", clip.MEAN)), tuple(values.get("image_std", clip.STD))
   return clip.MEAN, clip.STD
+
+
+_HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def _weights(path: str, names: tuple[str, ...]) -> dict[str, files.Tensor] | None:
+  """Returns the tensors of the first of these files that is in the directory, or of the shards it lists."""
+  for name in names:
+    if os.path.isfile(file := os.path.join(path, name)):
+      return _shards(path, file) if name.endswith(".index.json") else files.tensors(file)
+  return None
 
 
 def _shards(path: str, index: str) -> dict[str, files.Tensor]:
@@ -294,11 +355,195 @@ def _openai(path: str) -> Opened | None:
     text = TextSize(shape("positional_embedding")[0], vocab, text_width, count("transformer.resblocks."),
                     max(text_width // 64, 1))
     size = ClipSize(shape("text_projection")[-1], image, text)
-  return Opened(size, source, clip.OPENAI_WEIGHTS[image.kind], clip.OPENAI_IGNORED)
+  # An archive of torch.jit.save holds the attributes of its modules too, and one of them is the causal mask.
+  return Opened(size, source, clip.OPENAI_WEIGHTS[image.kind],
+                (*clip.OPENAI_IGNORED, r"(visual\.)?transformer\.resblocks\.\d+\.attn_mask"))
 
 
 FORMATS: tuple[Callable[[str], Opened | None], ...] = (_limber, _open_clip, _run, _hf, _openai)
 """Each returns None if `path` is not of its format."""
+
+
+# Parts of a LiMBeR
+
+
+@dataclass(frozen=True)
+class _Part:
+  """A part on disk, its tensors not yet read; paths are those of the part, and of statistics under "stats/"."""
+
+  source: Mapping[str, Any]
+  rows: Rows
+  ignored: tuple[str, ...] = ()
+
+
+def _prompt(path: str, size: None, like: dict[str, Any]) -> _Part:
+  source = files.tensors(path)
+  return _Part(source, prompt.REFERENCE_WEIGHTS if "weight" in source else identity(like))
+
+
+# GPTJConfig's own defaults, of the settings that we have too, and what they are called here.
+_GPTJ = {"vocab_size": ("vocab", 50_400), "n_positions": ("context", 2048), "n_embd": ("width", 4096),
+         "n_layer": ("layers", 28), "n_head": ("heads", 16), "rotary_dim": ("rotary", 64)}
+# And of those that are fixed here.
+_GPTJ_SAME = {"activation_function": ("gelu_new",), "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (False,)}
+
+
+def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
+  if os.path.isdir(path):
+    config = os.path.join(path, "config.json")
+    with _naming(config):
+      values = _json(config)
+      if values.get("model_type") != "gptj":
+        raise UserError(f"model_type is {values.get('model_type')!r}, expected 'gptj'")
+      for theirs, (ours, default) in _GPTJ.items():
+        if (value := values.get(theirs, default)) != getattr(size, ours):
+          raise UserError(f"{theirs} is {value!r}, but this config's language model has {ours}={getattr(size, ours)!r}")
+      if values.get("n_inner") not in (None, 4 * size.width):
+        raise UserError(f"n_inner is {values['n_inner']!r}, expected {4 * size.width}")
+      _same(values, _GPTJ_SAME)
+    source = _weights(path, (*_HF_FILES, "flax_model.msgpack"))
+    if source is None:
+      raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)} and flax_model.msgpack")
+  else:
+    source = files.tensors(path)
+  flax_names = any("/" in name for name in source)
+  return _Part(source, gptj.FLAX_WEIGHTS if flax_names else gptj.HF_WEIGHTS, gptj.HF_IGNORED)
+
+
+def _same(values: dict[str, Any], fixed: dict[str, tuple]) -> None:
+  """Raises if one of `values` is there and not among those `fixed` for it."""
+  for name, allowed in fixed.items():
+    if name in values and values[name] not in allowed:
+      raise UserError(f"{name} is {values[name]!r}, expected {allowed[0]!r}")
+
+
+def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
+  tower = size.tower
+  encoder = Encoder.of(size, Compute(dtype="float32", attention="xla"))
+  if tower.kind in ("vit", "resnet"):
+    opened = open_model(path)
+    if opened.size.image.kind != tower.kind:
+      raise UserError(f"{path} has an image tower of kind {opened.size.image.kind!r}, but this config's model has "
+                      f"{tower.kind!r}")
+    _check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads,
+                                             "mean": size.mean, "std": size.std})
+    rows = tuple((ours.replace("image/", "", 1), theirs, how) for ours, theirs, how in opened.rows
+                 if ours.removeprefix("stats/").startswith("image/"))
+    return _Part(opened.source, rows, _ignored_beside(opened, "image"))
+  if not os.path.isdir(path):
+    source = files.tensors(path)
+  else:
+    config = os.path.join(path, "config.json")
+    if os.path.isfile(config):
+      with _naming(config):
+        (_check_beit if isinstance(tower, BeitSize) else _check_timm)(_json(config), tower)
+    if tower.kind == "beit":
+      _check_pixels(path, size)
+    source = _weights(path, _HF_FILES)
+    if source is None:
+      raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)}")
+  with _naming(path):
+    return _Part(source, encoder.rows(source), encoder.ignored)
+
+
+# BeitConfig's own defaults, of the settings that we have too.
+_BEIT = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+         "intermediate_size": 3072, "use_shared_relative_position_bias": False, "use_relative_position_bias": False}
+# use_mean_pooling: without it BeitModel ends in a LayerNorm.
+_BEIT_SAME = {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,), "use_absolute_position_embeddings": (False,),
+              "use_mean_pooling": (True,)}
+
+
+def _check_beit(values: dict[str, Any], tower: BeitSize) -> None:
+  if values.get("model_type") != "beit":
+    raise UserError(f"model_type is {values.get('model_type')!r}, expected 'beit'")
+  ours = {"image_size": tower.image_size, "patch_size": tower.patch, "hidden_size": tower.width,
+          "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
+          "intermediate_size": tower.mlp_ratio * tower.width,
+          "use_shared_relative_position_bias": tower.shared_positions,
+          "use_relative_position_bias": not tower.shared_positions}
+  for name, value in ours.items():
+    if (theirs := values.get(name, _BEIT[name])) not in (value, [value, value]):
+      raise UserError(f"{name} is {theirs!r}, but this config's encoder has {value!r}")
+  _same(values, _BEIT_SAME)
+
+
+def _check_timm(values: dict[str, Any], tower: Any) -> None:
+  del tower  # its sizes are seen from the shapes
+  if not str(values.get("architecture", "nf_resnet")).startswith("nf_resnet"):
+    raise UserError(f"architecture is {values['architecture']!r}, expected an nf_resnet of timm's")
+
+
+def _check_pixels(path: str, size: EncoderSize) -> None:
+  """Raises if the image processor beside the weights normalises by other numbers than the encoder here."""
+  file = os.path.join(path, "preprocessor_config.json")
+  if os.path.isfile(file):
+    with _naming(file):
+      values = _json(file)
+      for name, ours in (("image_mean", size.mean), ("image_std", size.std)):
+        if name in values and list(values[name]) != list(ours):
+          raise UserError(f"{name} is {values[name]}, but this config's encoder has {list(ours)}")
+
+
+def _is_clip_run(path: str) -> bool:
+  return "model.image.kind" in _run_config(path) and "model.text.vocab" in _run_config(path)
+
+
+def _run_config(path: str) -> dict[str, Any]:
+  config = os.path.join(path, "config.json")
+  with _naming(config):
+    return _json(config)
+
+
+def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: dict[str, Any]
+                 ) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what `load_part` does, from the best checkpoint of a workdir; what was frozen there from where it was."""
+  with _naming(os.path.join(path, "config.json")):
+    values = _run_config(path)
+    if size is not None:
+      _check_run_size(values, part, size)
+    trained, init, best = values["trainable"], values.get(f"init.{part}"), values["checkpoint.best"]
+  if part not in trained:
+    if not init:
+      raise UserError(f"{path}: a run without a trained part {part!r}; it trained {', '.join(trained)}")
+    return load_part(init, part, size, like, stats)
+  checkpoints = Checkpoints(path, Checkpoint(best=best))
+  try:
+    step = checkpoints.find("best")
+    with ocp.StandardCheckpointer() as reader:
+      there = reader.metadata(os.path.join(checkpoints.directory, str(step), "params")).item_metadata
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {}
+    for kind, want in (("params", like), ("stats", stats)):
+      # The other parts are restored too, for a checkpoint is read whole or not at all.
+      tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), there[kind] or {})
+      _check_leaves(f"{checkpoints.directory}/{step}", want, tree.get(part, {}))
+      wanted[kind] = tree | ({part: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), want)} if want else {})
+    params, restored = checkpoints.restore_params(step, wanted["params"], wanted["stats"])
+  finally:
+    checkpoints.close()
+  return params[part], restored.get(part, {})
+
+
+def _check_leaves(where: str, want: dict[str, Any], got: dict[str, Any]) -> None:
+  want, got = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (want, got))
+  for name in sorted(want.keys() | got.keys()):
+    shapes = [tuple(tree[name].shape) if name in tree else None for tree in (want, got)]
+    if shapes[0] != shapes[1]:
+      raise UserError(f"{where}: {name}: expected {shapes[0] or 'nothing'}, got {shapes[1] or 'nothing'}")
+
+
+def _check_run_size(values: dict[str, Any], part: str, size: Any) -> None:
+  """Raises if the run's configuration says that its part is of another size."""
+  key = "tower.kind" if isinstance(size, EncoderSize) else "kind"
+  starts = [s for s in (f"model.{part}.", "model.encoder.", "model.") if s + key in values]
+  if not starts:
+    raise UserError(f"a run whose model has no part {part!r}")
+  for name, ours in flatten(size).items():
+    theirs = values.get(starts[0] + name)
+    if theirs != ours:
+      raise UserError(f"{starts[0]}{name} is {theirs!r}, but this config's part {part!r} has {ours!r}")
 
 
 def _json(path: str) -> dict[str, Any]:

@@ -25,8 +25,9 @@ class Digits:
   """The 1,797 images of sklearn.datasets.load_digits, 8 × 8 grey levels 0..16, as uint8 RGB of 32 × 32 (bicubic).
 
   `split` is train (1,437 records), test (360) or all: a fixed fifth of each digit is held out. Both splits hold
-  digits of the same 13 writers. The caption is a sentence around the digit's name, chosen by the record's number. No
-  other field of the configuration is used.
+  digits of the same 13 writers. The caption is a sentence around the digit's name, chosen by the record's number.
+  `text_key` is empty or "pair": two captions of the same digit, with a semicolon between, as in a text that stays with
+  what it speaks of. No other field of the configuration is used.
 
   Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
   """
@@ -45,6 +46,9 @@ class Digits:
     if config.split not in splits:
       raise UserError(f"config.data.source.split: 'digits' has no split {config.split!r}"
                       f"{did_you_mean(config.split, splits)}")
+    if config.text_key not in ("", "pair"):
+      raise UserError(f"config.data.source.text_key={config.text_key!r}: 'digits' has only 'pair', or leave it empty")
+    self._pair = config.text_key == "pair"
     self._number = splits[config.split]  # of each record among all images
     small = np.round(data.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]
     self._images = np.stack([Image.fromarray(i).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for i in small])
@@ -55,8 +59,10 @@ class Digits:
   def annotation(self, index: int) -> dict[str, Any]:
     number = int(self._number[index])
     label = int(self._label[number])
-    return {"id": f"digits/{number}", "text": TEMPLATES[number % len(TEMPLATES)].format(CLASSES[label]),
-            "label": label}
+    first = number % len(TEMPLATES)
+    second = (first + 1 + number // len(TEMPLATES) % (len(TEMPLATES) - 1)) % len(TEMPLATES)  # any but the first
+    texts = [TEMPLATES[i].format(CLASSES[label]) for i in ((first, second) if self._pair else (first,))]
+    return {"id": f"digits/{number}", "text": "; ".join(texts), "label": label}
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     grey = self._images[self._number[index]]  # [32, 32]

@@ -1,0 +1,35 @@
+"""Captions images: `python -m limber_jax.caption --workdir=runs/limber photo.jpg folder/`.
+
+Prints a table, or with --json one object a line; --out=FILE writes these lines to a file, which appears once it is
+whole. How captions are written is the run's own config.decoding, unless flags say otherwise. Images that cannot be read
+are named on stderr and counted; the exit code is then 1.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+
+from limber_jax import captioner, cli
+from limber_jax.captioner import Captioner, Written
+from limber_jax.classify import find
+
+
+def captions(model: Captioner, paths: Sequence[str]) -> Iterator[Written]:
+  """Yields the caption of each image: what follows it and the prompt of the model's decoding."""
+  for written in model.write([(path, (0, model.decoding.prompt)) for path in paths]):
+    yield written._replace(text=written.text.strip())
+
+
+if __name__ == "__main__":
+  _flags = captioner.Flags()
+  _prompt = flags.DEFINE_string("prompt", None, "What follows an image, such as 'A picture of'; no space at its end.")
+
+  def _main(inputs: list[str]) -> int:
+    paths = find(inputs)
+    with _flags.output() as output:
+      model = _flags.open(len(paths), _prompt.value)
+      rows = ({"image": w.path, "error": w.error} if w.error else {"image": w.path, "caption": w.text}
+              for w in captions(model, paths))
+      return output.write(rows, {"image": max(map(len, [*paths, "image"])), "caption": 0}, len(paths))
+
+  cli.run(_main)

@@ -1,0 +1,154 @@
+"""LiMBeR: image features through one linear map into a frozen language model. Source: arXiv 2209.15162.
+
+MAGMA (2112.05253) is the same build with a LayerNorm on the prompt, adapters in the language model, a tuned encoder.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from limber_jax.config import Compute
+from limber_jax.models import adapters, gptj, prompt
+from limber_jax.models.adapters import AdapterSize
+from limber_jax.models.encoders import Encoder, EncoderSize
+from limber_jax.models.gptj import GPTJ, GPTJSize
+from limber_jax.models.prompt import LinearPrompt, prefix_inputs
+from limber_jax.parallel import Rules, within
+
+
+@dataclass
+class PromptSize:
+  """What the linear map is, beside the widths it joins."""
+
+  per_feature: int = 1       # k, prompt tokens that each feature becomes
+  dropout: float = 0.1       # of its outputs
+  layer_norm: bool = False   # after it: MAGMA's
+
+
+@dataclass
+class Map:
+  """A further linear map, trained beside the first on the same captions: parts "image@name" and "prompt@name"."""
+
+  image: EncoderSize | None = None  # None: on the features of the first map's encoder, from another seed
+  prompt: PromptSize = field(default_factory=PromptSize)
+
+
+@dataclass
+class LimberSize:
+  """Everything that defines a LiMBeR but its weights."""
+
+  image: EncoderSize = field(default_factory=EncoderSize)
+  prompt: PromptSize = field(default_factory=PromptSize)
+  lm: GPTJSize = field(default_factory=GPTJSize)
+  adapters: AdapterSize = field(default_factory=AdapterSize)
+  others: dict[str, Map] = field(default_factory=dict)
+
+
+def part(kind: str, name: str) -> str:
+  """Returns the name of a part of a map: "image" or "prompt" of the first one (name ""), else "image@name"."""
+  return f"{kind}@{name}" if name else kind
+
+
+@dataclass(frozen=True)
+class Limber:
+  """The encoders, the maps and the language model, as pure functions of their parameters and statistics."""
+
+  size: LimberSize
+  encoders: dict[str, Encoder]     # by the name of the map; maps that share the first one's encoder are not in it
+  prompts: dict[str, LinearPrompt]
+  lm: GPTJ
+
+  @classmethod
+  def of(cls, size: LimberSize, compute: Compute) -> "Limber":
+    """Returns the models of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
+    has_adapters = size.adapters.mlp or size.adapters.attention
+    lm = GPTJ(size.lm, compute, size.adapters if has_adapters else None)
+    gptj.check(size.lm, lm.adapters)
+    maps = {"": Map(size.image, size.prompt), **size.others}
+    encoders = {name: Encoder.of(m.image, compute) for name, m in maps.items() if m.image is not None}
+    prompts = {name: LinearPrompt(size.lm.width, m.prompt.per_feature, m.prompt.dropout, m.prompt.layer_norm, compute)
+               for name, m in maps.items()}
+    return cls(size, encoders, prompts, lm)
+
+  @property
+  def maps(self) -> tuple[str, ...]:
+    """The names of the maps; the first is ""."""
+    return tuple(self.prompts)
+
+  def encoder_of(self, name: str) -> str:
+    """Returns the map whose encoder the map `name` stands on: its own name, or ""."""
+    return name if name in self.encoders else ""
+
+  def prompt_length(self, name: str = "") -> int:
+    """Returns P, the prompt tokens of an image."""
+    return self.encoders[self.encoder_of(name)].num_tokens * self.prompts[name].per_feature
+
+  @property
+  def sharding(self) -> Rules:
+    """Rows of the sharding table for all parts; each part's rows hold only within it."""
+    rows = [*within("lm", gptj.SHARDING), *within("adapters", (*gptj.BLOCK_SHARDING, *adapters.SHARDING))]
+    for name in self.maps:
+      rows += within(part("prompt", name), prompt.SHARDING)
+      if name in self.encoders:
+        rows += within(part("image", name), self.encoders[name].sharding)
+    return tuple(rows)
+
+  def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns random (params by part, stats by part); the same for a map whatever other maps there are."""
+    params, stats = {}, {}
+    lm, adapted = adapters.split_adapters(gptj.init_params(self.lm, jax.random.fold_in(rng, 0)))
+    params["lm"] = lm
+    if adapted:
+      params["adapters"] = adapted
+    for name in self.maps:
+      key = jax.random.fold_in(rng, 1 + zlib.crc32(name.encode()))
+      if name in self.encoders:
+        params[part("image", name)], found = self.encoders[name].init(jax.random.fold_in(key, 0))
+        if found:
+          stats[part("image", name)] = found
+      features = jnp.zeros((1, 1, self.encoders[self.encoder_of(name)].feature_dim))
+      params[part("prompt", name)] = self.prompts[name].init(jax.random.fold_in(key, 1), features)["params"]
+    return params, stats
+
+  def encode(self, params: dict, stats: dict, images: jax.Array, name: str = "", *, train: bool = False,
+             rng: jax.Array | None = None) -> tuple[jax.Array, dict]:
+    """Returns (features [B, S, F] of images [B, H, W, 3] by the encoder of map `name`, its statistics)."""
+    here = part("image", name)
+    features, changed = self.encoders[name].encode(params[here], stats.get(here, {}), images, train, rng)
+    return features.tokens, changed
+
+  def prompt(self, params: dict, features: jax.Array, name: str = "", *, rng: jax.Array | None = None) -> jax.Array:
+    """Returns the prompt [B, P, D] of features [B, S, F] by map `name`; with dropout if there is an rng."""
+    rngs = {} if rng is None else {"dropout": rng}
+    return self.prompts[name].apply({"params": params[part("prompt", name)]}, features, train=rng is not None,
+                                    rngs=rngs)
+
+  def lm_params(self, params: dict) -> dict[str, Any]:
+    """Returns what the language model's functions take: {"params": …}, its adapters in their places."""
+    return {"params": adapters.merge_adapters(params["lm"], params.get("adapters", {}))}
+
+  def hidden(self, params: dict, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the hidden states [B, T, D] that predict tokens [B, T]; see `predicting`."""
+    return predicting(self.lm, self.lm_params(params), prompt, tokens, mask)
+
+  def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
+    """Returns float32 [..., V] of hidden states [..., D]."""
+    return self.lm.apply(self.lm_params(params), hidden, method="logits")
+
+
+def predicting(lm: GPTJ, variables: dict[str, Any], prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the hidden states [B, T, D] that predict tokens, each from the prompt and the tokens before it.
+
+  Args:
+    lm: the language model.
+    variables: what its functions take.
+    prompt: [B, P, D], P at least 1.
+    tokens: int32 [B, T].
+    mask: bool [B, T], True where real; padding is on the right.
+  """
+  embeds = lm.apply(variables, tokens[:, :-1], method="embed")
+  hidden, _ = lm.apply(variables, *prefix_inputs(prompt, embeds, mask[:, :-1]))
+  return hidden[:, prompt.shape[1] - 1 :]

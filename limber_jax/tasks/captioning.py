@@ -1,0 +1,241 @@
+"""Image captions by a frozen language model: LiMBeR (arXiv 2209.15162) and MAGMA (2112.05253).
+
+Only the parts named in `trainable` have gradients, optimizer state and checkpoints. Several maps, if the model has
+them, are trained on the same captions, each as if it were alone; the loss is the sum of theirs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from limber_jax import losses
+from limber_jax.config import Captions, Config, Data, Decoding, choose, flatten
+from limber_jax.data import transforms
+from limber_jax.data.tokenizers import Tokenizer
+from limber_jax.errors import UserError
+from limber_jax.generate import generate
+from limber_jax.models.limber import Limber, LimberSize, part
+from limber_jax.models.prompt import prefix_inputs
+from limber_jax.models.resnet import ResNetSize
+from limber_jax.parallel import Rules
+from limber_jax.tasks import pieces
+from limber_jax.weights import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioning:
+  """Images and captions. batch: image uint8 [N, H, W, 3] (or features [N, S, F]), tokens int32, mask bool [N, T].
+
+  Maps whose encoder takes other pixels have images of their own: "image@name"; features are an encoder's own always:
+  "features@name".
+  """
+
+  model: Limber
+  trainable: tuple[str, ...]
+  accumulate: int              # pieces a batch goes through the model in
+  captions: Captions
+  decoding: Decoding
+  length: int                  # T
+  batch_size: int
+
+  @classmethod
+  def of(cls, config: Config) -> "Captioning":
+    """Returns the task of an experiment; raises UserError if its settings cannot go together."""
+    if not isinstance(config.model, LimberSize):
+      raise UserError(f"task 'captioning' needs a models.limber.LimberSize, got {type(config.model).__name__}")
+    c, k, n = config.captions, config.loss.accumulate, config.batch_size
+    choose("captions.eos", c.eos, ("always", "reference"))
+    choose("captions.mean", c.mean, ("tokens", "reference"))
+    choose("captions.encoder", c.encoder, ("eval", "train"))
+    if "reference" in (c.eos, c.mean) and (c.micro_batch < 1 or n % c.micro_batch):
+      raise UserError(f"config.captions.micro_batch={c.micro_batch} does not divide config.batch_size={n}")
+    if k < 1 or n % k:
+      raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={n}")
+    model = Limber.of(config.model, config.compute)
+    if any(p.startswith("image") for p in config.trainable) and config.data.features:
+      raise UserError("config.data.features holds what a frozen encoder saw; a trained one needs the images")
+    if c.encoder == "train" and k > 1 and any(isinstance(e.size.tower, ResNetSize) for e in model.encoders.values()):
+      raise UserError(f"config.loss.accumulate={k}: config.captions.encoder='train' takes BatchNorm's statistics from "
+                      "the whole batch, which pieces of it cannot give; use accumulate=1")
+    if c.encoder == "train" and config.data.features:
+      raise UserError("config.data.features holds what the encoder gives as at test; config.captions.encoder='train' "
+                      "needs the images")
+    longest = max(map(model.prompt_length, model.maps))
+    if longest + config.data.length > config.model.lm.context:
+      raise UserError(f"a prompt of {longest} and config.data.length={config.data.length} tokens are more than the "
+                      f"language model's context of {config.model.lm.context}")
+    task = cls(model, config.trainable, k, c, config.decoding, config.data.length, n)
+    if config.data.features:
+      task.cached(config.data)
+    return task
+
+  @property
+  def sharding(self) -> Rules:
+    return self.model.sharding
+
+  @property
+  def vocab(self) -> int:
+    return self.model.size.lm.vocab
+
+  def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
+    if data.features and train:
+      kept = (*(part("features", name) for name in self.model.encoders), "tokens", "mask", "label")
+      return transforms.Chain((transforms.TokenizeCaption(tokenizer, self.length), transforms.Keep(kept)))
+    return transforms.captioning(self._rules(data, data.crop if train else "own"), tokenizer, self.length)
+
+  def pixels(self, data: Data) -> transforms.Transform:
+    """Returns what makes the images of a record in training, {"image": uint8 [H, W, 3], …}, and nothing else of it."""
+    rules = self._rules(data, data.crop)
+    return transforms.Chain((transforms.Decode(), transforms.Images(tuple(rules.items())),
+                             transforms.Keep(tuple(rules))))
+
+  def _rules(self, data: Data, crop: str) -> dict[str, transforms.ResizeCrop]:
+    return {self.pixels_of(name): self.rule(name, crop, data.crop_scale) for name in self.model.encoders}
+
+  def cached(self, data: Data) -> dict[str, dict[str, Any]]:
+    """Returns, by the part of each encoder, all that its features depend on but its weights and the data; plain JSON.
+
+    Raises:
+      UserError: they would not be the same in every epoch.
+    """
+    out = {}
+    for name, encoder in self.model.encoders.items():
+      rule = self.rule(name, data.crop, data.crop_scale)
+      if rule.crop in ("random", "resized"):
+        raise UserError(f"config.data.crop={data.crop!r} shows an encoder another crop in every epoch, which "
+                        "config.data.features cannot hold; set --config.data.crop=own, or center")
+      out[part("image", name)] = {
+        "shape": [encoder.num_tokens, encoder.feature_dim], "dtype": self.model.lm.compute.dtype,
+        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample}, "encoder": flatten(encoder.size)}
+    return out
+
+  def rule(self, name: str = "", crop: str = "own", scale: tuple[float, ...] = (0.9, 1.0)) -> transforms.ResizeCrop:
+    """Returns what becomes of an image for the encoder of map `name`; crop "own" is the encoder's preprocessing."""
+    size = self.model.encoders[name].size
+    own = {"shortest": "center"}.get(size.resize, size.resize)
+    return transforms.ResizeCrop(size.tower.image_size, own if crop == "own" else crop, tuple(scale), size.resample)
+
+  def pixels_of(self, name: str) -> str:
+    """Returns the key of a batch that holds the images for the encoder of map `name`."""
+    return part("image", name) if self.rule(name) != self.rule("") else "image"
+
+  def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    return self.model.init(rng)
+
+  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+    kind, _, name = part.partition("@")
+    size = {"image": lambda: self.model.encoders[name].size, "lm": lambda: self.model.size.lm}.get(kind, lambda: None)()
+    return load.load_part(path, kind, size, like, stats)
+
+  def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
+    trained = {k: v for k, v in params.items() if k in self.trainable}
+    frozen = {k: v for k, v in params.items() if k not in self.trainable}
+    batch = batch | {"weights": token_weights(batch["mask"], self.captions)}
+    changed = stats
+    if self.captions.encoder == "train" and stats:
+      changed = self._changed_stats(params, stats, batch, rng)
+
+    def piece(trained, batch, rng):
+      params = frozen | trained
+      total, metrics = 0.0, {}
+      prompts = self._prompts(params, stats, batch, rng)
+      for name, prompt in prompts.items():
+        hidden = self.model.hidden(params, prompt, batch["tokens"], batch["mask"])
+        logits = self.model.logits(params, hidden)
+        loss, found = losses.caption_loss(logits, batch["tokens"], batch["weights"], total=1.0)
+        total += loss
+        if len(prompts) > 1:
+          found = found | {"nats": loss}
+        metrics |= {part(key, name): value for key, value in found.items()}
+      return total, metrics
+
+    loss, metrics = pieces.add_up(piece, trained, batch, rng, self.accumulate)
+    return loss, (metrics, changed)
+
+  def _prompts(self, params, stats, batch, rng=None) -> dict[str, jax.Array]:
+    """Returns the prompt [B, P, D] of every map; with dropout if there is an rng."""
+    features, out = {}, {}
+    train = rng is not None and self.captions.encoder == "train"
+    for i, name in enumerate(self.model.maps):
+      encoder = self.model.encoder_of(name)
+      if encoder not in features:
+        features[encoder] = self._features(params, stats, batch, encoder, train, rng)[0]
+      key = None if rng is None else jax.random.fold_in(rng, i)
+      out[name] = self.model.prompt(params, features[encoder], name, rng=key)
+    return out
+
+  def _features(self, params, stats, batch, name, train=False, rng=None):
+    if (known := part("features", name)) in batch:
+      return batch[known], {}
+    return self.model.encode(params, stats, batch[self.pixels_of(name)], name, train=train, rng=rng if train else None)
+
+  def _changed_stats(self, params, stats, batch, rng):
+    return stats | {here: self._features(params, stats, batch, name, True, rng)[1]
+                    for name in self.model.encoders if (here := part("image", name)) in stats}
+
+  def project(self, params: dict) -> dict:
+    return params
+
+  def predict(self) -> dict[str, Callable[..., Any]]:
+    """Returns "nll", "generate" and "features", each with "@name" behind it of the map of this name.
+
+    nll(params, stats, batch): float32 [B], nats of each caption, its end included.
+    generate(params, stats, batch, eos): a generate.Generated of what follows an image's prompt and the text in batch's
+      "tokens" and "mask"; "key" of each row, where decoding draws (`generate.row_keys`).
+    features(params, stats, batch): [B, S, F] of the encoder.
+    generate_blind(params, stats, batch, eos): without any image; the text must not be empty.
+    """
+    out: dict[str, Callable[..., Any]] = {"generate_blind": partial(self._generate, None)}
+    for name in self.model.maps:
+      out |= {part("nll", name): partial(self._nll, name), part("generate", name): partial(self._generate, name),
+              part("features", name): partial(self._encoded, name)}
+    return out
+
+  def _encoded(self, name, params, stats, batch):
+    return self._features(params, stats, batch, self.model.encoder_of(name))[0]
+
+  def _nll(self, name, params, stats, batch):
+    prompt = self.model.prompt(params, self._encoded(name, params, stats, batch), name)
+    logits = self.model.logits(params, self.model.hidden(params, prompt, batch["tokens"], batch["mask"]))
+    one = lambda *row: losses.caption_loss(*(x[None] for x in row), total=1.0)[0]  # noqa: E731
+    return jax.vmap(one)(logits, batch["tokens"], batch["mask"])
+
+  def _generate(self, name, params, stats, batch, eos):
+    variables = self.model.lm_params(params)
+    embeds = self.model.lm.apply(variables, batch["tokens"], method="embed")
+    prompt = embeds[:, :0]
+    if name is not None:
+      prompt = self.model.prompt(params, self._encoded(name, params, stats, batch), name)
+    x, positions, mask = prefix_inputs(prompt, embeds, batch["mask"])
+    return generate(self.model.lm, variables["params"], x, positions, mask, eos=eos, settings=self.decoding,
+                    max_new_tokens=self.decoding.max_new_tokens, keys=batch.get("key"))
+
+
+def token_weights(mask: jax.Array, captions: Captions) -> jax.Array:
+  """Returns how much each token counts in the loss, float32 [N, T], 1 in all.
+
+  Args:
+    mask: bool [N, T], True up to the end of a caption and its EOS.
+    captions: `eos` and `mean` may be "reference". Its micro-batches are runs of rows.
+  """
+  N, T = mask.shape
+  size = captions.micro_batch if "reference" in (captions.eos, captions.mean) else N
+  groups = mask.reshape(N // size, size, T)
+  if captions.eos == "reference":
+    # Its captions were padded with EOS to the longest, and only the first pad was a target: the longest had none.
+    length = groups.sum(-1)  # [groups, rows]
+    longest = length == length.max(1, keepdims=True)
+    last = jnp.arange(T)[None, None] == length[..., None] - 1
+    groups = groups & ~(longest[..., None] & last)
+  weights = groups.astype(jnp.float32)
+  if captions.mean == "reference":
+    count = weights.sum((1, 2), keepdims=True)
+    weights = weights / jnp.where(count > 0, count, 1.0) / len(groups)
+  else:
+    count = weights.sum()
+    weights = weights / jnp.where(count > 0, count, 1.0)
+  return weights.reshape(N, T)

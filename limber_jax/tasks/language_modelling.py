@@ -1,0 +1,91 @@
+"""Texts alone: trains a GPT-J of any size, so that a whole LiMBeR can be made from nothing."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from limber_jax import losses
+from limber_jax.config import Config, Data
+from limber_jax.data import transforms
+from limber_jax.data.tokenizers import Tokenizer
+from limber_jax.errors import UserError
+from limber_jax.models import gptj
+from limber_jax.models.gptj import GPTJ, GPTJSize
+from limber_jax.models.limber import predicting
+from limber_jax.parallel import Rules, within
+from limber_jax.tasks import pieces
+from limber_jax.weights import load
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling:
+  """Texts, each after the end of another. batch: tokens int32, mask bool [N, T]; the one part is "lm".
+
+  The first token of each row is the end of another text: it is read and not predicted.
+  """
+
+  model: GPTJ
+  accumulate: int
+  length: int      # T
+
+  @classmethod
+  def of(cls, config: Config) -> "LanguageModelling":
+    """Returns the task of an experiment; raises UserError if its settings cannot go together."""
+    size, k = config.model, config.loss.accumulate
+    if not isinstance(size, GPTJSize):
+      raise UserError(f"task 'language_modelling' needs a size of models.gptj.SIZES, got {type(size).__name__}")
+    gptj.check(size)
+    if k < 1 or config.batch_size % k:
+      raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={config.batch_size}")
+    if config.data.length > size.context:
+      raise UserError(f"config.data.length={config.data.length} is more than the model's context of {size.context}")
+    return cls(GPTJ(size, config.compute), k, config.data.length)
+
+  @property
+  def sharding(self) -> Rules:
+    return within("lm", gptj.SHARDING)
+
+  @property
+  def vocab(self) -> int:
+    return self.model.size.vocab
+
+  def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
+    return transforms.captioning({}, tokenizer, self.length, start=True)
+
+  def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {"lm": gptj.init_params(self.model, rng)}, {}
+
+  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+    return load.load_part(path, part, self.model.size, like, stats)
+
+  def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
+    count = batch["mask"][:, 1:].sum().astype(jnp.float32)
+
+    def piece(params, batch, rng):
+      del rng  # no dropout: GPT-J's are 0
+      return self._nats(params, batch, count)
+
+    loss, metrics = pieces.add_up(piece, params, batch, rng, self.accumulate)
+    return loss, (metrics, stats)
+
+  def _nats(self, params, batch, total):
+    variables, tokens, mask = {"params": params["lm"]}, batch["tokens"], batch["mask"]
+    start = self.model.apply(variables, tokens[:, :1], method="embed")
+    hidden = predicting(self.model, variables, start, tokens[:, 1:], mask[:, 1:])
+    return losses.caption_loss(self.model.apply(variables, hidden, method="logits"), tokens[:, 1:], mask[:, 1:],
+                               total=total)
+
+  def project(self, params: dict) -> dict:
+    return params
+
+  def predict(self) -> dict[str, Callable[..., Any]]:
+    """Returns "nll": f(params, stats, batch) -> float32 [B], nats of each text, its end included."""
+
+    def nll(params, stats, batch):
+      one = lambda tokens, mask: self._nats(params, {"tokens": tokens[None], "mask": mask[None]}, 1.0)[0]  # noqa: E731
+      return jax.vmap(one)(batch["tokens"], batch["mask"])
+
+    return {"nll": nll}

@@ -1,0 +1,64 @@
+"""A configuration comes back from its JSON, and nothing else passes for one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from limber_jax import cli, registry
+from limber_jax.config import from_json, to_json
+from limber_jax.errors import UserError
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+LIMBER = EXPERIMENTS / "quickstart_limber.py"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda p: p.stem)
+def test_an_experiment_comes_back_from_its_json(path):
+  config = cli.load_experiment(str(path))
+  back = from_json(to_json(config), "x")
+  assert back == config and type(back.model) is type(config.model)
+
+
+def test_names_with_dots_come_back():
+  config = cli.load_experiment(str(LIMBER))
+  config.first, config.init.others = {"runs/v1.0": "a.py", "b": "c"}, {"image@random": "runs/v1.5"}
+  config.optim.part_lr = {"prompt": 1.0}
+  assert from_json(to_json(config), "x") == config
+
+
+def test_every_task_has_its_model():
+  assert registry.SIZES.keys() == registry.TASKS.keys()
+
+
+@pytest.mark.parametrize("change,message", [
+  ({"optim.lrr": 1.0}, "optim.lrr: no such field; did you mean 'optim.lr'"),
+  ({"seeds": 1}, "seeds: no such field; did you mean 'seed'"),
+  ({"model.others.random.image": None}, "model.others.random.image.activation: no such field"),
+  ({"evals.digits.nam": "x"}, "evals.digits.nam: no such field; did you mean 'evals.digits.name'"),
+  ({"evals.more.name": "x"}, "evals.more.source.name is missing"),
+  ({"optim.lr": ...}, "optim.lr is missing"),
+  ({"model.image.tower.kind": ...}, "model.image.tower.kind is missing"),
+  ({"model.image.tower.kind": "vitt"}, "model.image.tower.kind: expected one of vit, resnet, beit, nf_resnet, got 'vi"),
+  ({"model.image.tower.kind": ["vit"]}, r"model.image.tower.kind: expected str, got \['vit'\]"),
+  ({"task": "caption"}, "no task 'caption'; did you mean 'captioning'"),
+  ({"task": "contrastive"}, "model.embed_dim is missing"),
+  ({"steps": 3.5}, "steps: expected int, got 3.5"),
+  ({"steps": True}, "steps: expected int, got True"),
+  ({"optim.lr": "1"}, "optim.lr: expected float, got '1'"),
+  ({"optim.lr": True}, "optim.lr: expected float, got True"),
+  ({"optim.lr": None}, "optim.lr: expected float, got None"),
+  ({"model.prompt.layer_norm": 0}, "model.prompt.layer_norm: expected bool, got 0"),
+  ({"trainable": "prompt"}, r"trainable: expected tuple\[str, ...\], got 'prompt'"),
+  ({"trainable": ["prompt", 1]}, "trainable: expected str, got 1"),
+])
+def test_a_json_with_a_mistake_is_refused(change, message):
+  values = json.loads(to_json(cli.load_experiment(str(LIMBER)))) | change
+  with pytest.raises(UserError, match=f"^runs/x/config.json: {message}"):
+    from_json(json.dumps({k: v for k, v in values.items() if v is not ...}), "runs/x/config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000])
+def test_what_is_no_json_object_is_no_configuration(text):
+  with pytest.raises(UserError, match=r"^x: no configuration, for it is no JSON"):
+    from_json(text, "x")
