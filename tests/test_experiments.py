@@ -63,6 +63,18 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
   assert metrics["loss"].shape == ()
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_leaf_of_an_experiment_is_split_on_4_8_and_64_devices(path):
+  config = get(path)
+  task = registry.lookup("task", registry.TASKS, config.task).of(config)
+  like = jax.eval_shape(task.init, jax.random.key(0))
+  for sizes in ((1, 4, 1), (2, 2, 1), (1, 8, 1), (2, 2, 2), (8, 8, 1), (8, 4, 2)):
+    layout = parallel.shardings(like, task.sharding, jax.sharding.AbstractMesh(sizes, parallel.AXES))
+    whole = [x for x, s in zip(jax.tree.leaves(like), jax.tree.leaves(layout), strict=True)
+             if x.size > 2**20 and s.shard_shape(x.shape) == x.shape]
+    assert not whole, sizes
+
+
 def test_lit_trains_no_image_tower():
   config = get(ROOT / "experiments" / "lit_vitb.py")
   trained, frozen = split(jax.eval_shape(Contrastive.of(config).init, jax.random.key(0))[0], config.trainable)
