@@ -210,7 +210,7 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     step = checkpoints.find(checkpoint)
-    s = setup(config)
+    s = setup(config, workdir)
     check_frozen(checkpoints.meta(step), s.digests, workdir, step)
     return Captioner(s, *checkpoints.restore_params(step, s.like.params, s.like.stats), name, blind=blind)
   finally:

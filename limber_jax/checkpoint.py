@@ -3,6 +3,9 @@
 Layout: workdir/checkpoints/<step>/{params,optimizer,meta}. `params` holds the trained parameters and the statistics,
 so that evaluation and conversion need not know the optimizer; `optimizer` the rest of the TrainState; `meta` a JSON
 object. A step's directory appears by a rename once it is whole, so a killed save leaves nothing that counts.
+
+Beside them workdir/frozen/<part> holds, once, what was drawn at random and is not trained: another machine or another
+release of JAX would draw other bits.
 """
 
 import os
@@ -101,6 +104,32 @@ class Checkpoints:
   def close(self) -> None:
     """Waits, then frees the manager's threads."""
     self._manager.close()
+
+
+def keep_frozen(workdir: str, part: str, tree: dict[str, Any]) -> None:
+  """Writes a frozen part {"params": …, "stats": …} that was drawn at random; every process must call this."""
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(_frozen(workdir, part), tree, force=True)
+
+
+def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any] | None:
+  """Returns what `keep_frozen` wrote, laid out as the ShapeDtypeStructs `like` say; None if it wrote nothing there.
+
+  Raises:
+    UserError: it holds other arrays than `like`.
+  """
+  path = _frozen(workdir, part)
+  if not os.path.isdir(path):
+    return None
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      return reader.restore(path, like)
+  except ValueError as error:
+    raise UserError(f"{path} does not fit this config: {_first_line(error)}") from error
+
+
+def _frozen(workdir: str, part: str) -> str:
+  return os.path.abspath(os.path.join(workdir, "frozen", part))
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

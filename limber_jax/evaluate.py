@@ -43,7 +43,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: t
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     step = checkpoints.find(checkpoint)
-    s = setup(config)
+    s = setup(config, workdir)
     params, stats = checkpoints.restore_params(step, s.like.params, s.like.stats)
   finally:
     checkpoints.close()

@@ -18,7 +18,7 @@ from absl import flags
 
 from limber_jax import cli, optim, parallel, registry
 from limber_jax import config as config_lib
-from limber_jax.checkpoint import Checkpoints, abstract
+from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
 from limber_jax.data import pipeline, tokenizers
 from limber_jax.data.features import FeatureSource
@@ -42,15 +42,22 @@ class Setup:
   tx: optax.GradientTransformation
   frozen: Frozen                        # what is not trained
   digests: dict[str, str]               # of each part of it
+  drawn: tuple[str, ...]                # its parts that are random, and not yet kept in the workdir
   init: Callable[[], TrainState]        # a fresh state
   like: TrainState                      # its ShapeDtypeStructs with shardings
   tokenizer: Any
 
 
-def setup(config: Config, only: str = "") -> Setup:
-  """Returns what training and evaluation share; raises UserError for settings that do not fit together.
+def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
+  """Returns what training and evaluation share.
 
-  With `only`, such as "image", the other kinds of frozen parts are not loaded.
+  Args:
+    config: the experiment.
+    workdir: of the run, where random frozen parts are kept; "" draws them anew.
+    only: such as "image": the other kinds of frozen parts are not loaded.
+
+  Raises:
+    UserError: settings that do not fit together, or weights that are not there or do not fit.
   """
   mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
@@ -77,10 +84,10 @@ def setup(config: Config, only: str = "") -> Setup:
 
   params_like, stats_like = laid_out(jax.eval_shape(cast, params_like)), laid_out(stats_like)
 
-  def initial(parts: Iterable[str]) -> tuple[dict, dict]:
-    """Returns (params, stats) of some parts, from disk or at random."""
+  def initial(parts: Iterable[str], kept: dict[str, dict]) -> tuple[dict, dict]:
+    """Returns (params, stats) of some parts, from disk, from what was `kept`, or at random."""
     paths = {part: path for part in parts if (path := config.init.of(part))}
-    random = [part for part in parts if part not in paths]
+    random = [part for part in parts if part not in paths and part not in kept]
 
     def draw():  # what is not returned is not computed
       params, stats = task.init(rng)
@@ -90,15 +97,19 @@ def setup(config: Config, only: str = "") -> Setup:
       layout = jax.tree.map(lambda x: x.sharding, ({p: params_like[p] for p in random},
                                                    {p: stats_like[p] for p in random if p in stats_like}))
       params, stats = jax.jit(draw, out_shardings=layout)()
-    for part, path in paths.items():
-      params[part], found = task.load(path, part, params_like[part], stats_like.get(part, {}))
-      if found:
-        stats[part] = found
+    found = {part: task.load(path, part, params_like[part], stats_like.get(part, {})) for part, path in paths.items()}
+    found |= {part: (tree["params"], tree["stats"]) for part, tree in kept.items()}
+    for part, (params[part], part_stats) in found.items():
+      if part_stats:
+        stats[part] = part_stats
     return params, stats
 
   trained, fixed = split(params_like, config.trainable)
   loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
-  frozen = Frozen(*initial(loaded) if loaded else ({}, {}))
+  random = [part for part in loaded if not config.init.of(part)]
+  kept = {part: tree for part in random if workdir and (tree := kept_frozen(
+    workdir, part, {"params": params_like[part], "stats": stats_like.get(part, {})})) is not None}
+  frozen = Frozen(*initial(loaded, kept) if loaded else ({}, {}))
   digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
 
   def create(params, stats):
@@ -107,9 +118,10 @@ def setup(config: Config, only: str = "") -> Setup:
   like = laid_out(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
 
   def init() -> TrainState:
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*initial(list(trained)))
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*initial(list(trained), {}))
 
-  return Setup(config, mesh, task, tx, frozen, digests, init, like, tokenizer)
+  drawn = tuple(part for part in random if part not in kept)
+  return Setup(config, mesh, task, tx, frozen, digests, drawn, init, like, tokenizer)
 
 
 def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, step: int) -> None:
@@ -165,8 +177,10 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
 
   with StopRequest() as stop:
     main = jax.process_index() == 0
-    s = setup(config)
+    s = setup(config, workdir)
     _claim(workdir, config, main)
+    for part in s.drawn:
+      keep_frozen(workdir, part, {"params": s.frozen.params[part], "stats": s.frozen.stats.get(part, {})})
     rows = parallel.local_rows(config.batch_size, s.mesh)
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     if config.data.features:

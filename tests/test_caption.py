@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -147,8 +148,11 @@ def test_a_projection_is_refused_between_other_frozen_models(run, tmp_path):
   assert config == read_run(run) and name == ""
   with pytest.raises(UserError, match=rf"^{path} was trained on another image encoder \(clip_vit_b32_mu\)"):
     open_projection(path, to_use(dataclasses.replace(config, seed=1)), name)
-  with pytest.raises(UserError, match=rf"^{run} was trained on other weights of 'image': its checkpoint 3 has the"):
-    open_run(run, to_use(dataclasses.replace(config, seed=1)))
+  open_run(run, to_use(dataclasses.replace(config, seed=1)))  # its random models are kept beside its checkpoints
+  moved = str(tmp_path / "moved")
+  shutil.copytree(run, moved, ignore=shutil.ignore_patterns("frozen"))
+  with pytest.raises(UserError, match=rf"^{moved} was trained on other weights of 'image': its checkpoint 3 has the"):
+    open_run(moved, to_use(dataclasses.replace(config, seed=1)))
   del config.model.others["other"]
   config.trainable = ("prompt", "lm")
   (tmp_path / "config.json").write_text(captioner.config_lib.to_json(config))

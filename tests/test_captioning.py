@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +220,6 @@ def test_resumed_equals_uninterrupted(tmp_path):
   def config():
     return tiny(size(dropout=0.1), mesh=Mesh(data=-1), checkpoint=Checkpoint(every=2, keep=10))
 
-  import shutil
   whole = train(config(), str(tmp_path / "whole"), log=lambda _: None)
   shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
   for step in (4, 6):
@@ -229,11 +229,14 @@ def test_resumed_equals_uninterrupted(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-def test_other_frozen_weights_are_refused_on_resuming(tmp_path, monkeypatch):
+def test_random_frozen_weights_are_kept_and_others_refused_on_resuming(tmp_path, monkeypatch):
   config = tiny(mesh=Mesh(data=-1), steps=3)
   train(config, str(tmp_path), log=lambda _: None)
   init = Captioning.init
+  # Another machine draws other bits.
   monkeypatch.setattr(Captioning, "init", lambda self, rng: init(self, jax.random.fold_in(rng, 1)))
+  assert int(train(config, str(tmp_path), log=lambda _: None).step) == 3
+  shutil.rmtree(tmp_path / "frozen")
   with pytest.raises(UserError, match=r"was trained on other weights of 'image': its checkpoint 3 has the digest"):
     train(config, str(tmp_path), log=lambda _: None)
 

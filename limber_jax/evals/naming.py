@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,13 +91,16 @@ def draw(images: Sequence[np.ndarray], captions: Sequence[str], right: Sequence[
   """Writes a PNG: images [h, w, 3] in a grid, each over its caption, which is red where it is not right."""
   rows, columns = SHEET
   rows = -(-len(images) // columns)
-  figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), layout="constrained")
+  figure = Figure(figsize=(1.5 * columns, 2.0 * rows + 0.5))
   figure.suptitle(title, size=12)
+  figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.5 / (2.0 * rows + 0.5), bottom=0.5 / (2.0 * rows + 0.5),
+                         wspace=0.05, hspace=0.35)
   for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
     axes.axis("off")
     if number < len(images):
       axes.imshow(images[number], interpolation="nearest")
-      axes.set_title(captions[number][:26], y=-0.24, size=8, parse_math=False,
-                     color="#222222" if right[number] else "#d62728")
+      caption = "\n".join(textwrap.wrap(captions[number], 20, max_lines=3, placeholder=" …"))
+      axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", size=8, parse_math=False,
+                color="#222222" if right[number] else "#d62728")
   figure.savefig(f"{path}.tmp", format="png", dpi=110)
   os.replace(f"{path}.tmp", path)

@@ -34,7 +34,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from limber_jax.checkpoint import Checkpoints
+from limber_jax.checkpoint import Checkpoints, kept_frozen
 from limber_jax.config import Checkpoint, Compute, flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, gptj, prompt
@@ -505,7 +505,10 @@ def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: d
     trained, init, best = values["trainable"], values.get(f"init.{part}"), values["checkpoint.best"]
   if part not in trained:
     if not init:
-      raise UserError(f"{path}: a run without a trained part {part!r}; it trained {', '.join(trained)}")
+      kept = kept_frozen(path, part, {"params": like, "stats": stats})
+      if kept is None:
+        raise UserError(f"{path}: a run without a part {part!r} of its own; it trained {', '.join(trained)}")
+      return kept["params"], kept["stats"]
     return load_part(init, part, size, like, stats)
   checkpoints = Checkpoints(path, Checkpoint(best=best))
   try:
