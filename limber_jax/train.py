@@ -84,6 +84,12 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
 
   params_like, stats_like = laid_out(jax.eval_shape(cast, params_like)), laid_out(stats_like)
 
+  def read(path: str, part: str) -> tuple[dict, dict]:
+    try:
+      return task.load(path, part, params_like[part], stats_like.get(part, {}))
+    except UserError as error:
+      raise UserError(f"--config.init.{part}: {error}") from error
+
   def initial(parts: Iterable[str], kept: dict[str, dict]) -> tuple[dict, dict]:
     """Returns (params, stats) of some parts, from disk, from what was `kept`, or at random."""
     paths = {part: path for part in parts if (path := config.init.of(part))}
@@ -97,7 +103,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
       layout = jax.tree.map(lambda x: x.sharding, ({p: params_like[p] for p in random},
                                                    {p: stats_like[p] for p in random if p in stats_like}))
       params, stats = jax.jit(draw, out_shardings=layout)()
-    found = {part: task.load(path, part, params_like[part], stats_like.get(part, {})) for part, path in paths.items()}
+    found = {part: read(path, part) for part, path in paths.items()}
     found |= {part: (tree["params"], tree["stats"]) for part, tree in kept.items()}
     for part, (params[part], part_stats) in found.items():
       if part_stats:
@@ -177,12 +183,13 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
 
   with StopRequest() as stop:
     main = jax.process_index() == 0
+    # First what is quick to say: that there are no data.
+    source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     s = setup(config, workdir)
     _claim(workdir, config, main)
     for part in s.drawn:
       keep_frozen(workdir, part, {"params": s.frozen.params[part], "stats": s.frozen.stats.get(part, {})})
     rows = parallel.local_rows(config.batch_size, s.mesh)
-    source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     if config.data.features:
       source = FeatureSource(source, config.data.features, cached(s))
     fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed)

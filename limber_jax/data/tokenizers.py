@@ -202,6 +202,7 @@ def _fetch(name: str, kind: str) -> str:
   """Returns the local directory of a hub repository's tokenizer.json, downloaded if it is not there yet."""
   import huggingface_hub  # only here, with transformers
 
+  huggingface_hub.logging.set_verbosity_error()  # it would tell each of its retries, twice
   try:
     try:
       file = huggingface_hub.hf_hub_download(name, "tokenizer.json", local_files_only=True)
