@@ -88,6 +88,16 @@ def test_a_caption_loss_of_wrong_shapes_is_refused(arguments, message):
     losses.caption_loss(*arguments)
 
 
+def test_the_nats_of_each_caption_add_up_to_the_loss():
+  config = tiny()
+  task, batch = Captioning.of(config), batches(config, 1)[0]
+  params, stats = jax.jit(task.init)(jax.random.key(0))
+  nats = jax.jit(task.predict()["nll"])(params, stats, batch)
+  loss, _ = jax.jit(task.loss)(params, stats, batch, jax.random.key(0))
+  assert nats.shape == (16,)
+  np.testing.assert_allclose(nats.sum() / batch["mask"].sum(), loss, rtol=1e-6)
+
+
 MASK = np.arange(4) < np.array([2, 4, 3, 1])[:, None]  # ends with their EOS
 
 

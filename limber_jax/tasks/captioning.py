@@ -201,7 +201,10 @@ class Captioning:
   def _nll(self, name, params, stats, batch):
     prompt = self.model.prompt(params, self._encoded(name, params, stats, batch), name)
     logits = self.model.logits(params, self.model.hidden(params, prompt, batch["tokens"], batch["mask"]))
-    one = lambda *row: losses.caption_loss(*(x[None] for x in row), total=1.0)[0]  # noqa: E731
+
+    def one(*row):
+      return losses.caption_loss(*(x[None] for x in row), total=1.0)[0]
+
     return jax.vmap(one)(logits, batch["tokens"], batch["mask"])
 
   def _generate(self, name, params, stats, batch, eos):

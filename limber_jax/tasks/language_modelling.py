@@ -85,7 +85,9 @@ class LanguageModelling:
     """Returns "nll": f(params, stats, batch) -> float32 [B], nats of each text, its end included."""
 
     def nll(params, stats, batch):
-      one = lambda tokens, mask: self._nats(params, {"tokens": tokens[None], "mask": mask[None]}, 1.0)[0]  # noqa: E731
+      def one(tokens, mask):
+        return self._nats(params, {"tokens": tokens[None], "mask": mask[None]}, 1.0)[0]
+
       return jax.vmap(one)(batch["tokens"], batch["mask"])
 
     return {"nll": nll}
