@@ -74,6 +74,20 @@ def pictures(folder: Any, count: int) -> list[str]:
   return paths
 
 
+def environment(cache: Any, devices: int = 1, processes: int = 1, index: int = 0, port: int = 0) -> dict[str, str]:
+  """Returns the environment of a command on simulated devices, one of several processes if there are more.
+
+  Programs are compiled once, into the directory `cache`, for all the commands that a test starts.
+  """
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  if processes > 1:
+    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index)}
+  return env
+
+
 def zeroshot(every: int = 2) -> dict[str, Evaluation]:
   """Returns one evaluation on held-out digits."""
   return {"zeroshot": Evaluation(source=Source(name="digits", split="test"), every=every, batch_size=64)}

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from runs import losses
+from runs import environment, losses
 
 from limber_jax import encode as encode_lib
 from limber_jax import parallel
@@ -353,12 +353,7 @@ def command(tmp_path):
   file.write_text(EXPERIMENT.format(tests=os.path.dirname(__file__)))
 
   def start(out, *more, devices=1, processes=1, index=0, port=0):
-    env = os.environ | {
-      "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
-      "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    if processes > 1:
-      env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-              "JAX_PROCESS_ID": str(index)}
+    env = environment(tmp_path / "cache", devices, processes, index, port)
     return subprocess.Popen([sys.executable, "-m", "limber_jax.encode", f"--config={file}", f"--out={out}",
                              "--shard_mb=1", *more],
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

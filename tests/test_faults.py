@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import losses, tiny, zeroshot
+from runs import environment, losses, tiny, zeroshot
 
 from limber_jax import parallel
 from limber_jax import train as train_lib
@@ -53,13 +53,7 @@ def experiment(tmp_path):
 
   def start(workdir, *, steps=20, devices=1, processes=1, index=0, port=0, mesh="-1, 1, 1"):
     file.write_text(EXPERIMENT.format(tests=os.path.dirname(__file__), steps=steps, mesh=mesh))
-    env = os.environ | {
-      "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
-      # Compiled once for all the processes that a test starts.
-      "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    if processes > 1:
-      env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-              "JAX_PROCESS_ID": str(index)}
+    env = environment(tmp_path / "cache", devices, processes, index, port)
     return subprocess.Popen([sys.executable, "-m", "limber_jax.train", f"--config={file}", f"--workdir={workdir}"],
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

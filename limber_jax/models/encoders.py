@@ -161,9 +161,6 @@ class Encoder:
     return features, stats
 
 
-build_encoder = Encoder.of
-
-
 @dataclass(frozen=True)
 class _Tables:
   """What is known about a kind of tower beside its definition."""

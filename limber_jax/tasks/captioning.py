@@ -40,7 +40,6 @@ class Captioning:
   captions: Captions
   decoding: Decoding
   length: int                  # T
-  batch_size: int
 
   @classmethod
   def of(cls, config: Config) -> "Captioning":
@@ -68,7 +67,7 @@ class Captioning:
     if longest + config.data.length > config.model.lm.context:
       raise UserError(f"a prompt of {longest} and config.data.length={config.data.length} tokens are more than the "
                       f"language model's context of {config.model.lm.context}")
-    task = cls(model, config.trainable, k, c, config.decoding, config.data.length, n)
+    task = cls(model, config.trainable, k, c, config.decoding, config.data.length)
     if config.data.features:
       task.cached(config.data)
     return task
