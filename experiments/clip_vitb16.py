@@ -1,6 +1,7 @@
 """CLIP ViT-B/16 from scratch: arXiv 2103.00020, Tables 18-20."""
 
-from limber_jax.config import Checkpoint, Compute, Config, Data, Evaluation, Optim, Source, Tokenizer
+from limber_jax.config import Checkpoint, Compute, Config, Data, Optim, Source, Tokenizer
+from limber_jax.evals import suites
 from limber_jax.models import clip
 
 
@@ -20,9 +21,5 @@ def get_config() -> Config:
     optim=Optim(lr=5e-4, warmup_steps=2000, weight_decay=0.2, b1=0.9, b2=0.98, eps=1e-6),
     compute=Compute(dtype="bfloat16", remat="full"),
     checkpoint=Checkpoint(every=1000, keep=2, best="imagenet/top1"),
-    evals={
-      "imagenet": Evaluation(name="zeroshot", source=Source(name="tfds", path="data/tfds/imagenet2012",
-                                                            split="validation"),
-                             every=5000, classes="imagenet", templates="imagenet80"),
-    },
+    evals=suites.clip(every=5000),
   )

@@ -4,7 +4,8 @@ The image tower is read from `init.image` (Hugging Face, open_clip or OpenAI wei
 gradient and no optimizer state, and is in no checkpoint.
 """
 
-from limber_jax.config import Checkpoint, Compute, Config, Data, Evaluation, Init, Optim, Source, Tokenizer
+from limber_jax.config import Checkpoint, Compute, Config, Data, Init, Optim, Source, Tokenizer
+from limber_jax.evals import suites
 from limber_jax.models import clip
 
 
@@ -25,9 +26,5 @@ def get_config() -> Config:
     optim=Optim(lr=1e-3, warmup_steps=10_000, weight_decay=1e-4, b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0),
     compute=Compute(dtype="bfloat16"),
     checkpoint=Checkpoint(every=1000, keep=2, best="imagenet/top1"),
-    evals={
-      "imagenet": Evaluation(name="zeroshot", source=Source(name="tfds", path="data/tfds/imagenet2012",
-                                                            split="validation"),
-                             every=5000, classes="imagenet", templates="imagenet80"),
-    },
+    evals=suites.clip(every=5000),
   )

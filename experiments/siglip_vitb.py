@@ -4,7 +4,8 @@ The loss, its temperature and bias, and the optimizer are SigLIP's. The towers a
 text, where SigLIP pools by attention and reads text both ways.
 """
 
-from limber_jax.config import Checkpoint, Compute, Config, Data, Evaluation, Loss, Optim, Source, Tokenizer
+from limber_jax.config import Checkpoint, Compute, Config, Data, Loss, Optim, Source, Tokenizer
+from limber_jax.evals import suites
 from limber_jax.models import clip
 
 
@@ -25,9 +26,5 @@ def get_config() -> Config:
     optim=Optim(lr=1e-3, warmup_steps=10_000, weight_decay=1e-4, b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0),
     compute=Compute(dtype="bfloat16", remat="full"),
     checkpoint=Checkpoint(every=1000, keep=2, best="imagenet/top1"),
-    evals={
-      "imagenet": Evaluation(name="zeroshot", source=Source(name="tfds", path="data/tfds/imagenet2012",
-                                                            split="validation"),
-                             every=5000, classes="imagenet", templates="imagenet80"),
-    },
+    evals=suites.clip(every=5000),
   )

@@ -4,7 +4,7 @@ It comes from a workdir of limber_jax.train, or from the one file that `limber_j
 """
 
 import dataclasses
-import itertools
+import functools
 import json
 import os
 import sys
@@ -26,19 +26,19 @@ from limber_jax.classify import attempt
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
 from limber_jax.data import transforms
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.generate import generate, row_keys
+from limber_jax.generate import row_keys
 from limber_jax.models.encoders import ENCODERS
-from limber_jax.models.gptj import SIZES
+from limber_jax.models.gptj import SIZES, Cache
 from limber_jax.models.limber import part
 from limber_jax.state import split
+from limber_jax.tasks import interleaved
 from limber_jax.tasks.captioning import Captioning
+from limber_jax.tasks.interleaved import Layout, Segments
 from limber_jax.train import Setup, check_frozen, setup
 from limber_jax.weights import load, projection
 
 PROGRESS = 50  # images from which on it is told how far they are
 EVERY = 10     # seconds between two such lines
-
-Segments = tuple[int | str, ...]  # what the language model reads: texts, and images by their numbers
 
 
 class Written(NamedTuple):
@@ -65,13 +65,15 @@ class Captioner:
     self.decoding = setup.config.decoding
     self.batch_size = setup.config.batch_size
     self._model, self._mesh, self._tokenizer, self._blind = model, setup.mesh, setup.tokenizer, blind
-    self._prompt_length = model.prompt_length(name)
+    self._prompt_length = 0 if blind else model.prompt_length(name)
     self._params = {**setup.frozen.params, **params}
     self._stats = {**setup.frozen.stats, **stats}
     self._preprocess = transforms.Chain((transforms.Decode(), setup.task.rule(encoder)))
     self._prompts = jax.jit(lambda params, stats, images: model.prompt(
       params, model.encode(params, stats, images, encoder)[0], name), out_shardings=parallel.batch_sharding(self._mesh))
-    self._continue = jax.jit(self._generate, out_shardings=parallel.replicated(self._mesh))
+    whole = parallel.replicated(self._mesh)
+    self._read = jax.jit(functools.partial(interleaved.read, model), out_shardings=whole)
+    self._continue = jax.jit(self._generate, out_shardings=whole)
 
   def read(self, path: str) -> np.ndarray:
     """Returns the image in a file as the encoder takes it, uint8 [H, W, 3]; raises UserError or OSError."""
@@ -82,7 +84,8 @@ class Captioner:
     """Yields what the language model writes after each of the requests, in their order.
 
     All batches are of one shape: texts are padded on the right to the longest, the last batch with empty rows. What is
-    written about an image does not depend on the others, but where it is sampled, on its number among them.
+    written about an image does not depend on the others, but where it is sampled, on its number among them. What all
+    requests begin with goes through the language model once.
 
     Args:
       requests: the path of an image, and what is read before the text is written: texts, and images by their numbers.
@@ -92,13 +95,16 @@ class Captioner:
     Raises:
       UserError: more text and images than the language model's context holds.
     """
-    layouts = {segments: self._layout(segments) for segments in dict.fromkeys(s for _, s in requests)}
-    length, context = max(len(ids) for ids, _ in layouts.values()), self._model.size.lm.context
+    layouts = {segments: Layout.of(segments, self._tokenizer, self._prompt_length)
+               for segments in dict.fromkeys(s for _, s in requests)}
+    length, context = max(len(layout.ids) for layout in layouts.values()), self._model.size.lm.context
     if length + self.decoding.max_new_tokens > context:
       raise UserError(f"{length} positions of images and text, and max_new_tokens={self.decoding.max_new_tokens}, are "
                       f"more than the language model's context of {context}")
     with jax.set_mesh(self._mesh):
       prompts = self._shots(shots)
+      start = interleaved.common(list(layouts.values()), len(prompts))
+      prefix = self._prefix(next(iter(layouts.values())), start, prompts) if start else None
     batches = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
     with ThreadPoolExecutor() as pool:
 
@@ -109,28 +115,17 @@ class Captioner:
       for number, batch in enumerate(batches):
         images = [image.result() for image in reading]
         reading = start_reading(batches[number + 1]) if number + 1 < len(batches) else []
-        rows = [(image, *layouts[segments], number * self.batch_size + i)
+        rows = [(image, Layout(*(part[start:] for part in layouts[segments])), number * self.batch_size + i)
                 for i, (image, (_, segments)) in enumerate(zip(images, batch, strict=True))
                 if not isinstance(image, str)]
-        texts = iter(self._write_batch(rows, prompts, length) if rows else ())
+        texts = iter(self._write_batch(rows, prompts, prefix, length - start) if rows else ())
         for image, (path, _) in zip(images, batch, strict=True):
           yield Written(path, "", image) if isinstance(image, str) else Written(path, next(texts))
 
-  def _layout(self, segments: Segments) -> tuple[list[int], list[int]]:
-    """Returns for each position the id of its token, and which prompt token stands there, -1 where it is text."""
-    # Without an image a text must start somewhere: where texts start in training, at the end of another.
-    ids, source = ([self._tokenizer.eot], [-1]) if self._blind else ([], [])
-    wanted = [s for s in segments if isinstance(s, str) or not self._blind]
-    for is_text, run in itertools.groupby(wanted, key=lambda s: isinstance(s, str)):
-      if is_text:
-        text = "".join(run)
-        found = self._tokenizer.encode(text) if text else []
-        ids, source = ids + found, source + [-1] * len(found)
-      else:
-        for image in run:
-          ids = ids + [self._tokenizer.eot] * self._prompt_length
-          source = source + list(range(image * self._prompt_length, (image + 1) * self._prompt_length))
-    return ids, source
+  def _prefix(self, layout: Layout, start: int, prompts: jax.Array) -> Cache:
+    """Returns the cache of the first `start` positions of a layout, on every device."""
+    begin = Layout(*(part[:start] for part in layout))
+    return self._read(self._params, interleaved.stack([begin], 1, start, self._tokenizer.eot), prompts)
 
   def _shots(self, images: Sequence[np.ndarray]) -> jax.Array:
     """Returns the prompts [S · P, D] of images, on every device."""
@@ -147,32 +142,22 @@ class Captioner:
     whole[: len(images)] = images
     return self._prompts(self._params, self._stats, parallel.global_batch(whole, self._mesh))
 
-  def _write_batch(self, rows, shots, length) -> list[str]:
-    """Returns the text for each row (image, ids, source, number)."""
-    B = self.batch_size
-    batch = {"tokens": np.full((B, length), self._tokenizer.eot, np.int32),
-             "source": np.full((B, length), -1, np.int32),
-             "mask": np.zeros((B, length), bool), "number": np.zeros(B, np.int32)}
-    for i, (_, ids, source, number) in enumerate(rows):
-      batch["tokens"][i, : len(ids)], batch["source"][i, : len(ids)] = ids, source
-      batch["mask"][i, : len(ids)], batch["number"][i] = True, number
+  def _write_batch(self, rows, prompts, prefix, length) -> list[str]:
+    """Returns the text for each row (image, layout, number)."""
+    images, layouts, numbers = zip(*rows, strict=True)
+    batch = interleaved.stack(layouts, self.batch_size, length, self._tokenizer.eot)
+    batch["number"] = np.zeros(self.batch_size, np.int32)
+    batch["number"][: len(rows)] = numbers
     with jax.set_mesh(self._mesh):
-      own = None if self._blind else self._encode([image for image, *_ in rows])
-      out = jax.device_get(self._continue(self._params, shots, own, parallel.global_batch(batch, self._mesh)))
+      own = None if self._blind else self._encode(images)
+      out = jax.device_get(self._continue(self._params, prompts, own, parallel.global_batch(batch, self._mesh), prefix))
     return [self._tokenizer.decode(out.tokens[i, : out.lengths[i]].tolist()) for i in range(len(rows))]
 
-  def _generate(self, params, shots, own, batch):
-    variables = self._model.lm_params(params)
-    x = self._model.lm.apply(variables, batch["tokens"], method="embed")  # [B, L, D]
-    B, L, _ = x.shape
-    if own is not None:
-      images = jnp.concatenate([jnp.broadcast_to(shots[None], (B, *shots.shape)), own], axis=1)  # [B, (S + 1) · P, D]
-      source = batch["source"][..., None]
-      x = jnp.where(source >= 0, jnp.take_along_axis(images.astype(x.dtype), jnp.maximum(source, 0), axis=1), x)
-    positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
-    keys = row_keys(jax.random.key(self.decoding.seed), batch["number"]) if self.decoding.method == "sample" else None
-    return generate(self._model.lm, variables["params"], x, positions, batch["mask"], eos=self._tokenizer.eot,
-                    settings=self.decoding, max_new_tokens=self.decoding.max_new_tokens, keys=keys)
+  def _generate(self, params, prompts, own, batch, prefix):
+    if self.decoding.method == "sample":
+      batch = batch | {"key": row_keys(jax.random.key(self.decoding.seed), batch["number"])}
+    return interleaved.write(self._model, params, batch, prompts, own, eos=self._tokenizer.eot, settings=self.decoding,
+                             prefix=prefix)
 
 
 def read_run(workdir: str) -> Config:

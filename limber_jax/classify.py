@@ -127,21 +127,6 @@ def find(inputs: Sequence[str]) -> list[str]:
   return found
 
 
-def own_tokenizer(weights: str) -> config.Tokenizer:
-  """Returns the tokenizer that lies or is recorded beside the weights, else CLIP's."""
-  folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
-  path = os.path.join(folder, "config.json")
-  if os.path.isdir(os.path.join(folder, "checkpoints")) and os.path.isfile(path):  # a run of limber_jax.train
-    try:
-      with open(path, encoding="utf-8") as file:
-        recorded = json.load(file)
-      return config.Tokenizer(recorded["data.tokenizer.name"], recorded["data.tokenizer.path"])
-    except (OSError, ValueError, KeyError) as error:
-      raise UserError(f"{path} names no tokenizer ({error}); name it by --tokenizer and --tokenizer_path") from error
-  beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "merges.txt"))
-  return config.Tokenizer("clip", folder if beside else "")
-
-
 def read_labels(given: Sequence[str], path: str) -> list[str]:
   """Returns the labels given and those of a file with one a line; raises UserError for fewer than two, or doubles."""
   labels = [label for label in given if label] + (lines(path, "--labels_file") if path else [])
@@ -168,7 +153,7 @@ if __name__ == "__main__":
     if not _weights.value:
       raise UserError("--weights is missing; for example --weights=runs/quickstart")
     labels, paths = read_labels(_labels.value, _labels_file.value), find(inputs)
-    tokenizer = own_tokenizer(_weights.value)
+    tokenizer = load.own_tokenizer(_weights.value)
     if _tokenizer.value or _tokenizer_path.value:
       tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
     model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer)

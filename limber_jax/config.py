@@ -142,12 +142,20 @@ class Checkpoint:
 class Evaluation:
   """One evaluation during training and in `limber_jax.evaluate`."""
 
-  name: str = "zeroshot"     # a name in registry.EVALS
+  name: str = "zeroshot"     # a name in registry.EVALS, whose docstring says which of the fields below it uses
   source: Source = field(default_factory=Source)
-  every: int = 1000          # steps; 0 = only at the end
+  every: int = 1000          # steps; 0 = only at the end; -1 = only by limber_jax.evaluate, never in training
   batch_size: int = 256
   classes: str = ""          # imagenet | a file with one class name a line; "" = the source's own names
   templates: str = "imagenet7"  # imagenet80 | imagenet7 | a file, one a line, {} for the class | one template itself
+  train: Source | None = None       # of probes: what they learn from; vqa: what examples are drawn from
+  validation: Source | None = None  # of probes: where the strength is chosen; None = a part of `train`
+  metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice
+  scorer: str = ""                  # weights of the CLIP behind CLIPScore; "" leaves CLIPScore out
+  shots: tuple[int, ...] = (0,)     # examples before a question, or a class
+  seeds: tuple[int, ...] = (0,)     # of what is drawn: a figure is the mean over them
+  damaged: float = 0.01             # the share of items that may be unreadable
+  threshold: float = 0.95           # of overlap: the cosine from which on two images count as the same
 
 
 @dataclass
@@ -246,10 +254,14 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
   The annotations of the fields say what belongs where: of several dataclasses the one is built whose `kind` is there,
   and `Config.model` is the one that registry.SIZES names for the task. Of dicts of dataclasses no key has a dot.
 
+  A setting of a Config that is not there came later than the run, and has its default. A size has all of its fields:
+  a model is not to be guessed.
+
   Raises:
     UserError: a field is missing, unknown or of another type.
   """
   used: set[str] = set()
+  groups = {name.rsplit(".", i)[0] for name in values for i in range(name.count(".") + 1)}
 
   def read(hint: Any, name: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -276,7 +288,12 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     if cls is Config:
       hints["model"] = registry.lookup("task", registry.SIZES, read(str, "task"))
-    return cls(**{f.name: read(hints[f.name], start + f.name) for f in dataclasses.fields(cls)})
+    return cls(**{f.name: read(hints[f.name], start + f.name) for f in dataclasses.fields(cls)
+                  if start + f.name in groups or not later(f, start + f.name)})
+
+  def later(f: dataclasses.Field, name: str) -> bool:
+    given = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+    return issubclass(root, Config) and name.partition(".")[0] not in ("model", "task") and given
 
   def leaf(hint: Any, name: str, value: Any) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, list):
@@ -290,6 +307,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
       raise UserError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
     return value
 
+  root = cls
   out = build([cls], "")
   for name in sorted(values.keys() - used):
     beside = [n for n in used if n.rpartition(".")[0] == name.rpartition(".")[0]]
@@ -299,7 +317,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
 
 def check_same(config: Config, saved: str, where: str) -> None:
   """Raises UserError if `config` would train something else than the JSON `saved` beside an earlier run."""
-  old, new = json.loads(saved), json.loads(to_json(config))
+  old, new = (json.loads(to_json(c)) for c in (from_json(saved, where), config))
   for name in sorted(old.keys() | new.keys()):
     if any(name == r or name.startswith(f"{r}.") for r in RUNTIME):
       continue

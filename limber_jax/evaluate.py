@@ -1,56 +1,171 @@
 """Evaluates a run: `python -m limber_jax.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart`.
 
-Prints the figures of the experiment's evaluations and writes them to results.json in the workdir.
+Runs the evaluations of the experiment on a checkpoint of the workdir, or with --weights on weights from elsewhere, and
+writes into the workdir results.json, report.md with the published figures beside, and pictures. What is found out about
+each item is kept below evaluation/: the same command goes on where it was stopped. An evaluation whose data are missing
+or damaged is named, and the others go on; the exit code is then 1.
 """
 
+import dataclasses
+import importlib.metadata
 import json
 import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import flags
 
-from limber_jax import cli, parallel
+from limber_jax import cli, parallel, report
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints
-from limber_jax.config import Config
+from limber_jax.config import Config, Evaluation
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.train import evaluate, make_evals, setup
+from limber_jax.evals.base import Context, Stopped
+from limber_jax.models import clip
+from limber_jax.signals import StopRequest
+from limber_jax.train import Setup, check_frozen, evaluate, make_context, make_eval, setup
+from limber_jax.weights import load
+from limber_jax.weights.digest import digest
+
+DATA = "data/"       # what the paths of the experiments' data sets start with
+PACKAGES = ("limber_jax", "flax", "jax", "numpy", "pillow", "pycocoevalcap", "scikit-learn", "transformers")
 
 
-def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: tuple[str, ...] = ()) -> dict:
-  """Returns {"step": …, "metrics": {"zeroshot/top1": …}, …} of a run's checkpoint.
+def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: Sequence[str] = (), weights: str = "",
+            data: str = "", stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+  """Returns what results.json holds: the figures of each evaluation, and all that they rest on.
 
   Args:
-    config: the experiment that was trained in `workdir`.
-    workdir: of the run.
+    config: the experiment; changed by `only`, `weights` and `data`.
+    workdir: of the run, where results of items and pictures go.
     checkpoint: "latest", "best" (by config.checkpoint.best) or a step.
     only: names of evaluations; empty for all.
+    weights: what is evaluated in place of the workdir's checkpoint: a CLIP, or of task "captioning" a map.
+    data: a directory in place of "data", where the experiments' data sets are.
+    stop: asked between batches.
 
   Raises:
-    UserError: no such run, checkpoint or evaluation, or another experiment's workdir.
+    UserError: no such run, checkpoint, weights or evaluation, another experiment's workdir, or none of the evaluations
+      could be run.
+    Stopped: the run was asked to end.
   """
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
-    raise UserError(f"--workdir={workdir}: no run there (no config.json); train one with python -m limber_jax.train "
-                    f"--config=… --workdir={workdir}")
-  with open(path, encoding="utf-8") as file:
-    config_lib.check_same(config, file.read(), workdir)
   for name in only:
     if name not in config.evals:
       raise UserError(f"--only: no evaluation {name!r} in this experiment{did_you_mean(name, config.evals)}")
-  if only:
-    config.evals = {name: config.evals[name] for name in only}
+  names = [name for name in config.evals if name in only or not only]
+  if not names:
+    raise UserError(f"experiment {config.name!r} has no evaluations; its config.evals is empty")
+  if data:
+    config.evals = {name: _moved(e, data) for name, e in config.evals.items()}
+  s, params, stats, step = (imported(config, workdir, weights) if weights else
+                            trained(config, workdir, checkpoint))
+  digests = s.digests | {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
+  context = dataclasses.replace(
+    make_context(s, workdir, stop), items=os.path.join(workdir, "evaluation"), key=_key(s, digests))
+  found, failed = {}, {}
+  for name in names:
+    try:
+      found[name] = _one(s, name, context, params, stats)
+    except UserError as error:
+      failed[name] = str(error)
+      if jax.process_index() == 0:
+        print(f"{name}: not evaluated: {error}", file=sys.stderr, flush=True)
+  if not found:
+    raise UserError(f"{next(iter(failed.values()))}" if len(failed) == 1 else
+                    f"none of the {len(failed)} evaluations could be run; the reasons are above")
+  return {"name": config.name, "task": config.task, "model": _model(config), "step": step, "seed": config.seed,
+          "weights": digests, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+          "evaluations": found, "failed": failed}
+
+
+def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict, dict, int]:
+  """Returns (setup, params, stats, step) of a checkpoint in a workdir; raises UserError as `results` does."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    raise UserError(f"--workdir={workdir}: no run there (no config.json); train one with python -m limber_jax.train "
+                    f"--config=… --workdir={workdir}, or evaluate weights from elsewhere with --weights=…")
+  with open(path, encoding="utf-8") as file:
+    config_lib.check_same(config, file.read(), workdir)
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     step = checkpoints.find(checkpoint)
     s = setup(config, workdir)
-    params, stats = checkpoints.restore_params(step, s.like.params, s.like.stats)
+    check_frozen(checkpoints.meta(step), s.digests, workdir, step)
+    return s, *checkpoints.restore_params(step, s.like.params, s.like.stats), step
   finally:
     checkpoints.close()
-  metrics = evaluate(s, make_evals(s, workdir), params, stats)
-  return {"name": config.name, "step": step, "metrics": metrics,
-          "evaluations": {n: config_lib.flatten(e) for n, e in config.evals.items()},
-          "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}", "jax": jax.__version__}
+
+
+def imported(config: Config, workdir: str, weights: str) -> tuple[Setup, dict, dict, int]:
+  """Returns (setup, params, stats, 0) of weights from elsewhere; raises UserError as `results` does.
+
+  Of a CLIP the model is what the weights say. Of task "captioning" they are the map, and the frozen parts are those of
+  config.init.
+  """
+  if config.task == "contrastive":
+    config.model = load.open_model(weights).size
+    config.init = config_lib.Init(image=weights, text=weights)
+  else:
+    config.init = dataclasses.replace(config.init, prompt=weights)
+  s = setup(config, workdir)
+  state = s.init()
+  return s, state.params, state.stats, 0
+
+
+def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> dict[str, Any]:
+  """Returns the entry of an evaluation; raises UserError in every process if it cannot be run in one of them."""
+  run, problem = None, None
+  try:
+    run = make_eval(s, name, context)
+  except UserError as error:
+    problem = str(error)
+  if problem := next(filter(None, parallel.from_each(problem)), None):
+    raise UserError(problem)
+  figures = evaluate(s, {name: run}, params, stats)
+  return {"evaluation": s.config.evals[name].name, "figures": {k.split("/", 1)[1]: v for k, v in figures.items()},
+          "protocol": config_lib.flatten(s.config.evals[name]), "facts": run.facts()}
+
+
+def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
+  """Returns what results of items depend on beside the evaluation and its data."""
+  settings = {name: config_lib.flatten(getattr(s.config, name)) for name in ("model", "decoding")}
+  return {"weights": digests, **settings, "tokenizer": s.tokenizer.fingerprint(), "length": s.task.length,
+          "dtype": s.config.compute.dtype}
+
+
+def _model(config: Config) -> str:
+  """Returns the name of a published CLIP, "" of any other model."""
+  return next((name for name, make in clip.PUBLISHED.items() if make() == config.model), "")
+
+
+def _moved(evaluation: Evaluation, data: str) -> Evaluation:
+  """Returns the evaluation with paths below `data` in place of "data"."""
+
+  def moved(path: str) -> str:
+    return os.path.join(data, path.removeprefix(DATA)) if path.startswith(DATA) else path
+
+  sources = {name: dataclasses.replace(source, path=moved(source.path), images=moved(source.images))
+             for name in ("source", "train", "validation") if (source := getattr(evaluation, name)) is not None}
+  return dataclasses.replace(evaluation, classes=moved(evaluation.classes), **sources)
+
+
+def write(found: dict[str, Any], workdir: str) -> None:
+  """Writes results.json, in which other evaluations of the same weights stay, report.md and its pictures."""
+  path = os.path.join(workdir, "results.json")
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      earlier = json.load(file)
+    if all(earlier.get(k) == found[k] for k in ("name", "step", "seed", "weights", "versions")):
+      for key in ("evaluations", "failed"):
+        found[key] = {n: e for n, e in earlier[key].items()
+                      if n not in found["evaluations"] and n not in found["failed"]} | found[key]
+  os.makedirs(workdir, exist_ok=True)
+  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    file.write(json.dumps(found, indent=1))
+  os.replace(f"{path}.tmp", path)
+  report.write(found, workdir)
 
 
 if __name__ == "__main__":
@@ -58,24 +173,31 @@ if __name__ == "__main__":
   _workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
   _checkpoint = flags.DEFINE_string("checkpoint", "latest", "latest, best, or a step.")
   _only = flags.DEFINE_list("only", [], "Names of evaluations, with commas; all if empty.")
+  _weights = flags.DEFINE_string("weights", "", "Evaluate these in place of a checkpoint: a CLIP, or a map of LiMBeR.")
+  _data = flags.DEFINE_string("data", "", "Directory of the data sets, in place of 'data'.")
 
-  def _main(argv: list[str]) -> None:
+  def _main(argv: list[str]) -> int:
     if argv:
       raise UserError(f"unexpected argument {argv[0]!r}; settings are given as --config.field=value")
     if not _workdir.value:
       raise UserError("--workdir is missing; for example --workdir=runs/quickstart")
     config = cli.get_config(_config)
     parallel.start()
-    out = results(config, _workdir.value, checkpoint=_checkpoint.value, only=tuple(_only.value))
+    with StopRequest() as stop:
+      try:
+        out = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
+                      data=_data.value, stop=lambda: any(parallel.from_each(stop())))
+      except Stopped:
+        print(f"stopped by {stop.name}; the same command goes on from there", flush=True)
+        return 0
     if jax.process_index() == 0:
-      path = os.path.join(_workdir.value, "results.json")
-      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(json.dumps(out, indent=1))
-      os.replace(f"{path}.tmp", path)
-      width = max(map(len, out["metrics"]), default=0)
+      write(out, _workdir.value)
+      rows = {f"{name}/{key}": value for name, e in out["evaluations"].items() for key, value in e["figures"].items()}
+      width = max(map(len, rows))
       print(f"step {out['step']}")
-      for name, value in out["metrics"].items():
+      for name, value in rows.items():
         print(f"{name:<{width}}  {value:.4f}")
-      print(f"written to {path}")
+      print(f"written to {os.path.join(_workdir.value, 'results.json')} and report.md")
+    return 1 if out["failed"] else 0
 
   cli.run(_main)

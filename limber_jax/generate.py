@@ -81,31 +81,49 @@ def to_draw_from(logits: jax.Array, settings: Decoding) -> jax.Array:
   return keep_top_p(logits, settings.top_p) if settings.top_p < 1 else logits
 
 
+def read(model: Any, params: dict, x: jax.Array, positions: jax.Array, mask: jax.Array) -> Cache:
+  """Returns a cache of what prompts begin with, read once: `generate` goes on from it, for many rows from one.
+
+  Args:
+    model, params: as of `generate`.
+    x: [B, R, D] embeddings, B = 1 where all rows of a later batch begin alike.
+    positions: int32 [B, R].
+    mask: bool [B, R], True where real. Padding may stand left or right.
+  """
+  cache = constrain_cache(empty_cache(model.size, *mask.shape, model.compute.dtype))
+  return model.apply({"params": params}, x, positions, mask, cache)[1]
+
+
 def generate(model: Any, params: dict, x: jax.Array, positions: jax.Array, mask: jax.Array, *, max_new_tokens: int,
-             eos: int, settings: Decoding, keys: jax.Array | None = None) -> Generated:
+             eos: int, settings: Decoding, keys: jax.Array | None = None, prefix: Cache | None = None) -> Generated:
   """Returns the tokens that follow each prompt, up to the first `eos`.
 
-  No row depends on the others. It stops as soon as all are done; a row without a real token is done from the start.
+  No row depends on the others. It stops as soon as all are done; a row without a real token in its prompt is done from
+  the start, whatever its prefix.
 
   Args:
     model: a language model with the methods of GPTJ.
     params: its parameters, adapters included.
     x: [B, P, D] embeddings of the prompts.
-    positions: int32 [B, P]. New tokens count on from the number of the row's real tokens.
+    positions: int32 [B, P]; behind a prefix they count on from the number of its real tokens. New tokens count on from
+      the number of all real tokens of the row.
     mask: bool [B, P], True where real. Padding may stand left or right.
     max_new_tokens: at most so many, eos included.
     eos: the token that ends a text.
     settings: how to choose.
     keys: [B] random keys of threefry2x32, one for each row, for method="sample"; see `row_keys`.
+    prefix: what stands before the prompts, from `read`: of B rows, or of one for all.
 
   Raises:
     UserError: a setting or the keys are wrong, or prompt and text are longer than the model's context.
+    ValueError: a prefix of another number of rows.
   """
   check(settings)
   B, P = mask.shape
-  if max_new_tokens < 1 or P + max_new_tokens > model.size.context:
-    raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1, and with the {P} positions of the prompt "
-                    f"at most the {model.size.context} of the model")
+  R = 0 if prefix is None else prefix.mask.shape[1]
+  if max_new_tokens < 1 or R + P + max_new_tokens > model.size.context:
+    raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1, and with the {R + P} positions of the "
+                    f"prompt at most the {model.size.context} of the model")
   if settings.method == "sample" and (keys is None or len(keys) != B):
     raise UserError(f"method='sample' needs {B} keys, one for each row; "
                     f"got {'none' if keys is None else len(keys)}")
@@ -113,12 +131,12 @@ def generate(model: Any, params: dict, x: jax.Array, positions: jax.Array, mask:
     # Of the other generators, rows drawn together share one stream.
     raise UserError(f"keys: expected those of threefry2x32, JAX's default, got {jax.random.key_impl(keys)}")
 
-  cache = constrain_cache(empty_cache(model.size, B, P + max_new_tokens - 1, model.compute.dtype))
+  cache, before = _start(model, prefix, B, P + max_new_tokens - 1)
   hidden, cache = model.apply({"params": params}, x, positions, mask, cache)
   last = P - 1 - mask[:, ::-1].argmax(-1)  # [B], where the last real token stands
   hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [B, D]
   logits = model.apply({"params": params}, hidden, method="logits")  # [B, V]
-  real = mask.sum(-1, dtype=jnp.int32)  # [B]
+  real = before + mask.sum(-1, dtype=jnp.int32)  # [B]
 
   def forward(tokens, t, cache):
     """Returns the logits [R, V] after the t-th new tokens [R], R = B or B·beams, and the cache."""
@@ -128,11 +146,27 @@ def generate(model: Any, params: dict, x: jax.Array, positions: jax.Array, mask:
     return model.apply({"params": params}, hidden[:, 0], method="logits"), cache
 
   if settings.method == "beam":
-    tokens, scores = _beam_search(forward, logits, cache, mask.any(-1), P, max_new_tokens, eos, settings)
+    tokens, scores = _beam_search(forward, logits, cache, mask.any(-1), R + P, max_new_tokens, eos, settings)
   else:
     tokens, scores = _one_by_one(forward, logits, cache, mask.any(-1), max_new_tokens, eos, settings, keys)
   ends = tokens == eos
   return Generated(tokens, jnp.where(ends.any(-1), ends.argmax(-1), max_new_tokens).astype(jnp.int32), scores)
+
+
+def _start(model, prefix, B, free):
+  """Returns (a cache of B rows that holds the prefix and has `free` slots behind it, its real tokens int32 [B])."""
+  if prefix is None:
+    return constrain_cache(empty_cache(model.size, B, free, model.compute.dtype)), jnp.zeros(B, jnp.int32)
+  rows, R = prefix.mask.shape
+  if rows not in (1, B):
+    raise ValueError(f"prefix: expected 1 row or {B}, got {rows}")
+
+  def widen(x, row, slot):  # x with B rows on axis `row`, and free slots on axis `slot`
+    x = jnp.broadcast_to(x, (*x.shape[:row], B, *x.shape[row + 1 :]))
+    return jnp.pad(x, [(0, free * (axis == slot)) for axis in range(x.ndim)])
+
+  cache = Cache(widen(prefix.k, 1, 3), widen(prefix.v, 1, 3), widen(prefix.mask, 0, 1), jnp.int32(R))
+  return constrain_cache(cache), cache.mask.sum(-1, dtype=jnp.int32)
 
 
 def _one_by_one(forward, logits, cache, live, N, eos, settings, keys):
@@ -172,8 +206,11 @@ class _Beams(NamedTuple):
   open: jax.Array          # bool [B], whether a text that goes on may still beat the worst that has ended
 
 
-def _beam_search(forward, logits, cache, live, P, N, eos, settings):
-  """Returns (tokens [B, N], scores [B]) of the best text of each row, as transformers' with early_stopping=False."""
+def _beam_search(forward, logits, cache, live, M, N, eos, settings):
+  """Returns (tokens [B, N], scores [B]) of the best text of each row, as transformers' with early_stopping=False.
+
+  The first M slots of the cache hold what all beams of a row begin with.
+  """
   K = settings.beams
   B, V = logits.shape
 
@@ -200,12 +237,12 @@ def _beam_search(forward, logits, cache, live, P, N, eos, settings):
                   pick(jnp.concatenate([beams.ended_tokens, tokens], axis=1), best), ended_scores, ended,
                   beams.open & (running[:, 0] / penalty > worst))
 
-  def follow(x, source):  # x [L, B·K, A, M, K]: the rows of the beams that go on
+  def follow(x, source):  # x [L, B·K, A, slots, K]: the rows of the beams that go on
     # The slots of the prompt are the same in all beams of a row, so only those of new tokens move.
-    new = x[:, :, :, P:]
+    new = x[:, :, :, M:]
     moved = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0), out_axes=1)(
       new.reshape(new.shape[0], B, K, *new.shape[2:]), source)
-    return jax.lax.dynamic_update_slice(x, moved.reshape(new.shape), (0, 0, 0, P, 0))
+    return jax.lax.dynamic_update_slice(x, moved.reshape(new.shape), (0, 0, 0, M, 0))
 
   def step(state):
     t, cache, beams = state

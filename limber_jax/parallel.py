@@ -4,13 +4,15 @@ Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split), `tensor` (
 """
 
 import itertools
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -187,3 +189,44 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
   """Returns global arrays [B, ...] over data × fsdp, from this process's rows [B/processes, ...] as numpy arrays."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+  """Returns what function() gives in process 0, plain JSON, in every process; only process 0 calls it.
+
+  Raises:
+    UserError: in every process, if it does in process 0.
+  """
+  if jax.process_count() == 1:
+    return json.loads(json.dumps(function()))
+  out: dict[str, Any] = {}
+  if jax.process_index() == 0:
+    try:
+      out = {"value": function()}
+    except UserError as error:
+      out = {"error": str(error)}
+  out = json.loads(bytes(_from_first(json.dumps(out).encode())))
+  if "error" in out:
+    raise UserError(out["error"])
+  return out["value"]
+
+
+def from_each(value: Any) -> list[Any]:
+  """Returns the `value`, plain JSON, of every process, in the order of the processes."""
+  if jax.process_count() == 1:
+    return [json.loads(json.dumps(value))]
+  mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.int32(len(mine)))
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: len(mine)] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
+
+
+def _from_first(data: bytes) -> np.ndarray:
+  """Returns the bytes of process 0 as uint8 [n]; those of the others are not looked at."""
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  mine = np.zeros(length, np.uint8)
+  if jax.process_index() == 0:
+    mine[:] = np.frombuffer(data, np.uint8)
+  return np.asarray(multihost_utils.broadcast_one_to_all(mine))

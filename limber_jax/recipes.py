@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from limber_jax.config import Checkpoint, Compute, Config, Data, Decoding, Init, Loss, Mesh, Optim, Source, Tokenizer
+from limber_jax.evals import suites
 from limber_jax.models import gptj
 from limber_jax.models.encoders import encoder_size
 from limber_jax.models.limber import LimberSize
@@ -44,5 +45,6 @@ def limber(name: str, encoder: str, image: str = "", *, model: dict[str, Any] | 
     "compute": Compute(dtype="bfloat16", remat="full"),
     "checkpoint": Checkpoint(every=1000, keep=2),
     "decoding": Decoding(prompt="A picture of", max_new_tokens=20),
+    "evals": suites.limber(),
   }
   return Config(**(defaults | changes))

@@ -22,9 +22,20 @@ SIZES = {
 }
 
 SOURCES = {
+  "awa2": "limber_jax.data.sources.awa2:Awa2",
   "captions": "limber_jax.data.sources.captions:Captions",
+  "coco": "limber_jax.data.sources.coco:Coco",
   "digits": "limber_jax.data.sources.digits:Digits",
+  "folder": "limber_jax.data.sources.folder:Folder",
+  "frames": "limber_jax.data.sources.frames:Frames",
+  "huggingface": "limber_jax.data.sources.huggingface:Huggingface",
+  "jsonl": "limber_jax.data.sources.jsonl:Jsonl",
+  "mixture": "limber_jax.data.sources.mixture:Mixture",
+  "packed": "limber_jax.data.sources.packed:Packed",
+  "parquet": "limber_jax.data.sources.parquet:Parquet",
   "tfds": "limber_jax.data.sources.tfds:Tfds",
+  "vqa": "limber_jax.data.sources.vqa:Vqa",
+  "webdataset": "limber_jax.data.sources.webdataset:Webdataset",
 }
 
 TOKENIZERS = {
@@ -35,9 +46,17 @@ TOKENIZERS = {
 }
 
 EVALS = {
+  "captions": "limber_jax.evals.captions:Captions",
+  "hallucination": "limber_jax.evals.hallucination:Hallucination",
+  "linear_probe": "limber_jax.evals.linear_probe:LinearProbe",
   "naming": "limber_jax.evals.naming:Naming",
+  "probing": "limber_jax.evals.probing:Probing",
+  "overlap": "limber_jax.evals.overlap:Overlap",
   "retrieval": "limber_jax.evals.retrieval:Retrieval",
+  "shift": "limber_jax.evals.robustness:Shift",
   "similarity": "limber_jax.evals.similarity:Similarity",
+  "words": "limber_jax.evals.words:Words",
+  "vqa": "limber_jax.evals.vqa:Vqa",
   "zeroshot": "limber_jax.evals.zeroshot:ZeroShot",
 }
 

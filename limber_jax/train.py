@@ -23,7 +23,7 @@ from limber_jax.config import Config
 from limber_jax.data import pipeline, tokenizers
 from limber_jax.data.features import FeatureSource
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Stopped
+from limber_jax.evals.base import Context, Eval, Stopped
 from limber_jax.log import Log
 from limber_jax.signals import StopRequest
 from limber_jax.state import Frozen, TrainState, check_trainable, split
@@ -143,16 +143,27 @@ def cached(setup: Setup) -> dict[str, dict[str, Any]]:
   return {part: what | {"weights": setup.digests[part]} for part, what in setup.task.cached(setup.config.data).items()}
 
 
-def make_evals(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-  """Returns the evaluations of the experiment by name, their data opened."""
+def make_eval(setup: Setup, name: str, context: Context) -> Eval:
+  """Returns an evaluation of the experiment, its data opened; raises UserError if it or its data do not fit."""
+  config = setup.config.evals[name]
+  cls = registry.lookup("evaluation", registry.EVALS, config.name)
+  if missing := sorted(set(cls.needs) - setup.task.predict().keys()):
+    fitting = [n for n, target in registry.EVALS.items()
+               if set(registry.lookup("evaluation", registry.EVALS, n).needs) <= setup.task.predict().keys()]
+    raise UserError(f"config.evals.{name}: evaluation {config.name!r} asks a model for {missing[0]!r}, which task "
+                    f"{setup.config.task!r} cannot answer; those it can: {', '.join(fitting)}")
+  return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
+
+
+def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False) -> Context:
+  """Returns what the evaluations of the experiment share; they keep no results of items."""
   config = setup.config
   transform = setup.task.transform(setup.tokenizer, config.data, train=False)
-  context = Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length,
-                    decoding=config.decoding, mesh=setup.mesh, workdir=workdir, stop=stop)
-  return {name: registry.lookup("evaluation", registry.EVALS, e.name)(e, context) for name, e in config.evals.items()}
+  return Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length, decoding=config.decoding,
+                 mesh=setup.mesh, workdir=workdir, stop=stop)
 
 
-def evaluate(setup: Setup, evals: dict[str, Any], params: dict, stats: dict) -> dict[str, float]:
+def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) -> dict[str, float]:
   """Returns {"zeroshot/top1": …} of the evaluations given; raises evals.base.Stopped when asked to stop."""
   predict = setup.task.predict()
   params, stats = {**setup.frozen.params, **params}, {**setup.frozen.stats, **stats}
@@ -195,7 +206,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
     fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed)
     # One process looks at the flag wherever it waits; several agree on it in the step, see `flagged`.
     alone = stop if jax.process_count() == 1 else lambda: False
-    evals = make_evals(s, workdir, alone)
+    context = make_context(s, workdir, alone)
+    evals = {name: make_eval(s, name, context) for name, e in config.evals.items() if e.every >= 0}
     checkpoints = Checkpoints(workdir, config.checkpoint, write=True)
     latest = checkpoints.latest()
     if latest is None:

@@ -16,14 +16,7 @@ from limber_jax import captioner, cli
 from limber_jax.captioner import Captioner, Written
 from limber_jax.classify import attempt
 from limber_jax.errors import UserError
-
-# Ends an example. Tokenizers that clean texts of needless spaces (bytes, bpe, clip) leave it out before an image.
-SEPARATOR = "\n"
-
-
-def question_text(question: str) -> str:
-  """Returns what asks the question; the answer comes after a space, which the language model writes itself."""
-  return f"Q: {question.strip()} A:"
+from limber_jax.tasks.interleaved import example_text, question_text
 
 
 def answers(model: Captioner, questions: Sequence[dict[str, str]],
@@ -45,7 +38,7 @@ def answers(model: Captioner, questions: Sequence[dict[str, str]],
     if isinstance(image, str):
       raise UserError(f"--shots: {shot['image']}: {image}")
     images.append(image)
-    before += [number, f"{question_text(shot['question'])} {shot['answer'].strip()}{SEPARATOR}"]
+    before += [number, example_text(shot["question"], shot["answer"])]
   requests = [(q["image"], (*before, len(images), question_text(q["question"]))) for q in questions]
   for written in model.write(requests, images):
     yield written._replace(text=written.text.partition("\n")[0].strip())

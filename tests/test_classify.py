@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.classify import Classifier, find, own_tokenizer, read_labels
+from limber_jax.classify import Classifier, find, read_labels
 from limber_jax.config import Compute, Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.models.text import TextSize
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.weights import export
+from limber_jax.weights import export, load
 
 LABELS = ["a dog", "a cat, asleep", "кошка", "0"]
 TEMPLATES = ["{}", "a photo of {}."]
@@ -143,13 +143,13 @@ def _bpe(folder):
 
 
 def test_the_tokenizer_is_the_one_beside_the_weights(tmp_path):
-  assert own_tokenizer(str(tmp_path)) == Tokenizer("clip", "")
+  assert load.own_tokenizer(str(tmp_path)) == Tokenizer("clip", "")
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
   (tmp_path / "tokenizer.json").write_text("{}")
-  assert own_tokenizer(str(tmp_path)) == Tokenizer("clip", str(tmp_path))
-  assert own_tokenizer(str(tmp_path / "model.safetensors")) == Tokenizer("clip", str(tmp_path))
+  assert load.own_tokenizer(str(tmp_path)) == Tokenizer("clip", str(tmp_path))
+  assert load.own_tokenizer(str(tmp_path / "model.safetensors")) == Tokenizer("clip", str(tmp_path))
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="names no tokenizer"):
-    own_tokenizer(str(tmp_path))
+    load.own_tokenizer(str(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps({"data.tokenizer.name": "bpe", "data.tokenizer.path": "my_bpe"}))
-  assert own_tokenizer(str(tmp_path)) == Tokenizer("bpe", "my_bpe")
+  assert load.own_tokenizer(str(tmp_path)) == Tokenizer("bpe", "my_bpe")

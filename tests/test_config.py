@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from limber_jax import cli, registry
-from limber_jax.config import from_json, to_json
+from limber_jax.config import Evaluation, Source, from_json, to_json
 from limber_jax.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -27,6 +27,18 @@ def test_names_with_dots_come_back():
   assert from_json(to_json(config), "x") == config
 
 
+def test_a_run_of_before_a_setting_was_there_has_its_default():
+  config = cli.load_experiment(str(LIMBER))
+  config.optim.lr, config.evals["more"] = 5.0, Evaluation(train=Source(split="test"), shots=(1, 2))
+  values = json.loads(to_json(config))
+  for name in [n for n in values if n.startswith(("captions.", "evals.digits.train", "evals.more.source."))]:
+    del values[name]
+  del values["optim.clip_norm"], values["evals.more.validation"]
+  back = from_json(json.dumps(values), "x")
+  config.optim.clip_norm = 0.0
+  assert back == config and back.optim.lr == 5.0
+
+
 def test_every_task_has_its_model():
   assert registry.SIZES.keys() == registry.TASKS.keys()
 
@@ -36,8 +48,8 @@ def test_every_task_has_its_model():
   ({"seeds": 1}, "seeds: no such field; did you mean 'seed'"),
   ({"model.others.random.image": None}, "model.others.random.image.activation: no such field"),
   ({"evals.digits.nam": "x"}, "evals.digits.nam: no such field; did you mean 'evals.digits.name'"),
-  ({"evals.more.name": "x"}, "evals.more.source.name is missing"),
-  ({"optim.lr": ...}, "optim.lr is missing"),
+  ({"name": ...}, "name is missing"),
+  ({"model.lm.width": ...}, "model.lm.width is missing"),
   ({"model.image.tower.kind": ...}, "model.image.tower.kind is missing"),
   ({"model.image.tower.kind": "vitt"}, "model.image.tower.kind: expected one of vit, resnet, beit, nf_resnet, got 'vi"),
   ({"model.image.tower.kind": ["vit"]}, r"model.image.tower.kind: expected str, got \['vit'\]"),

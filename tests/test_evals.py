@@ -1,7 +1,5 @@
 """Evaluations, on embeddings made by hand and on a tiny model."""
 
-import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,82 +8,25 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from limber_jax import parallel, registry
-from limber_jax.config import Compute, Decoding, Evaluation, Source
-from limber_jax.data import transforms
-from limber_jax.data.sources.digits import CLASSES
-from limber_jax.data.tokenizers import ByteTokenizer
+from limber_jax import parallel
+from limber_jax.config import Compute, Source
 from limber_jax.errors import UserError
-from limber_jax.evals import base, similarity
-from limber_jax.evals.base import Context, Runner, Stopped, ranks
-from limber_jax.evals.naming import Naming, named
-from limber_jax.evals.retrieval import Retrieval, recalls
+from limber_jax.evals import similarity
+from limber_jax.evals.base import Runner, Stopped
+from limber_jax.evals.retrieval import Retrieval
 from limber_jax.evals.similarity import Similarity
 from limber_jax.evals.zeroshot import ZeroShot, class_names, classifier, load_templates
-from limber_jax.generate import Generated
 from limber_jax.models import clip
 from limber_jax.tasks.contrastive import Contrastive
+from tests.made import PREDICT, Made, config, context, install, tables, unit
 
 NAMES = "abcdefghijklmnop"
-
-
-class Made:
-  """A data source of `records`, set by `made`; the image of record i is 8 × 8 pixels of the value i."""
-
-  records, classes = (), None
-
-  def __init__(self, config):
-    del config
-
-  def __len__(self):
-    return len(self.records)
-
-  def annotation(self, index):
-    return {"id": str(index), "text": "?", **self.records[index]}
-
-  def __getitem__(self, index):
-    return {**self.annotation(index), "image": np.full((8, 8, 3), index, np.uint8)}
 
 
 @pytest.fixture
 def made(monkeypatch):
   """Sets the records and classes of the data source "made"."""
-  monkeypatch.setitem(registry.SOURCES, "made", f"{__name__}:Made")
-
-  def set_(records, classes=None):
-    monkeypatch.setattr(Made, "records", records)
-    monkeypatch.setattr(Made, "classes", classes)
-
-  return set_
-
-
-def config(**fields):
-  return Evaluation(**{"source": Source(name="made"), "batch_size": 8, "templates": "{}", **fields})
-
-
-def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):
-  devices = jax.devices()[: int(np.prod(mesh))]
-  return Context(ByteTokenizer(), transforms.evaluation(image_size, ByteTokenizer(), length), length, Decoding(),
-                 parallel.make_mesh(dict(zip(parallel.AXES, mesh, strict=True)), devices), str(workdir), stop)
-
-
-# Looks embeddings up: of image i in row i of params["image"], of a text by its first byte in params["text"].
-PREDICT = {
-  "embed_image": lambda params, stats, images: params["image"][images[:, 0, 0, 0]],
-  "embed_text": lambda params, stats, tokens: params["text"][tokens[:, 1]],
-}
-
-
-def tables(image, text):
-  """Returns parameters for PREDICT: [N, E] of the images, [M, E] of the texts "a", "b", …"""
-  image, text = np.asarray(image, np.float32), np.asarray(text, np.float32)
-  rows = np.zeros((259, text.shape[1]), np.float32)
-  rows[ord("a") + 1 : ord("a") + 1 + len(text)] = text
-  return {"image": image, "text": rows}
-
-
-def unit(x):
-  return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+  return install(monkeypatch)
 
 
 MESHES = [(1, 1, 1), (4, 2, 1), (2, 1, 4)]
@@ -191,72 +132,6 @@ def test_what_does_not_fit_is_one_line(tmp_path, made):
   refused("does not divide over 8 devices", {"batch_size": 12}, mesh=(8, 1, 1))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_retrieval_figures_are_those_counted_by_hand(mesh, made):
-  # Image 0 has captions a and b, image 1 c, image 2 d and e. Scores, image by caption:
-  #        a   b   c   d   e
-  #   0    5   9   8   1   0    best is b, its own: found at 1
-  #   1    7   3   6   2   1    best is a; its own c comes second: found at 5
-  #   2    4   5   3   2   1    its own d comes fourth: found at 5
-  # By column, each caption's own image: a second, b first, c second, d first (equal to image 1's, which comes earlier:
-  # so second), e first (equal to image 1's: so second).
-  scores = np.array([[5, 9, 8, 1, 0], [7, 3, 6, 2, 1], [4, 5, 3, 2, 1]])
-  made([{"text": "a", "texts": ("a", "b")}, {"text": "c"}, {"text": "d", "texts": ("d", "e")}])
-  found = Retrieval(config(), context(mesh))(PREDICT, tables(scores, np.eye(5)), {})
-  assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
-
-
-def full_ranks(scores, mine):
-  """Returns the place of the first own key in a stable sort of each whole row."""
-  order = np.argsort(-scores, axis=1, kind="stable")
-  found = np.take_along_axis(mine, order, axis=1)
-  return np.where(found.any(axis=1), found.argmax(axis=1), scores.shape[1])
-
-
-@pytest.mark.parametrize("chunk", [1, 100, 2**24])
-def test_ranks_in_chunks_equal_a_stable_sort_of_all_scores(chunk, monkeypatch):
-  monkeypatch.setattr(base, "CHUNK", chunk)
-  rng = np.random.default_rng(0)
-  # Whole numbers, so that sums are exact and many scores are equal.
-  queries, keys = (rng.integers(-2, 3, (n, 4)).astype(np.float32) for n in (29, 41))
-  own, groups = rng.integers(0, 12, 29), rng.integers(0, 11, 41)
-  assert 11 in own  # a query without any key
-  np.testing.assert_array_equal(ranks(queries, own, keys, groups),
-                                full_ranks(queries @ keys.T, own[:, None] == groups))
-
-
-def test_retrieval_with_many_captions_equals_the_full_matrix(monkeypatch):
-  monkeypatch.setattr(base, "CHUNK", 1000)
-  rng = np.random.default_rng(1)
-  owner = np.repeat(np.arange(60), rng.integers(1, 6, 60))
-  image = unit(rng.normal(size=(60, 16)))
-  text = unit(image[owner] + rng.normal(size=(len(owner), 16)))
-  found = recalls(image, text, owner)
-  scores, mine = image @ text.T, owner == np.arange(60)[:, None]
-  for way, rank in {"i2t": full_ranks(scores, mine), "t2i": full_ranks(scores.T, mine.T)}.items():
-    for k in (1, 5, 10):
-      assert found[f"{way}_r{k}"] == np.mean(rank < k)
-  assert 0 < found["t2i_r1"] < found["t2i_r5"] < found["t2i_r10"]
-
-
-def test_equal_keys_have_equal_scores_whatever_the_rounding():
-  rng = np.random.default_rng(2)
-  queries = rng.normal(size=(360, 32)).astype(np.float32)
-  keys = np.repeat(rng.normal(size=(1, 32)).astype(np.float32), 360, axis=0)
-  np.testing.assert_array_equal(ranks(queries, np.arange(360), keys, np.arange(360)), np.arange(360))
-
-
-def test_captions_of_the_same_words_are_different_captions():
-  # Both images have the caption of the same embedding: the first image's stands first, so the second image misses.
-  found = recalls(np.eye(2, dtype=np.float32), np.ones((2, 2), np.float32), np.array([0, 1]))
-  assert found == {"i2t_r1": 1 / 2, "t2i_r1": 1 / 2, "images": 2, "captions": 2}
-
-
-def test_a_recall_that_could_not_fail_is_left_out():
-  found = recalls(np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32), np.arange(6))
-  assert set(found) == {"i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "images", "captions"}
-
-
 def test_functions_are_jitted_once_and_parameters_are_read_each_time(made):
   made([{"label": i % 2} for i in range(20)], classes=("a", "b"))
   traced = []
@@ -359,33 +234,3 @@ def test_embeddings_of_padded_batches_are_those_of_whole_ones(model):
   np.testing.assert_allclose(np.concatenate([b["embedding"] for b in batches]), whole, atol=1e-6)
   np.testing.assert_allclose(runner.embed_rows("rows", predict["embed_image"], params, {}, images[:5]), whole[:5],
                              atol=1e-6)
-
-
-# Naming
-
-@pytest.mark.parametrize(("caption", "classes"), [
-  ("a photo of the digit Seven.", {7}), ("seventy", set()), ("one or two", {1, 2}), ("", set()), ("number\nzero", {0}),
-])
-def test_a_class_is_named_by_its_whole_name(caption, classes):
-  assert named(caption, CLASSES) == classes
-
-
-def test_captions_are_counted_by_map_and_without_an_image(made, tmp_path):
-  made([{"label": label} for label in (0, 1, 2, 1)], classes=("cat", "dog", "bird"))
-  texts = np.array([ByteTokenizer()(text, 8)[0][1:] for text in ("a cat", "a dog", "a bird", "a fish")])
-
-  def generate(which, params, stats, batch, eos):
-    assert eos == ByteTokenizer.eot and batch["tokens"].shape == batch["mask"].shape == (8, 1)
-    tokens = jnp.asarray(texts)[which(batch)]
-    return Generated(tokens, (tokens != eos).argmin(-1), tokens[:, 0])
-
-  right = lambda batch: batch["label"]  # noqa: E731
-  never = lambda batch: jnp.full_like(batch["label"], 1)  # noqa: E731
-  predict = {"nll": None, "generate": functools.partial(generate, right),
-             "generate@b": functools.partial(generate, lambda batch: batch["label"] + 1),
-             "generate_blind": functools.partial(generate, never)}
-  settings = dataclasses.replace(context(workdir=tmp_path), decoding=Decoding(prompt=""))
-  found = Naming(config(name="naming"), settings)(predict, {}, {})
-  assert found == {"right": 1.0, "right@b": 0.0, "blind": 0.5, "count": 4.0}
-  with Image.open(tmp_path / "captions.png") as sheet:
-    assert sheet.width > 300

@@ -51,6 +51,28 @@ def ours(params, x, positions, mask, settings, keys=None, model=MODEL, tokens=N)
   return jax.tree.map(np.asarray, program(settings, model, tokens)(params, x, positions, mask, keys))
 
 
+R = 5  # slots of a prefix
+
+
+@functools.cache
+def with_prefix(settings, tokens=N):
+  def run(params, before, x, positions, mask, keys):
+    prefix = generate.read(MODEL, params, *before)
+    return generate.generate(MODEL, params, x, positions, mask, max_new_tokens=tokens, eos=EOS, settings=settings,
+                             keys=keys, prefix=prefix)
+  return jax.jit(run)
+
+
+def prefixes(rows, real, side):
+  """Returns (x [rows, R, D], positions, mask [rows, R]) of `real` embeddings a row, padded on one side."""
+  mask = np.tile(np.arange(R) < real, (rows, 1))
+  if side == "left":
+    mask = np.flip(mask, axis=1).copy()
+  x = np.full((rows, R, SIZE.width), 7.0, np.float32)
+  x[mask] = np.random.default_rng(2).normal(size=(rows * real, SIZE.width))
+  return x, np.maximum(mask.cumsum(-1) - 1, 0).astype(np.int32), mask
+
+
 def by_hf(transformers, params, settings):
   """Returns (tokens [B, N], scores [B] or None) by transformers, whose prompts are padded on the left."""
   import torch
@@ -80,6 +102,42 @@ def test_tokens_are_those_of_transformers_wherever_the_padding_stands(transforme
     assert got.lengths.max() > 2
   ends = [list(row).index(EOS) if EOS in row else N for row in tokens]
   np.testing.assert_array_equal(got.lengths, ends)
+
+
+@pytest.mark.parametrize("settings", [Decoding(), Decoding("sample", 0.8, 9, 0.9), BEAMS[1]], ids=lambda s: s.method)
+@pytest.mark.parametrize(("rows", "real", "side"), [(1, R, "right"), (1, 3, "right"), (1, 3, "left"), (B, 4, "left")])
+def test_a_prefix_read_once_is_as_if_every_row_began_with_it(settings, rows, real, side):
+  params = params_of()
+  before = prefixes(rows, real, side)
+  keys = generate.row_keys(jax.random.key(0), jnp.arange(B))
+  for own in ("left", "right"):
+    x, positions, mask = prompts(own)
+    start = [np.broadcast_to(a, (B, *a.shape[1:])) for a in before]
+    # The whole without padding inside: each row's real tokens, then what fills it up.
+    whole = [np.concatenate([a, b], axis=1) for a, b in zip(start, (x, positions + real, mask), strict=True)]
+    order = np.argsort(~whole[2], axis=1, kind="stable")
+    whole = [np.take_along_axis(a, order.reshape(B, R + P, *[1] * (a.ndim - 2)), axis=1) for a in whole]
+    assert (whole[1][whole[2]] == np.concatenate([np.arange(real + n) for n in LENGTHS])).all()
+    want = ours(params, *whole, settings, keys)
+    got = jax.device_get(with_prefix(settings)(params, before, x, positions + real, mask, keys))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.lengths, want.lengths)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=1e-4)
+  assert (got.tokens != ours(params, x, positions, mask, settings, keys).tokens).any()  # the prefix counts
+
+
+def test_a_prefix_on_a_mesh_changes_no_token():
+  params, before = params_of(), prefixes(1, R, "right")
+  x, positions, mask = prompts("right")
+  want = jax.device_get(with_prefix(BEAMS[1])(params, before, x, positions + R, mask, None))
+  mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  rules = [(p, jax.P() if p.startswith("head") else spec) for p, spec in gptj.SHARDING]  # 17 does not divide
+  with jax.set_mesh(mesh):
+    sharded = jax.device_put(params, parallel.shardings(params, rules, mesh))
+    batch = parallel.global_batch((x, positions + R, mask), mesh)
+    got = jax.device_get(with_prefix(BEAMS[1], N)(sharded, before, *batch, None))
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.scores, want.scores, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [Decoding(), BEAMS[1]], ids=lambda s: s.method)
@@ -280,3 +338,13 @@ def test_a_wrong_setting_is_named(settings, message):
 def test_a_text_longer_than_the_context_is_refused():
   with pytest.raises(UserError, match=r"max_new_tokens=42: .* with the 7 positions of the prompt at most the 48"):
     ours({}, *prompts("left"), Decoding(), tokens=42)
+  before = prefixes(1, R, "right")
+  x, positions, mask = prompts("left")
+  with pytest.raises(UserError, match=r"max_new_tokens=37: .* with the 12 positions of the prompt at most the 48"):
+    with_prefix(Decoding(), 37)(params_of(), before, x, positions, mask, None)
+
+
+def test_a_prefix_of_another_number_of_rows_is_refused():
+  x, positions, mask = prompts("left")
+  with pytest.raises(ValueError, match="prefix: expected 1 row or 8, got 3"):
+    with_prefix(Decoding())(params_of(), prefixes(3, R, "right"), x, positions, mask, None)

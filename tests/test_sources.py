@@ -1,6 +1,7 @@
 """Data sources: layouts, hostile tables, and what the user is told."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -14,6 +15,9 @@ from limber_jax.config import Source
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.sources.digits import CLASSES, TEMPLATES, Digits
 from limber_jax.errors import UserError
+from limber_jax.pack import pack
+from tests import layouts
+from tests.standins import write_awa2, write_coco, write_imagenet_folders, write_vqa2
 
 
 def png(value, height=5, width=4):
@@ -150,6 +154,12 @@ class TestCaptions:
       table(folder, text, "x.csv", **fields)
     assert "\n" not in str(caught.value)
 
+  def test_a_caption_of_10_000_characters_is_refused(self, folder):
+    source = table(folder, f"{'x' * 9_999}\ta.png\n{'x' * 10_000}\ta.png\n")
+    assert len(source[0]["text"]) == 9_999
+    with pytest.raises(UserError, match=r"row 2: caption of 10,000 characters"):
+      source[1]
+
   @pytest.mark.parametrize("row", ["only one", "a\tb\tc"])
   def test_a_row_of_another_width_is_named(self, folder, row):
     source = table(folder, f"one\ta.png\n{row}\n")
@@ -265,6 +275,14 @@ def test_a_pair_of_captions_speaks_of_one_digit_in_two_ways():
     Digits(Source(text_key="title"))
 
 
+def opened(name, written, split):
+  return registry.lookup("data source", registry.SOURCES, name)(Source(name, written.path, split, written.images))
+
+
+def read_as(name, path):
+  return registry.lookup("data source", registry.SOURCES, name)(Source(name, str(path)))
+
+
 @pytest.fixture(params=sorted(registry.SOURCES))
 def source(request, folder):
   match request.param:
@@ -272,8 +290,35 @@ def source(request, folder):
       return table(folder, "filepath\ttitle\na.png\t\"one\"\nb.png\ttwo\n")
     case "tfds":
       return tfds_source(f"{request.getfixturevalue('prepared')}/tiny_classes")
+    case "coco":
+      return opened("coco", write_coco(folder, count=3), "")
+    case "vqa":
+      return opened("vqa", write_vqa2(folder, images=2), "val2014")
+    case "awa2":
+      return opened("awa2", write_awa2(folder, each=1), "all")
+    case "folder":
+      return opened("folder", write_imagenet_folders(folder, ["n01443537", "n01484850"], each=1), "")
+    case "frames":
+      (folder / "labels.json").write_text('{"a.png": [1], "b.png": [2, 0]}')
+      (folder / "pmsets.json").write_text('{"a.png": ["b.png"]}')
+      return registry.lookup("data source", registry.SOURCES, "frames")(Source("frames", str(folder)))
     case "digits":
       return Digits(Source())
+    case "webdataset":
+      return read_as("webdataset", layouts.write_webdataset(folder, layouts.digits(3)))
+    case "parquet":
+      return read_as("parquet", layouts.write_img2dataset_parquet(folder, layouts.digits(3)))
+    case "huggingface":
+      return read_as("huggingface", layouts.write_saved(folder / "saved", layouts.digits(3)))
+    case "jsonl":
+      return read_as("jsonl", layouts.write_jsonl(folder, layouts.digits(3)))
+    case "packed":
+      pack(Source("digits", split="test"), str(folder / "packed"), per_shard=200, log=lambda _: None)
+      return read_as("packed", folder / "packed")
+    case "mixture":
+      members = [{"name": "digits", "split": split, "weight": 1} for split in ("train", "test")]
+      (folder / "mix.json").write_text(json.dumps({"sources": members}))
+      return read_as("mixture", folder / "mix.json")
   raise AssertionError(f"no example of the source {request.param!r} is tested here")
 
 

@@ -16,13 +16,13 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # their neighbours in the same layer.
 LAYERS = (
   {"__init__", "losses", "config", "registry", "errors", "cli", "log", "parallel", "signals"},
-  {"models", "optim", "data"},
-  {"state", "checkpoint", "recipes"},
+  {"models", "optim", "data", "metrics"},
+  {"state", "checkpoint"},
   {"weights", "generate"},
   {"tasks"},
   {"evals"},
-  {"train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "bench", "health",
-   "train_tokenizer"},
+  {"recipes", "train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "bench", "health",
+   "inspect", "pack", "report", "train_tokenizer"},
 )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
-from limber_jax.data.transforms import CROPS, MAX_PIXELS, RATIO, ResizeCrop, Tokenize, decode, random_box
+from limber_jax.data.transforms import CROPS, MAX_BYTES, MAX_PIXELS, RATIO, ResizeCrop, Tokenize, decode, random_box
 from limber_jax.errors import UserError
 
 
@@ -191,6 +191,16 @@ class TestDecode:
       with pytest.raises(UserError, match="image of"):
         decode(png_header(width, height))
     assert MAX_PIXELS < 8000 * 8000
+
+  def test_a_file_of_too_many_bytes_is_refused_before_it_is_decoded(self):
+    whole = encoded(picture(9, 9), "JPEG")
+    assert decode(whole + bytes(MAX_BYTES - len(whole))).shape == (9, 9, 3)
+    with pytest.raises(UserError, match=r"image of 20,000,001 bytes; at most 20,000,000"):
+      decode(whole + bytes(MAX_BYTES + 1 - len(whole)))
+
+  def test_a_text_where_an_image_is_wanted_is_told(self):
+    with pytest.raises(UserError, match="a text without an image"):
+      transforms.Decode()({"id": "x", "text": "a"}, None)
 
   @pytest.mark.parametrize("image", [
     np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8),

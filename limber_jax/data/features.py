@@ -207,6 +207,8 @@ class FeatureSource:
     what = describe(source, encoders)
     _check(where, what, manifest, AGAIN)
     self.classes = source.classes
+    if hasattr(source, "order"):  # a mixture's
+      self.order = source.order
     self._source = source
     self._shards = Shards(directory, what["records"], manifest["records_per_shard"])
     self._record_bytes = record_bytes(manifest)

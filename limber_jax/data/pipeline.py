@@ -116,13 +116,17 @@ def train_batches(source: Source, transform: Transform, *, batch_size: int, rows
 
 
 def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows: slice | None = None,
-                 indices: np.ndarray | None = None, workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
+                 indices: np.ndarray | None = None, damage: bool = False, workers: int = 0, threads: int = 8,
+                 prefetch: int = 2) -> Batches:
   """Returns one pass in the order of the source, as `train_batches` has it, with "real" bool [b].
 
   The last batch is filled with the last record, where real is False. The transform gets None for its rng. `rows` None
   means the whole batch. With `indices` int [n] the pass is over these records, in this order.
+
+  With `damage` a record that cannot be read ends nothing: there is "damage" [b], the reason why or "", and where there
+  is a reason, real is False and the rest means nothing.
   """
-  examples = _Examples(source, transform, batch_size, rows or slice(0, batch_size), None, indices)
+  examples = _Examples(source, transform, batch_size, rows or slice(0, batch_size), None, indices, damage)
   n = len(source) if indices is None else len(indices)
   return _batches(examples, 0, -(-n // batch_size), workers, threads, prefetch)
 
@@ -150,6 +154,7 @@ class _Examples:
   rows: slice
   seed: int | None  # None: in order, once
   indices: np.ndarray | None = None  # where in order: of the records to take; None: all
+  damage: bool = False               # where in order: say what cannot be read, and go on
 
   def __post_init__(self):
     if not len(self.source):
@@ -182,14 +187,29 @@ class _Examples:
       index, rng, extra = min(position, n - 1), None, {"real": np.bool_(position < n)}
       index = index if self.indices is None else int(self.indices[index])
     else:
-      index, rng, extra = order(n, self.seed, position), np.random.default_rng((self.seed, position)), {}
+      own = getattr(self.source, "order", None)  # a mixture's, which keeps shares
+      index = own(self.seed, position) if own else order(n, self.seed, position)
+      rng, extra = np.random.default_rng((self.seed, position)), {}
     record = {}
     try:
       record = self.source[index]
+      if self.damage:
+        extra["damage"] = np.str_()
       return {**self.transform(record, rng), **extra, "index": np.int64(index)}
     except UserError as error:
+      if self.damage:
+        return {**self._blank(index), "real": np.bool_(False), "damage": np.str_(error), "index": np.int64(index)}
       name = f" ({record['id']})" if record else ""
       raise UserError(f"{type(self.source).__name__} record {index}{name}: {error}") from error
+
+  def _blank(self, index: int) -> dict[str, Any]:
+    """Returns what stands in for a record: its annotation, or else the first that can be read, with a black image."""
+    for number in (index, *range(len(self.source))):
+      try:
+        return self.transform(self.source.annotation(number) | {"image": np.zeros((1, 1, 3), np.uint8)}, None)
+      except UserError:
+        continue
+    raise UserError(f"{type(self.source).__name__}: no record can be read, of {len(self.source):,}")
 
 
 def _stack(examples: Sequence[dict[str, Any]]) -> Batch:

@@ -106,7 +106,7 @@ class ByteTokenizer(Tokenizer):
     return [b + 1 for b in clean(text).encode()]
 
   def decode(self, ids: Iterable[int]) -> str:
-    return bytes(i - 1 for i in self._body(ids) if i > 0).decode("utf-8", "replace")
+    return bytes(i - 1 for i in self._body(ids) if 0 < i <= 256).decode("utf-8", "replace")  # others: padding rows
 
   def fingerprint(self) -> str:
     return hashlib.sha256(b"bytes").hexdigest()[:16]

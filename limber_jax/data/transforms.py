@@ -17,6 +17,7 @@ Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator | None], Record]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_BYTES = 20_000_000         # of an encoded image: a photo of 32 megapixels has fewer
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
 RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
 CROPS = ("random", "center", "resized", "squash", "native")
@@ -76,16 +77,22 @@ class Decode:
   """
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    if "image" not in record:
+      raise UserError("a text without an image, where images are wanted")
     return record | {"image": decode(record["image"])}
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-  """Returns uint8 [h, w, 3]; raises UserError for what is not a whole JPEG, PNG or WEBP of up to MAX_PIXELS."""
+  """Returns uint8 [h, w, 3]; raises UserError for what is not a whole JPEG, PNG or WEBP.
+
+  More than MAX_BYTES, or MAX_PIXELS by its header, are refused before anything is decoded.
+  """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
       raise UserError(f"image: wanted uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
     _check_size(image.shape[1], image.shape[0])
     return image
+  check_bytes(len(image))
   try:
     with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
       _check_size(*opened.size)
@@ -96,6 +103,12 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
   except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
     reason = "not one of " + ", ".join(FORMATS) if isinstance(error, Image.UnidentifiedImageError) else error
     raise UserError(f"image of {len(image):,} bytes cannot be decoded: {reason}") from error
+
+
+def check_bytes(size: int) -> None:
+  """Raises UserError for an encoded image of more than MAX_BYTES; to be asked before it is read."""
+  if size > MAX_BYTES:
+    raise UserError(f"image of {size:,} bytes; at most {MAX_BYTES:,} are read")
 
 
 def _check_size(width: int, height: int) -> None:

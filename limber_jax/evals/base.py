@@ -1,23 +1,34 @@
 """What an evaluation is, how data go through a model on a mesh, and how ranks are counted."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from limber_jax.config import Decoding, Evaluation
+from limber_jax.config import Decoding, Evaluation, flatten
 from limber_jax.data import pipeline
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
-from limber_jax.parallel import global_batch, local_rows, replicated
+from limber_jax.evals.items import Collected, Items
+from limber_jax.parallel import from_each, global_batch, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
 
 CHUNK = 2**24  # scores held at a time: 64 MB
+NAMED = 20     # damaged items that `Runner.facts` names
+
+# What of an Evaluation changes no result of an item, or changes its data, whose fingerprint is looked at instead.
+_NOT_IN_KEY = ("every", "damaged", "metrics", "source.path", "source.images", "train.path", "train.images",
+               "validation.path", "validation.images", "scorer")
 
 
 class Stopped(Exception):
@@ -33,10 +44,13 @@ class Context:
   length: int                               # T, tokens of a text
   decoding: Decoding                        # of what is generated
   mesh: Mesh
-  workdir: str                              # where pictures go
+  workdir: str                              # where pictures and tables go
   stop: Callable[[], bool] = lambda: False  # asked between batches; several processes must get the same answer
   workers: int = 0                          # Grain processes that read; 0 reads in threads
   threads: int = 8                          # reading threads a process
+  name: str = ""                            # of the evaluation, in the experiment
+  items: str = ""                           # directory where results of items are kept; "" keeps none
+  key: dict[str, Any] = field(default_factory=dict)  # what they depend on beside evaluation and data, plain JSON
 
 
 class Eval(Protocol):
@@ -53,13 +67,17 @@ class Eval(Protocol):
     """Returns figures by name ({"top1": 0.63, …}), the same in every process; raises Stopped."""
     ...
 
+  def facts(self) -> dict[str, Any]:
+    """Returns what the figures of the last call rest on, plain JSON: `Runner.facts` and more of the protocol."""
+    ...
+
 
 class Runner:
   """Sends data through pure functions on the mesh: each jitted once, results whole in every process."""
 
   def __init__(self, config: Evaluation, context: Context):
     """Opens the source; raises UserError if it cannot, or if the batch does not divide over the devices."""
-    self.context = context
+    self.config, self.context = config, context
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
     if not len(self.source):
       raise UserError(f"evaluation {config.name!r}: data source {config.source.name!r} has no records")
@@ -67,6 +85,119 @@ class Runner:
     self._batch_size = config.batch_size
     self._rows = local_rows(config.batch_size, context.mesh)  # of a batch that this process loads
     self._jitted: dict[str, Callable[..., Any]] = {}
+    # What cannot be used: of the annotations, known at once; of the images, found in the first pass.
+    self._damage: list[str] = []
+    self._damaged: set[int] = set()  # numbers of records
+    for d in getattr(self.source, "damage", ()):
+      self._name(f"{d['file']}: {d['id']}: {d['reason']}")
+    self._annotations = len(self._damage)
+    self._check()
+
+  def collect(self, name: str, function: Callable[..., dict], params: dict, stats: dict, *,
+              record: Callable[[dict[str, np.ndarray]], dict[str, Any]] = lambda row: {},
+              keep: Sequence[str] = (), shared: bool = False, program: str = "") -> Collected:
+    """Returns what a function gives of each record, in order; what was found before a kill is not computed again.
+
+    Args:
+      name: of what is collected, such as "generate@random".
+      function: (params, stats, batch) -> arrays [B, ...] by name, pure. The batch is what the transform gives, stacked,
+        and "index" int32 [B].
+      params, stats: on the mesh, or numpy arrays.
+      record: one item's arrays -> what is kept of it, plain JSON.
+      keep: names of arrays that are kept as they are, in float32.
+      shared: the results depend on no setting of the evaluation but its data, and other evaluations may take them.
+      program: what function computes, `name` if ""; functions of one program are jitted once.
+
+    Raises:
+      UserError: more than config.damaged of the items cannot be read; the message names the first.
+      Stopped: between two batches, the run was asked to end.
+    """
+    n, size, context = len(self.source), self._batch_size, self.context
+    key = self._key(name, shared)
+    items = Items(self._path(name, key, shared), key, size, n, keep)
+    for line in items.collected().damage:
+      self._found(line)
+
+    def run(params, stats, batch):
+      return batch.pop("real"), function(params, stats, batch)
+
+    try:
+      with self._progress(name, n, items.done) as bar, pipeline.eval_batches(
+          self.source, self.transform, batch_size=size, rows=self._rows, indices=np.arange(items.done, n), damage=True,
+          workers=context.workers, threads=context.threads) as batches:
+        while items.done < n:
+          batch = next(batches)
+          reasons = batch.pop("damage")
+          batch["index"] = batch["index"].astype(np.int32)
+          local = dict(zip(batch["index"].tolist(), reasons.tolist(), strict=True))
+          real, out = self._call(program or name, run, params, stats, batch)
+          first, count = items.done, min(size, n - items.done)
+          lines = {}
+          if not real[:count].all():
+            for part in from_each([[i, reason] for i, reason in local.items() if reason]):
+              lines |= {i: {"index": i, "id": self._id(i), "reason": reason} for i, reason in part}
+          for row in np.flatnonzero(real[:count]).tolist():
+            found = record({k: v[row] for k, v in out.items()})
+            lines[first + row] = {"index": first + row, "id": self._id(first + row), **found}
+          items.append([lines[i] for i in sorted(lines)], {k: out[k][:count][real[:count]] for k in keep})
+          for line in lines.values():
+            if "reason" in line:
+              self._found(line)
+          bar.update(count)
+    finally:
+      items.close()
+    return items.collected()
+
+  def facts(self) -> dict[str, Any]:
+    """Returns {"source", "split", "data": fingerprint, "items", "covered", "damaged", "damage": [the first few]}."""
+    total, damaged = len(self.source) + self._annotations, len(self._damage)
+    return {"source": self.config.source.name, "split": self.config.source.split, "data": self.source.fingerprint(),
+            "items": total, "covered": total - damaged, "damaged": damaged,
+            "damage": self._damage[:NAMED]}
+
+  def _id(self, index: int) -> str:
+    try:
+      return self.source.annotation(index)["id"]
+    except UserError:
+      return f"record {index}"
+
+  def _found(self, line: dict[str, Any]) -> None:
+    """Names and counts a damaged record, once."""
+    if line["index"] not in self._damaged:
+      self._damaged.add(line["index"])
+      self._name(f"{line['id']}: {line['reason']}")
+      self._check()
+
+  def _name(self, what: str) -> None:
+    self._damage.append(what)
+    if jax.process_index() == 0:
+      print(f"{self.context.name or self.config.name}: {what}", file=sys.stderr, flush=True)
+
+  def _check(self) -> None:
+    total, damaged = len(self.source) + self._annotations, len(self._damage)
+    if damaged > self.config.damaged * total:
+      name = self.context.name or self.config.name
+      raise UserError(f"evaluation {name!r}: {damaged} of {total} items cannot be used, more than its "
+                      f"`damaged` of {self.config.damaged:.1%} allows; the first: {self._damage[0]}")
+
+  def _key(self, name: str, shared: bool) -> dict[str, Any]:
+    """Returns all that results of the function depend on."""
+    settings = {k: v for k, v in flatten(self.config).items() if k not in _NOT_IN_KEY}
+    settings = {"batch_size": self.config.batch_size} if shared else settings
+    return {"function": name, "data": self.source.fingerprint(), **settings, **self.context.key}
+
+  def _path(self, name: str, key: dict[str, Any], shared: bool) -> str:
+    """Returns where the results are kept, "" for nowhere."""
+    directory = self.context.items
+    if directory and shared:
+      digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+      directory = os.path.join(os.path.dirname(directory), f"shared-{digest}")
+    return directory and os.path.join(directory, f"{name}.jsonl")
+
+  def _progress(self, name: str, total: int, done: int) -> tqdm:
+    hidden = jax.process_index() > 0 or not self.context.items
+    return tqdm(total=total, initial=done, desc=f"{self.context.name} {name}", unit=" items", dynamic_ncols=True,
+                disable=True if hidden else None)  # None: where stderr is no terminal
 
   def embed_source(self, embed: Callable[..., Any], params: dict, stats: dict) -> Iterator[dict[str, np.ndarray]]:
     """Yields {"embedding" [b, E], "index" [b], "label" [b] where there are labels}: the source in order.

@@ -6,38 +6,75 @@ from typing import Any
 import numpy as np
 
 from limber_jax.config import Evaluation
+from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner, ranks
 
 DEPTHS = (1, 5, 10)
 
 
 class Retrieval:
-  """Recall at 1, 5 and 10: "i2t_r1", …, "t2i_r10", with the numbers of "images" and "captions".
+  """Recall at 1, 5 and 10: "i2t_r1", …, "t2i_r10", with the numbers of "images" and "captions" that they cover.
 
   i2t: the share of images with at least one of their captions among the first k of all captions. t2i: the share of
   captions whose image is among the first k of all images. Captions of the same words are different captions: another
   image's is a wrong answer. Equal scores are ordered as the data are, the earlier first. A recall that could not fail,
-  with no more than k to choose from, is left out.
+  with no more than k to choose from, is left out. An image that cannot be read is left out with all its captions.
 
   An image is a record: of data source "captions", split=images gives an image all its captions.
+  templates: the prompt of captions, one sentence with {} for the caption. CLIP's is "a photo of {}", which is worth one
+    or two points of R@1. "", or the default of the field, which is sentences for classes: captions as they are.
   """
 
   needs = ("embed_image", "embed_text")
 
   def __init__(self, config: Evaluation, context: Context):
     self._runner = Runner(config, context)
-    records = map(self._runner.source.annotation, range(len(self._runner.source)))
-    texts = [r.get("texts", (r["text"],)) for r in records]
+    self._prompt = prompt(config.templates)
+    texts = [self._texts(i) for i in range(len(self._runner.source))]
     self._owner = np.repeat(np.arange(len(texts)), [len(t) for t in texts])  # [captions]: the image of each
-    tokens = context.tokenizer([t for several in texts for t in several], context.length)
+    if not len(self._owner):
+      raise UserError(f"evaluation 'retrieval': data source {config.source.name!r} has no captions")
+    tokens = context.tokenizer([self._prompt.replace("{}", t) for several in texts for t in several], context.length)
     # Captions of the same tokens are embedded once: the rounding differs between rows of a batch, and ties would break.
-    self._tokens, self._which = np.unique(tokens, axis=0, return_inverse=True)
+    self._tokens, which = np.unique(tokens, axis=0, return_inverse=True)
+    self._which = which.reshape(-1)
+
+  def _texts(self, index: int) -> tuple[str, ...]:
+    """Returns the captions of a record, none if it cannot be read: then its image cannot either, and is left out."""
+    try:
+      record = self._runner.source.annotation(index)
+    except UserError:
+      return ()
+    return record["texts"] if "texts" in record else (record["text"],)
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
-    text = self._runner.embed_rows("text", predict["embed_text"], params, stats, self._tokens)
-    batches = self._runner.embed_source(predict["embed_image"], params, stats)
-    image = np.concatenate([batch["embedding"] for batch in batches])
-    return recalls(image, text[self._which.reshape(-1)], self._owner)
+    def embed(params, stats, batch):
+      return {"embedding": predict["embed_image"](params, stats, batch["image"])}
+
+    found = self._runner.collect("embed_image", embed, params, stats, keep=("embedding",), shared=True)
+    if not found.records:
+      raise UserError("evaluation 'retrieval': none of the images can be read")
+    text = self._runner.embed_rows("embed_text", predict["embed_text"], params, stats, self._tokens)
+    there = np.isin(self._owner, found.index)  # [captions]
+    owner = np.searchsorted(found.index, self._owner[there])
+    return recalls(found.arrays["embedding"], text[self._which[there]], owner)
+
+  def facts(self) -> dict[str, Any]:
+    """Returns `Runner.facts` and "prompt", what captions stand in."""
+    return {**self._runner.facts(), "prompt": self._prompt}
+
+
+def prompt(templates: str) -> str:
+  """Returns the sentence that captions stand in at its {}; raises UserError if `templates` is none.
+
+  The default of Evaluation.templates means classes, and "" nothing: then it is "{}".
+  """
+  if templates in ("", Evaluation.templates):
+    return "{}"
+  if templates.count("{}") != 1:
+    raise UserError(f"templates={templates!r}: retrieval wants one sentence with one {{}} for the caption, such as "
+                    "'a photo of {}', or nothing")
+  return templates
 
 
 def recalls(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str, float]:

@@ -59,6 +59,9 @@ class Similarity:
       draw(cosine, self._captions, self._images, title, os.path.join(workdir, "similarity.png"))
     return {"own": float(own.mean())}
 
+  def facts(self) -> dict[str, Any]:
+    return {**self._runner.facts(), "items": len(self._images), "covered": len(self._images)}
+
 
 def _one_of_each(source: Source, classes: int, where: str) -> dict[int, int]:
   """Returns {label: index of its first record}, of up to MOST of the classes, in the order of the labels."""

@@ -1,7 +1,13 @@
 """Zero-shot classification: class names in sentences are the weights of a classifier. Source: arXiv 2103.00020, 3.1."""
 
+import dataclasses
+import difflib
+import functools
+import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -12,46 +18,157 @@ from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.evals.base import Context, Runner, ranks
+from limber_jax.evals import datasets
+from limber_jax.evals.base import Context
+from limber_jax.metrics import classification
 
-TEMPLATES = ("imagenet80", "imagenet7")  # CLIP's published sentences, and the seven of them that do slightly better
+# Figures by what they need of the data: one class an image, two classes in all, several classes an image.
+FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5")
+OF_TWO = ("roc_auc",)
+OF_SEVERAL = ("map11",)
+
+
+@dataclass(frozen=True)
+class Class:
+  """A class of images."""
+
+  names: tuple[str, ...]  # what it is called in sentences; several stand for it together
+  key: str = ""           # what the data set itself calls it, where that is another word
 
 
 class ZeroShot:
-  """Accuracy of naming the class of an image: "top1", "top5" (of more than 5 classes), "mean_per_class", "count".
+  """Naming the class of an image. A class is described by all templates, ensembled in embedding space.
 
-  A class is described by all templates, ensembled in embedding space. Equal scores go to the class that stands first.
-  `mean_per_class` is the share of images named right, averaged over the classes that have images; `count` the number of
-  images.
+  metrics: which of these; () = top1, top5 and mean_per_class, and the one that the paper gives of the data set.
+    top1, top5: the share of images whose class is among the first (five of more than 5 classes).
+    mean_per_class: top1, averaged over the classes that have images.
+    mean_top1_top5: the mean of the two.
+    roc_auc: of two classes, how often the second scores higher for an image of it than for one of the first.
+    map11: of images with several classes each, as PASCAL VOC 2007 has it; the only one there.
+    "count", the number of images, is always there.
+  classes: a built-in list (imagenet, food101, …: see `datasets`) or a file with one class a line, in any order if the
+    source names its classes, else in that of the labels: its name, or several with | between; then, where the source
+    calls it otherwise, a tab and the source's word. "" = the names of the source.
+  templates: a built-in list (imagenet80, imagenet7, single, food101, …), a file, or one template.
+  source.split: with commas between, figures are averaged over several splits, as those of UCF101 are.
+
+  Equal scores go to the class that stands first. An item's record has "label" and the "rank" of that class, 0 the best,
+  or "labels", "difficult" and "scores".
   """
 
   needs = ("embed_image", "embed_text")
 
   def __init__(self, config: Evaluation, context: Context):
-    self._runner = Runner(config, context)
     self._where = f"evaluation 'zeroshot' on data source {config.source.name!r}"
-    if "label" not in self._runner.source.annotation(0):
+    sources = [dataclasses.replace(config.source, split=split) for split in config.source.split.split(",")]
+    self._runners = [datasets.open_runner(dataclasses.replace(config, source=s), context) for s in sources]
+    source = self._runners[0].source
+    self._several = "labels" in source.annotation(0)
+    if not self._several and "label" not in source.annotation(0):
       raise UserError(f"{self._where}: its records have no labels; set source.label_key, or choose another evaluation")
-    self._classes = class_names(config, self._runner.source)
-    self._tokens = prompts(context.tokenizer, self._classes, load_templates(config.templates), context.length)
+    self._classes, self._templates = chosen_classes(config, source), load_templates(config.templates)
+    self._metrics = chosen_metrics(config, len(self._classes), self._several)
+    self._tokens = prompts(context.tokenizer, [n for c in self._classes for n in c.names], self._templates,
+                           context.length)
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
-    weights = ensemble(partial(self._runner.embed_rows, "text", predict["embed_text"], params, stats), self._tokens)
-    numbers = np.arange(len(weights))
-    right, there, top5 = np.zeros(len(weights)), np.zeros(len(weights)), 0
-    for batch in self._runner.embed_source(predict["embed_image"], params, stats):
-      labels = batch["label"]
-      check_labels(labels, batch["index"], len(weights), self._where)
-      place = ranks(batch["embedding"], labels, weights, numbers)  # of the right class
-      right += np.bincount(labels[place == 0], minlength=len(weights))
-      there += np.bincount(labels, minlength=len(weights))
-      top5 += np.sum(place < 5)
-    return {
-      "top1": float(right.sum() / there.sum()),
-      **({"top5": float(top5 / there.sum())} if len(weights) > 5 else {}),
-      "mean_per_class": float(np.mean(right[there > 0] / there[there > 0])),
-      "count": float(there.sum()),
-    }
+    embed = partial(self._runners[0].embed_rows, "text", predict["embed_text"], params, stats)
+    scores_of = scorer(by_class(ensemble(embed, self._tokens), self._classes))
+
+    def run(params, stats, batch):
+      return {"embedding": predict["embed_image"](params, stats, batch["image"]),
+              **{k: batch[k] for k in ("index", "label") if k in batch}}
+
+    found = []
+    for runner in self._runners:
+      record = partial(self._record, runner.source, scores_of)
+      name = "images" if len(self._runners) == 1 else f"images {os.path.basename(runner.config.source.split)}"
+      found.append(figures(runner.collect(name, run, params, stats, record=record).records, self._metrics))
+    out = {name: float(np.mean([f[name] for f in found])) for name in self._metrics}
+    return {**out, "count": float(sum(f["count"] for f in found))}
+
+  def facts(self) -> dict[str, Any]:
+    """Returns `Runner.facts` of all splits together, and how many "classes" and "templates", their digest "prompts"."""
+    parts = [runner.facts() for runner in self._runners]
+    out = parts[0]
+    if len(parts) > 1:
+      data = hashlib.sha256("".join(p["data"] for p in parts).encode()).hexdigest()[:16]
+      out = {k: sum(p[k] for p in parts) if isinstance(v, int) else v for k, v in out.items()} | {
+        "split": ",".join(p["split"] for p in parts), "data": data, "damage": [d for p in parts for d in p["damage"]]}
+    words = hashlib.sha256(repr(([c.names for c in self._classes], self._templates)).encode()).hexdigest()[:16]
+    return {**out, "classes": len(self._classes), "templates": len(self._templates), "prompts": words}
+
+  def _record(self, source: Source, scores_of: Callable[[np.ndarray], np.ndarray], row: dict[str, np.ndarray]
+              ) -> dict[str, Any]:
+    """Returns what is kept of an image: where its class comes among all, and the scores where figures need them."""
+    scores, count = scores_of(row["embedding"]), len(self._classes)
+    kept = {"scores": [float(s) for s in scores]}
+    if self._several:
+      record = source.annotation(int(row["index"]))
+      labels, difficult = ([int(i) for i in record[k]] for k in ("labels", "difficult"))
+      for label in (*labels, *difficult):
+        check_labels(np.array([label]), row["index"][None], count, self._where)
+      return {"labels": labels, "difficult": difficult, **kept}
+    label = int(row["label"])
+    check_labels(row["label"][None], row["index"][None], count, self._where)
+    return {"label": label, "rank": rank(scores, label), **(kept if "roc_auc" in self._metrics else {})}
+
+
+def figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
+  """Returns the figures of `ZeroShot` by name, and "count", from the records of its items.
+
+  Args:
+    records: {"label", "rank"} each, with "scores" for roc_auc; {"labels", "difficult", "scores"} for map11.
+    metrics: names of figures.
+
+  Raises:
+    UserError: the items have none of the classes, or one only, where two are compared.
+  """
+  try:
+    return _figures(records, metrics)
+  except ValueError as error:
+    raise UserError(f"evaluation 'zeroshot', metrics={','.join(metrics)}: {error}") from error
+
+
+def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
+  if metrics == OF_SEVERAL:
+    scores = np.array([r["scores"] for r in records], np.float32)
+    truth = np.full(scores.shape, -1)
+    for row, r in zip(truth, records, strict=True):
+      row[r["difficult"]] = 0
+      row[r["labels"]] = 1
+    return {"map11": classification.mean_average_precision(scores, truth), "count": float(len(records))}
+  labels, ranks = (np.array([r[k] for r in records]) for k in ("label", "rank"))
+  out = {"count": float(len(records))}
+  for name in metrics:
+    match name:
+      case "top1" | "top5":
+        out[name] = classification.top(ranks, int(name[3:]))
+      case "mean_per_class":
+        out[name] = classification.mean_per_class(labels, ranks == 0)
+      case "mean_top1_top5":
+        out[name] = (classification.top(ranks, 1) + classification.top(ranks, 5)) / 2
+      case "roc_auc":
+        scores = np.array([r["scores"] for r in records], np.float32)
+        out[name] = classification.roc_auc(scores[:, 1] - scores[:, 0], labels)
+  return out
+
+
+def chosen_metrics(config: Evaluation, classes: int, several: bool) -> tuple[str, ...]:
+  """Returns the names of the figures: config.metrics, else what the data allow and the paper's table asks for.
+
+  Raises:
+    UserError: there is no such figure, or it cannot be had of these data.
+  """
+  possible = OF_SEVERAL if several else tuple(m for m in FIGURES if classes > 5 or "top5" not in m) + OF_TWO * (
+    classes == 2)
+  own = datasets.SETS[config.classes].metric if config.classes in datasets.SETS else ""
+  default = OF_SEVERAL if several else tuple(m for m in possible if m in ("top1", "top5", "mean_per_class", own))
+  for name in config.metrics:
+    if name not in possible:
+      raise UserError(f"evaluation 'zeroshot', metrics: no figure {name!r} of {classes} classes, "
+                      f"{'several' if several else 'one'} an image{did_you_mean(name, possible)}")
+  return config.metrics or default
 
 
 def classifier(embed_text: Callable[[np.ndarray], Any], tokenizer: Tokenizer, classes: Sequence[str],
@@ -86,23 +203,121 @@ def ensemble(embed_text: Callable[[np.ndarray], Any], tokens: np.ndarray) -> np.
   return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
 
+def by_class(weights: np.ndarray, classes: Sequence[Class]) -> np.ndarray:
+  """Returns unit float32 [C, E]: of a class with several names, the mean of their weights at unit length.
+
+  Args:
+    weights: unit float32 [names, E], of the names of all classes, in their order.
+    classes: C of them.
+  """
+  if len(weights) == len(classes):
+    return weights
+  ends = np.cumsum([len(c.names) for c in classes])
+  mean = np.stack([part.mean(axis=0) for part in np.split(weights, ends[:-1])])
+  return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def scorer(weights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns the function of an embedding [E] that gives its scores [C]; classes of equal weights [C, E] score equal."""
+  distinct, which = np.unique(weights, axis=0, return_inverse=True)  # rounding differs between rows
+  return lambda embedding: (distinct @ embedding)[which.reshape(-1)]
+
+
+def rank(scores: np.ndarray, label: int) -> int:
+  """Returns how many classes come before `label`: those of higher scores [C], and of equal ones those that stand first.
+
+  What is not a number comes last as the label's score, and first as another's: a broken model is never right.
+  """
+  own, before = scores[label], np.arange(len(scores)) < label
+  return int(np.count_nonzero(~(scores <= own) | ((scores == own) & before)))
+
+
+def any_of(scores: np.ndarray, members: Sequence[Sequence[int]]) -> np.ndarray:
+  """Returns scores [M] of classes that hold several others: the highest score [C] among the members of each."""
+  return np.array([scores[list(m)].max() for m in members])
+
+
 def class_names(config: Evaluation, source: Source) -> list[str]:
-  """Returns the names of the classes by label: config.classes ("imagenet" or a file), else those of the source.
+  """Returns the names of the classes by label, of several names the first; raises UserError as `chosen_classes`."""
+  return [c.names[0] for c in chosen_classes(config, source)]
+
+
+def chosen_classes(config: Evaluation, source: Source) -> list[Class]:
+  """Returns the classes in the order of the source's labels: config.classes, else those of the source.
 
   Raises:
-    UserError: there are none, or not as many as the source has.
+    UserError: there are none, or not those that the source has.
   """
-  own = list(source.classes or ())
+  own, where = list(source.classes or ()), f"data source {config.source.name!r}"
   if not config.classes:
     if not own:
-      raise UserError(f"data source {config.source.name!r} names no classes; set the evaluation's `classes` to a file "
-                      "with one name a line, in the order of the labels")
-    return own
-  names = _built_in("classes/imagenet") if config.classes == "imagenet" else lines(config.classes, "classes")
-  if own and len(own) != len(names):
-    raise UserError(f"classes={config.classes!r} has {len(names)} names, data source {config.source.name!r} "
-                    f"{len(own)} classes")
-  return names
+      raise UserError(f"{where} names no classes; set the evaluation's `classes` to a file with one name a line, in "
+                      "the order of the labels")
+    return [Class((name,)) for name in own]
+  classes = load_classes(config.classes)
+  if not own:
+    return classes
+  if len(own) != len(classes):
+    there = {plain(name) for name in own}
+    missing = next((c.key or c.names[0] for c in classes if not there & {plain(c.key), *map(plain, c.names)}), "")
+    raise UserError(f"classes={config.classes!r} has {len(classes)} names, {where} {len(own)} classes"
+                    + (f"; {missing!r} is not among them" if missing and len(own) < len(classes) else ""))
+  known = {plain(word) for c in classes for word in (c.key, *c.names)}
+  if config.classes not in built_in("classes") and not known & {plain(name) for name in own}:
+    return classes  # other words for all of them
+  return [classes[i] for i in places(classes, own, f"classes={config.classes!r}: {where}")]
+
+
+def places(classes: Sequence[Class], own: Sequence[str], where: str) -> list[int]:
+  """Returns the number among `classes` of each of a source's own names; its classes may be a part of them.
+
+  Letter case and punctuation do not count: golden_retriever is "golden retriever". Numbers that are no names are the
+  numbers of the classes.
+
+  Raises:
+    UserError: a name is none of them, or two are the same; `where` begins the message.
+  """
+  keys = {plain(c.key or c.names[0]): i for i, c in enumerate(classes)}
+  words = [plain(name) for c in classes for name in c.names]
+  numbers = {plain(name): i for i, c in enumerate(classes) for name in c.names if words.count(plain(name)) == 1} | keys
+  if not all(plain(name) in numbers for name in own) and all(
+      name.isascii() and name.isdecimal() and int(name) < len(classes) for name in own):
+    found = [int(name) for name in own]
+  else:
+    for name in own:
+      if plain(name) not in numbers:
+        nearest = difflib.get_close_matches(plain(name), numbers, n=1, cutoff=0)[0]
+        names = classes[numbers[nearest]]
+        raise UserError(f"{where} has a class {name!r}, which is no name there; the nearest is "
+                        f"{names.key or names.names[0]!r}")
+    found = [numbers[plain(name)] for name in own]
+  for i, number in enumerate(found):
+    if (first := found.index(number)) != i:
+      raise UserError(f"{where} has classes {own[first]!r} and {own[i]!r}, which are the same")
+  return found
+
+
+def plain(name: str) -> str:
+  """Returns a name in small letters and digits only; of /a/abbey, as SUN397 has it, without the letter before."""
+  return re.sub(r"[\W_]", "", re.sub(r"^/\w/", "", name).casefold())
+
+
+def load_classes(name: str) -> list[Class]:
+  """Returns the classes of a list that is built in, or of a file: one a line, name|other name, tab, the source's word.
+
+  Raises:
+    UserError: the file cannot be read, is empty, or has a line that is none.
+  """
+  found = lines(name, "classes") if name not in built_in("classes") else _read(f"classes/{name}")
+  out = []
+  for number, line in enumerate(found):
+    words, _, key = line.partition("\t")
+    names = tuple(word.strip() for word in words.split("|"))
+    if not all(names) or "\t" in key:
+      raise UserError(f"classes: {name}, line {number + 1}: wanted a name, or several with | between, and after a tab "
+                      f"the word of the data for it; got {line!r}")
+    out.append(Class(names, key.strip()))
+  return out
 
 
 def check_labels(labels: np.ndarray, index: np.ndarray, classes: int, where: str) -> None:
@@ -115,17 +330,20 @@ def load_templates(name: str) -> list[str]:
   """Returns sentences with {} for the class.
 
   Args:
-    name: imagenet80 | imagenet7 | a file with one template a line | one template itself, with its {}.
+    name: a built-in list (imagenet80: the paper's, imagenet7: the seven of them that do slightly better, single: "A
+      photo of a {}.", or that of a data set of the paper, such as food101) | a file with one template a line | one
+      template itself, with its {}.
 
   Raises:
     UserError: there is no such file, or a line of it has no {}.
   """
-  if name in TEMPLATES:
-    return _built_in(f"templates/{name}")
+  known = built_in("templates")
+  if name in known:
+    return _read(f"templates/{name}")
   if "{}" in name:
     return [name]
   if not os.path.isfile(name):
-    raise UserError(f"templates: no file {name!r}, and no template with {{}}{did_you_mean(name, TEMPLATES)}")
+    raise UserError(f"templates: no file {name!r}, and no template with {{}}{did_you_mean(name, known)}")
   templates = lines(name, "templates")
   if bad := next((t for t in templates if "{}" not in t), None):
     raise UserError(f"templates: {name} has the line {bad!r}, without {{}} for the class")
@@ -144,5 +362,11 @@ def lines(path: str, what: str) -> list[str]:
   return found
 
 
-def _built_in(name: str) -> list[str]:
+@functools.cache
+def built_in(what: str) -> frozenset[str]:
+  """Returns the names of the built-in lists of "classes" or "templates"."""
+  return frozenset(f.name.removesuffix(".txt") for f in resources.files("limber_jax.evals").joinpath(what).iterdir())
+
+
+def _read(name: str) -> list[str]:
   return resources.files("limber_jax.evals").joinpath(f"{name}.txt").read_text(encoding="utf-8").splitlines()

@@ -107,7 +107,7 @@ class Clip:
       train: use the batch's own statistics, and update the running ones.
 
     Returns:
-      (Features(tokens [B, S, F], pooled [B, E], not normalised), stats).
+      (Features(tokens [B, S, F], pooled [B, E], not normalised, penultimate [B, D]), stats).
 
     Raises:
       ValueError: images of another size than the tower's.

@@ -24,6 +24,7 @@ class Features(NamedTuple):
 
   tokens: jax.Array  # [B, S, F]
   pooled: jax.Array  # [B, E]
+  penultimate: jax.Array | None = None  # [B, D]: of CLIP's image towers, what `pooled` is a projection of
 
 
 def torch_uniform(fan_in: int | None = None) -> Init:

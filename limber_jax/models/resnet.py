@@ -66,14 +66,14 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """Attention from the spatial mean to the grid. grid [B, S, C] -> [B, E]."""
+  """Attention from the spatial mean to the grid. grid [B, S, C] -> ([B, E], the same before the projection [B, C])."""
 
   heads: int
   embed_dim: int
   compute: Compute
 
   @nn.compact
-  def __call__(self, grid: jax.Array) -> jax.Array:
+  def __call__(self, grid: jax.Array) -> tuple[jax.Array, jax.Array]:
     B, S, C = grid.shape
     x = jnp.concatenate([grid.mean(1, keepdims=True), grid], axis=1)  # [B, 1 + S, C]
     position = self.param("position", nn.initializers.normal(C**-0.5), (S + 1, C))
@@ -86,14 +86,16 @@ class AttentionPool(nn.Module):
     q, k, v = (dense(C, name, y).reshape(B, -1, self.heads, C // self.heads)
                for name, y in (("q", x[:, :1]), ("k", x), ("v", x)))
     y = jax.nn.dot_product_attention(q, k, v, implementation=attention_kernel(self.compute, C // self.heads))
-    return dense(self.embed_dim, "out", y.reshape(B, C))
+    y = y.reshape(B, C)
+    return dense(self.embed_dim, "out", y), y
 
 
 class ResNet(nn.Module):
   """ModifiedResNet. images [B, H, W, 3], normalised -> tokens [B, S, 32 width] (the grid, row by row), pooled [B, E].
 
-  The tokens are the output of the last stage, before attention pooling. Statistics of BatchNorm are in the collection
-  "batch_stats", and change when `train`.
+  The tokens are the output of the last stage, before attention pooling; the penultimate features [B, 32 width] are what
+  the heads of the pooling gathered, before the projection: that is CLIP's W_i, as its authors say (openai/CLIP #51).
+  Statistics of BatchNorm are in the collection "batch_stats", and change when `train`.
   """
 
   size: ResNetSize
@@ -114,7 +116,7 @@ class ResNet(nn.Module):
       if blocks > 1:
         x, _ = scan(Bottleneck, blocks - 1, c)(planes, 1, False, train, c, name=f"layer{i}_rest")(x)
     grid = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, S, C]
-    return Features(grid, AttentionPool(self.size.heads, self.embed_dim, c, name="pool")(grid))
+    return Features(grid, *AttentionPool(self.size.heads, self.embed_dim, c, name="pool")(grid))
 
 
 SHARDING = (

@@ -49,7 +49,10 @@ INIT = BlockInit(qkv=_xavier_qkv, out=torch_uniform(), fc=torch_uniform(), proj=
 
 
 class ViT(nn.Module):
-  """Vision Transformer with a class token. images [B, H, W, 3], normalised -> tokens [B, S, F], pooled [B, E]."""
+  """Vision Transformer with a class token. images [B, H, W, 3], normalised -> tokens [B, S, F], pooled [B, E].
+
+  The penultimate features [B, F] are the class token after its LayerNorm, before the projection.
+  """
 
   size: ViTSize
   embed_dim: int
@@ -70,9 +73,9 @@ class ViT(nn.Module):
     x = LayerNorm(name="ln_pre")(x)
     x, _ = scan(Block, size.layers, self.compute)(size.heads, False, self.activation, INIT, self.compute,
                                                   name="blocks")(x)
-    pooled = LayerNorm(name="ln_post")(x[:, 0])
-    pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name="head")(pooled)
-    return Features(x[:, 1:], pooled)
+    last = LayerNorm(name="ln_post")(x[:, 0])
+    pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name="head")(last)
+    return Features(x[:, 1:], pooled, last)
 
 
 SHARDING = (

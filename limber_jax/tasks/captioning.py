@@ -22,7 +22,7 @@ from limber_jax.models.limber import Limber, LimberSize, part
 from limber_jax.models.prompt import prefix_inputs
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.parallel import Rules
-from limber_jax.tasks import pieces
+from limber_jax.tasks import interleaved, pieces
 from limber_jax.weights import load
 
 
@@ -180,25 +180,37 @@ class Captioning:
     return params
 
   def predict(self) -> dict[str, Callable[..., Any]]:
-    """Returns "nll", "generate" and "features", each with "@name" behind it of the map of this name.
+    """Returns "nll", "generate", "features" and "prompt", each with "@name" behind it of the map of this name.
 
     nll(params, stats, batch): float32 [B], nats of each caption, its end included.
-    generate(params, stats, batch, eos): a generate.Generated of what follows an image's prompt and the text in batch's
-      "tokens" and "mask"; "key" of each row, where decoding draws (`generate.row_keys`).
+    generate(params, stats, batch, eos, prefix=None): a generate.Generated of what follows an image's prompt and the
+      text in batch's "tokens" and "mask"; "key" of each row, where decoding draws (`generate.row_keys`). The prefix,
+      from "read", stands before every row.
     features(params, stats, batch): [B, S, F] of the encoder.
-    generate_blind(params, stats, batch, eos): without any image; the text must not be empty.
+    prompt(params, stats, batch): [B, P, D] of the map; what a batch has under this name, of any P, takes its place.
+    generate_blind(params, stats, batch, eos, prefix=None): without any image; the text must not be empty.
+    read(params, stats, batch): the cache of what rows begin with: `interleaved.read` of batch's "tokens", "source" and
+      "mask" [1, L], and "shared" [S, D].
     """
-    out: dict[str, Callable[..., Any]] = {"generate_blind": partial(self._generate, None)}
+    out: dict[str, Callable[..., Any]] = {"generate_blind": partial(self._generate, None), "read": self._read}
     for name in self.model.maps:
       out |= {part("nll", name): partial(self._nll, name), part("generate", name): partial(self._generate, name),
-              part("features", name): partial(self._encoded, name)}
+              part("features", name): partial(self._encoded, name), part("prompt", name): partial(self._prompted, name)}
     return out
 
   def _encoded(self, name, params, stats, batch):
     return self._features(params, stats, batch, self.model.encoder_of(name))[0]
 
+  def _prompted(self, name, params, stats, batch):
+    if (known := part("prompt", name)) in batch:
+      return batch[known]
+    return self.model.prompt(params, self._encoded(name, params, stats, batch), name)
+
+  def _read(self, params, stats, batch):
+    return interleaved.read(self.model, params, batch, batch["shared"])
+
   def _nll(self, name, params, stats, batch):
-    prompt = self.model.prompt(params, self._encoded(name, params, stats, batch), name)
+    prompt = self._prompted(name, params, stats, batch)
     logits = self.model.logits(params, self.model.hidden(params, prompt, batch["tokens"], batch["mask"]))
 
     def one(*row):
@@ -206,15 +218,14 @@ class Captioning:
 
     return jax.vmap(one)(logits, batch["tokens"], batch["mask"])
 
-  def _generate(self, name, params, stats, batch, eos):
+  def _generate(self, name, params, stats, batch, eos, prefix=None):
     variables = self.model.lm_params(params)
     embeds = self.model.lm.apply(variables, batch["tokens"], method="embed")
-    prompt = embeds[:, :0]
-    if name is not None:
-      prompt = self.model.prompt(params, self._encoded(name, params, stats, batch), name)
-    x, positions, mask = prefix_inputs(prompt, embeds, batch["mask"])
-    return generate(self.model.lm, variables["params"], x, positions, mask, eos=eos, settings=self.decoding,
-                    max_new_tokens=self.decoding.max_new_tokens, keys=batch.get("key"))
+    prompt = embeds[:, :0] if name is None else self._prompted(name, params, stats, batch)
+    x, _, mask = prefix_inputs(prompt, embeds, batch["mask"])
+    return generate(self.model.lm, variables["params"], x, interleaved.counted(mask, prefix), mask, eos=eos,
+                    settings=self.decoding, max_new_tokens=self.decoding.max_new_tokens, keys=batch.get("key"),
+                    prefix=prefix)
 
 
 def token_weights(mask: jax.Array, captions: Captions) -> jax.Array:

@@ -107,7 +107,11 @@ class Contrastive:
     return params | {"logit_scale": jnp.clip(params["logit_scale"], 0, losses.MAX_LOG_SCALE)}
 
   def predict(self) -> dict[str, Callable[..., Any]]:
-    """Returns "embed_image" (of images) and "embed_text" (of tokens): unit vectors float32 [B, E]."""
+    """Returns "embed_image" (of images) and "embed_text" (of tokens): unit vectors float32 [B, E].
+
+    "penultimate" (of images) gives what linear probes look at, I_f of the paper's Figure 3: float32 [B, D], before the
+    projection and not normalised.
+    """
 
     def unit(x):
       x = x.astype(jnp.float32)
@@ -119,7 +123,11 @@ class Contrastive:
     def embed_text(params, stats, tokens):
       return unit(self.model.encode_text(params["text"], tokens).pooled)
 
-    return {"embed_image": embed_image, "embed_text": embed_text}
+    def penultimate(params, stats, images):
+      features, _ = self.model.encode_image(params["image"], stats.get("image", {}), images)
+      return features.penultimate.astype(jnp.float32)
+
+    return {"embed_image": embed_image, "embed_text": embed_text, "penultimate": penultimate}
 
 
 def _ring() -> tuple[str, ...] | None:

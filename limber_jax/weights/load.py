@@ -35,7 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from limber_jax.checkpoint import Checkpoints, kept_frozen
-from limber_jax.config import Checkpoint, Compute, flatten
+from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, gptj, prompt
 from limber_jax.models.beit import BeitSize
@@ -141,6 +141,21 @@ def open_model(path: str) -> Opened:
       return opened
   raise UserError(f"{path}: no model there; looked for limber_config.json, open_clip_config.json with "
                   f"open_clip_model.safetensors, and config.json with model.safetensors or pytorch_model.bin")
+
+
+def own_tokenizer(weights: str) -> Tokenizer:
+  """Returns the tokenizer that lies or is recorded beside the weights, else CLIP's."""
+  folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
+  path = os.path.join(folder, "config.json")
+  if os.path.isdir(os.path.join(folder, "checkpoints")) and os.path.isfile(path):  # a run of limber_jax.train
+    try:
+      with open(path, encoding="utf-8") as file:
+        recorded = json.load(file)
+      return Tokenizer(recorded["data.tokenizer.name"], recorded["data.tokenizer.path"])
+    except (OSError, ValueError, KeyError) as error:
+      raise UserError(f"{path} names no tokenizer ({error})") from error
+  beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "merges.txt"))
+  return Tokenizer("clip", folder if beside else "")
 
 
 def _exists(path: str) -> None:

@@ -3,6 +3,12 @@
 A record is {"id": str, "image": encoded bytes | uint8 [h, w, 3], "text": str}, and may have
   "texts": tuple[str, ...]   every caption of the image, where a record has several; "text" is the first
   "label": int               the number of its class
+  "labels": tuple[int, ...]  the numbers of its classes, where an image has several, and then also
+  "difficult": tuple[int, ...]  those of classes that only difficult objects have: not to be counted either way
+Records of texts alone, for language models, have no "image".
+
+A source may have `damage`, a list of {"file", "id", "reason"}: what it found when it was opened that cannot be used and
+is no record. It may have `order(seed, position)`, as a mixture does, which then decides the order in training.
 """
 
 from typing import Any, Protocol

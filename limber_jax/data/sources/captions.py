@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from limber_jax.config import Source
+from limber_jax.data.sources.annotations import LONG
+from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")  # the likeliest first
@@ -95,21 +97,10 @@ class Captions:
       raise UserError(f"{self._path}: no {what}{did_you_mean(missing[0], header)}; wanted {LAYOUTS}; name others "
                       "with --config.data.source.image_key=… and text_key=…")
     quotes = self._quoted and self._map.find(b'"') >= 0
-    starts = self._quoted_starts(begin) if quotes else self._line_starts(begin)
+    starts = self._quoted_starts(begin) if quotes else line_starts(self._map, begin)
     self._starts = starts[1:] if self._quoted else starts
     if not len(self._starts):
       raise UserError(f"{self._path} has a header and no rows")
-
-  def _line_starts(self, begin: int) -> np.ndarray:
-    """Returns where lines start, int64 [rows]; empty lines are left out."""
-    data = np.frombuffer(self._map, np.uint8)
-    step = 1 << 26  # bytes looked at together
-    breaks = [np.flatnonzero(data[i : i + step] == ord("\n")) + i for i in range(0, len(data), step)]
-    starts = np.concatenate([[begin], np.concatenate(breaks) + 1, [len(data) + 1]])
-    length = np.diff(starts) - 1
-    starts = starts[:-1]
-    empty = (length <= 0) | ((length == 1) & (data[np.minimum(starts, len(data) - 1)] == ord("\r")))
-    return starts[~empty]
 
   def _quoted_starts(self, begin: int) -> np.ndarray:
     """Returns where rows start, int64 [rows], for a table whose quoted fields may hold line breaks."""
@@ -155,6 +146,8 @@ class Captions:
   def annotation(self, index: int) -> dict[str, Any]:
     rows = [index] if self._groups is None else self._groups[index]
     table = [self._row(row) for row in rows]
+    if (longest := max(len(fields[self._text]) for fields in table)) >= LONG:
+      raise UserError(f"{self._path}, row {rows[0] + 1}: caption of {longest:,} characters, wanted fewer than {LONG:,}")
     out = {"id": table[0][self._image], "text": table[0][self._text]}
     if self._groups is not None:
       out["texts"] = tuple(fields[self._text] for fields in table)
@@ -178,6 +171,7 @@ class Captions:
                       "that holds all images")
     try:
       with open(full, "rb") as file:
+        check_bytes(os.fstat(file.fileno()).st_size)
         return out | {"image": file.read()}
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
       reason = getattr(error, "strerror", None) or error
@@ -187,3 +181,15 @@ class Captions:
   def fingerprint(self) -> str:
     layout = (self._name, len(self._map), self._width, self._image, self._text, self._label, self._groups is None)
     return hashlib.sha256(repr(layout).encode() + self._starts.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def line_starts(data: mmap.mmap, begin: int) -> np.ndarray:
+  """Returns where the lines of a file start, int64 [rows], from the byte `begin` on; empty lines are left out."""
+  data = np.frombuffer(data, np.uint8)
+  step = 1 << 26  # bytes looked at together
+  breaks = [np.flatnonzero(data[i : i + step] == ord("\n")) + i for i in range(0, len(data), step)]
+  starts = np.concatenate([[begin], np.concatenate(breaks) + 1, [len(data) + 1]])
+  length = np.diff(starts) - 1
+  starts = starts[:-1]
+  empty = (length <= 0) | ((length == 1) & (data[np.minimum(starts, len(data) - 1)] == ord("\r")))
+  return starts[~empty]

@@ -4,14 +4,17 @@ import functools
 import glob
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from limber_jax.config import Source
 from limber_jax.errors import UserError, did_you_mean
 
 INFO = "dataset_info.json"
+CERTAIN = "_no_difficult"  # of a second sequence of labels
 TEXT_KEYS = ("caption", "captions", "text", "title", "sentence", "sentences", "description")  # the likeliest first
 
 
@@ -24,7 +27,10 @@ class Tfds:
   image_key: "" = the first image feature.
   text_key: "" = the first of caption, captions, text, title …; "captions/text" for text inside a sequence. A sequence
     gives all its texts. With no text feature at all, the text is the name of the class.
-  label_key: "" = the first class label.
+  label_key: "" = the first class label, or sequence of class labels. Of a sequence such as "labels", with a second one
+    "labels_no_difficult" beside it, records have these as "labels", and what only difficult objects have as
+    "difficult". Of clevr it may be "count", how many objects there are, and of kitti "distance", that of the nearest
+    vehicle: the classes "3" to "10", and "near", "nearby", "far" and "none".
   """
 
   def __init__(self, config: Source):
@@ -32,15 +38,22 @@ class Tfds:
     builder = tfds.builder_from_directory(_directory(config.path))
     features, self._name = builder.info.features, builder.info.full_name
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
-    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    labels = [k for k, f in features.items() if isinstance(_inner(f), tfds.features.ClassLabel)
+              and k.removesuffix(CERTAIN) not in features.keys() - {k}]
+    derived = {key: made for name, key, *made in DERIVED if name == builder.name}
     texts = _texts(features)
     likely = [k for name in TEXT_KEYS for k in texts if k.split("/")[0] == name]
     self._image = self._choose("image_key", images, images)
-    self._label = self._choose("label_key", labels, labels)
+    self._label = self._choose("label_key", [*labels, *derived], [*labels, *derived])
     self._text = self._choose("text_key", texts, likely)
     if self._image is None or (self._text is None and self._label is None):
       raise UserError(f"{self._name}: wanted an image feature and a text or class label; has {', '.join(features)}")
-    self.classes = tuple(features[self._label].names) if self._label else None
+    self.classes = tuple(_inner(features[self._label]).names) if self._label in labels else None
+    self._several = self._label in labels and _inner(features[self._label]) is not features[self._label]
+    self._certain = f"{self._label}{CERTAIN}" if f"{self._label}{CERTAIN}" in features else self._label
+    self._derive: Callable[[dict[str, Any]], int] | None = None
+    if self._label in derived:
+      self.classes, self._derive = derived[self._label]
     # Images stay encoded, so that decoding is done in one place (and TFDS does not ask for TensorFlow or OpenCV).
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     try:
@@ -73,10 +86,17 @@ class Tfds:
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self._records[index]
     out = {"id": f"{self._name}/{self._config.split}/{index}", "image": record[self._image]}
-    if self._label is not None:
-      out["label"] = int(record[self._label])
+    if self._several:
+      certain = tuple(int(i) for i in record[self._certain])
+      out |= {"labels": certain, "difficult": tuple(int(i) for i in record[self._label] if i not in certain)}
+    elif self._label is not None:
+      try:
+        out["label"] = self._derive(record) if self._derive else int(record[self._label])
+      except UserError as error:
+        raise UserError(f"{out['id']}: {error}") from error
     if self._text is None:
-      return out | {"text": self.classes[out["label"]].replace("_", " ")}
+      names = [self.classes[i] for i in (out["labels"] if self._several else [out["label"]])]
+      return out | {"text": ", ".join(names).replace("_", " ")}
     value = functools.reduce(lambda value, key: value[key], self._text.split("/"), record)
     texts = (value,) if isinstance(value, bytes) else tuple(value)
     if not texts:
@@ -103,6 +123,37 @@ def _directory(path: str) -> str:
   if len(found) > 1:
     raise UserError(f"config.data.source.path={path!r} holds several datasets; choose one: {', '.join(found)}")
   return found[0]
+
+
+def _inner(feature: Any) -> Any:
+  """Returns what a sequence holds; of any other feature itself."""
+  return feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+
+
+def _count(record: dict[str, Any]) -> int:
+  """Returns the class of a CLEVR image: its 3 to 10 objects less 3."""
+  count = len(record["objects"]["size"])
+  if not 3 <= count <= 10:
+    raise UserError(f"wanted 3 to 10 objects, got {count}; the test split of CLEVR has none, for its scenes are secret")
+  return count - 3
+
+
+def _distance(record: dict[str, Any]) -> int:
+  """Returns how far the nearest car, van or truck of a KITTI image is: 0 up to 8 m, 1 up to 20 m, 2 further, 3 none.
+
+  Source: X. Zhai et al., arXiv 1910.04867, and its code.
+  """
+  vehicles = np.asarray(record["objects"]["type"]) < 3  # Car, Van, Truck
+  if not vehicles.any():
+    return 3
+  return int(np.searchsorted([8, 20], np.asarray(record["objects"]["location"])[vehicles, 2].min()))
+
+
+# Labels that are no features but follow from some: builder, label_key, classes, record -> label.
+DERIVED = (
+  ("clevr", "count", tuple(map(str, range(3, 11))), _count),
+  ("kitti", "distance", ("near", "nearby", "far", "none"), _distance),
+)
 
 
 def _texts(features: Any, prefix: str = "") -> list[str]:

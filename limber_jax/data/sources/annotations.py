@@ -1,0 +1,160 @@
+"""JSON files of annotations: what is read of them, what cannot be used, and the images they name."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from limber_jax.data.transforms import check_bytes
+from limber_jax.errors import UserError, did_you_mean
+
+MAX_BYTES = 2**30  # of a file, which is read whole: the largest that is published, Karpathy's COCO, has 0.14 GB
+OBJECT = 2**20     # bytes of the JSON object of one record
+LONG = 10_000      # characters from which on a text is none that a person wrote about an image
+
+TWICE = "its id is listed twice, and the first counts"  # a reason of damage
+
+FOLDERS = ("train2014", "val2014", "test2015", "train2017", "val2017", "images", "val", "validation",
+           "flickr30k-images", "flickr30k_images")  # where images lie that are named without their folder
+
+
+def load(path: str, wanted: str) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Args:
+    path: the file, UTF-8.
+    wanted: what is expected there and the page it comes from, for the message when it is missing.
+
+  Raises:
+    UserError: no such file, over MAX_BYTES, or no JSON object; of a damaged file the message names the byte.
+  """
+  if not os.path.isfile(path):
+    what = "is a directory" if os.path.isdir(path) else "no such file"
+    beside = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    names = [f for f in os.listdir(beside) if f.endswith(".json")] if os.path.isdir(beside) else []
+    near = did_you_mean(os.path.basename(path), names) if 0 < len(names) <= 20 else ""
+    raise UserError(f"source.path={path!r}: {what}; wanted {wanted}{near}")
+  if (size := os.path.getsize(path)) > MAX_BYTES:
+    raise UserError(f"{path} has {size:,} bytes; annotations of at most {MAX_BYTES:,} are read; wanted {wanted}")
+  try:
+    with open(path, "rb") as file:
+      data = file.read()
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+  start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark
+  text = ""
+  try:
+    text = data[start:].decode()
+    found = json.loads(text)
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path}, byte {start + error.start:,} of {len(data):,}: not UTF-8 ({error.reason})") from error
+  except json.JSONDecodeError as error:
+    byte = start + len(text[: error.pos].encode())
+    cut = "" if text.rstrip().endswith("}") else "; the file is cut off, fetch it again"
+    raise UserError(f"{path}, byte {byte:,} of {len(data):,}: not JSON ({error.msg}){cut}") from error
+  except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+    raise UserError(f"{path}: not JSON that can be read ({error})") from error
+  if not isinstance(found, dict):
+    raise UserError(f"{path}: wanted {wanted}; got a JSON {type(found).__name__}, not an object")
+  return found
+
+
+def entries(table: dict[str, Any], key: str, path: str) -> list[Any]:
+  """Returns the list of a file under `key`, which is not empty; raises UserError naming the file if there is none."""
+  if key not in table:
+    raise UserError(f"{path}: wanted a list of {key!r}, got no such key{did_you_mean(key, table)}")
+  if not isinstance(found := table[key], list) or not found:
+    raise UserError(f"{path}: wanted a list of {key!r}, got {'an empty one' if found == [] else type(found).__name__}")
+  return found
+
+
+def flaw(entry: Any, **kinds: type | tuple[type, ...]) -> str:
+  """Returns why an entry is not an object with fields of these types, "" if it is: "no 'file_name'"."""
+  if not isinstance(entry, dict):
+    return f"wanted an object, got {type(entry).__name__}"
+  for name, kind in kinds.items():
+    if name not in entry:
+      return f"no {name!r}"
+    if type(entry[name]) not in (kind if isinstance(kind, tuple) else (kind,)):  # not isinstance: true is no number
+      return f"{name!r} is of type {type(entry[name]).__name__}"
+  return ""
+
+
+def text_flaw(text: Any, what: str) -> str:
+  """Returns why a value is no text about an image, "" if it is one: "empty caption" for `what` "caption"."""
+  if not isinstance(text, str):
+    return f"{what} is of type {type(text).__name__}"
+  if not text.strip():
+    return f"empty {what}"
+  if len(text) >= LONG:
+    return f"{what} of {len(text):,} characters, wanted fewer than {LONG:,}"
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # "\ud800" in JSON
+    return f"{what} holds half a character (a lone surrogate)"
+  return ""
+
+
+def one_object(data: bytes) -> dict[str, Any]:
+  """Returns the JSON object of one record; raises UserError for anything else, and for more than OBJECT bytes."""
+  if len(data) > OBJECT:
+    raise UserError(f"JSON of {len(data):,} bytes; at most {OBJECT:,} are read for a record")
+  try:
+    found = json.loads(data.decode())
+  except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
+    raise UserError(f"not JSON ({' '.join(str(error).split())})") from error
+  if not isinstance(found, dict):
+    raise UserError(f"wanted a JSON object, got {type(found).__name__}")
+  return found
+
+
+def missing(name: str, entry: dict[str, Any]) -> str:
+  """Returns what to say of an entry that an object of unknown origin lacks."""
+  return f"no {name!r}{did_you_mean(name, [key for key in list(entry)[:20] if len(key) < 50 and key.isprintable()])}"
+
+
+def captions_of(value: Any, what: str = "caption") -> dict[str, Any]:
+  """Returns {"text", and of a list of several "texts"} of a record; raises UserError where a caption is none."""
+  texts = tuple(value) if isinstance(value, list | tuple) else (value,)
+  flaws = [flaw for text in texts if (flaw := text_flaw(text, what))] if texts else [f"an empty list as {what}"]
+  if flaws:
+    raise UserError(flaws[0])
+  return {"text": texts[0], "texts": texts} if len(texts) > 1 else {"text": texts[0]}
+
+
+def label_of(value: Any, key: str) -> dict[str, int]:
+  """Returns {"label"} of a record, whose field `key` has `value`; raises UserError where that is no class number."""
+  if type(value) is not int or value < 0:
+    raise UserError(f"wanted a class number 0, 1, 2 … in {key!r}, got {value!r:.80}")
+  return {"label": value}
+
+
+def image_root(path: str, images: str) -> str:
+  """Returns where image paths start: `images`, else the directory of the file `path`.
+
+  The directory "annotations", into which COCO's archives unpack, stands beside those of the images: of a file in it,
+  images start from the one above.
+  """
+  beside = os.path.dirname(os.path.abspath(path))
+  return os.path.abspath(images or (os.path.dirname(beside) if os.path.basename(beside) == "annotations" else beside))
+
+
+def read_image(root: str, name: str, folders: Sequence[str] = FOLDERS) -> bytes:
+  """Returns the bytes of an image file: root/name, else the first of root/folder/name that is there.
+
+  Raises:
+    UserError: it is nowhere, too large, cannot be read, or its name leads out of the root; nothing outside is read.
+  """
+  for folder in ("", *folders):
+    full = os.path.normpath(os.path.join(root, folder, name))
+    if os.path.commonpath([full, root]) != root:
+      raise UserError(f"image {name!r} lies outside of {root}; set source.images to a directory that holds all images")
+    try:
+      with open(full, "rb") as file:
+        check_bytes(os.fstat(file.fileno()).st_size)
+        return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+      continue
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+      raise UserError(f"cannot read image {full!r}: {getattr(error, 'strerror', None) or error}") from error
+  raise UserError(f"no image {name!r} in {root} or its usual sub-folders; set source.images to where images lie")

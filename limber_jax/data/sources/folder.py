@@ -1,0 +1,374 @@
+"""Images by class: a directory or tar of class folders, or one of images with a list of their classes beside them."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from limber_jax.config import Source
+from limber_jax.data.transforms import MAX_PIXELS
+from limber_jax.errors import UserError, did_you_mean
+
+# What counts as an image by its name. Some of these formats nobody decodes here: such files are named as damaged then.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".gif", ".tif", ".tiff")
+LISTS = (".txt", ".csv", ".tsv", ".jsonl")
+IMAGE_KEYS = ("path", "filename", "filepath", "image", "img", "file", "file_name")  # of lists, the likeliest first
+LABEL_KEYS = ("label", "classid", "class", "class_id", "target")
+DEPTH = 4  # folders below a class
+
+LAYOUTS = "a directory or .tar with a folder of images for each class, or one with images and a list of them"
+
+Item = tuple[str, str]  # path and class of an image
+
+
+class Folder:
+  """A record an image; "text" is the name of its class, its id the path below `path`.
+
+  path: a directory, or a tar that is not compressed, which is read in place; of a name without .tar that is not there,
+    the tar. Around everything there may be one folder more, as most tars have it.
+  split: a folder below path, whose folders are the classes; "" = those of path. They are ordered by their names, or by
+    their numbers where all names are whole numbers. Or a list below path of the images that count:
+      .txt: a path a line and, after a space, its class, which may have spaces; the first line may be the header "path"
+      .csv, .tsv: a table with a header
+      .jsonl: an object a line
+    A path may lack its suffix, or have that of a video of which there is an image. Classes that are whole numbers are
+    the labels themselves. Without a class, it is the folder that the image lies in.
+  images: of a list, the folder below path that its paths start from; "" = path.
+  image_key, label_key: of a list, the columns; "" = the first known name: path, filename, image … and label, ClassId …
+    label_key=folder is the folder that the image lies in, whatever the list says.
+  text_key: a file below path that names the classes, one a line, in the order of their numbers; "" = all there are.
+  separator: between path and class, or columns; "" = a space in .txt, a tab in .tsv, and in .csv the semicolon if the
+    first line has one, else the comma.
+
+  What cannot be used is in `damage`: classes without images, folders that cannot be read, lines that are none, images
+  that are not there or are listed twice, and what in a tar is a link or has a name that leads out of it.
+  """
+
+  def __init__(self, config: Source):
+    self._config, self._where = config, f"config.data.source.path={config.path!r}"
+    self._file = os.path.basename(os.path.normpath(config.path))
+    self.damage: list[dict[str, str]] = []
+    self._tree = self._open(config.path)
+    listed = config.split.lower().endswith(LISTS)
+    self._start = self._outer(listed)
+    given = self._class_list() if config.text_key else None
+    items, names = self._listed() if listed else self._in_folders(given)
+    for name, reason in self._tree.refused.items():
+      self._damaged(name, reason)
+    if listed and items and all(_whole(word) for _, word in items):
+      self.classes = given
+      number = {word: int(word) for _, word in items if given is None or int(word) < len(given)}
+    else:
+      self.classes = given or tuple(_ordered(names))
+      number = {name: i for i, name in enumerate(self.classes)}
+    self._paths = [path for path, word in items if word in number]
+    self._labels = [number[word] for _, word in items if word in number]
+    for path, word in items:
+      if word not in number:
+        self._damaged(path, f"its class {word!r} is not in {config.text_key}")
+    if not self._paths:
+      first = f"; of what cannot be used the first is {self.damage[0]['id']}: {self.damage[0]['reason']}"
+      raise UserError(f"{self._where}, split={config.split!r}: no images; wanted {LAYOUTS}" + first * bool(self.damage))
+
+  def _open(self, path: str) -> "_Directory | _Tar":
+    if os.path.isdir(path):
+      return _Directory(path)
+    for file in (path, f"{path}.tar"):
+      if os.path.isfile(file):
+        return _Tar(file)
+    raise UserError(f"{self._where}: no such file or directory; wanted {LAYOUTS}; point at yours with "
+                    "--config.data.source.path=DIRECTORY")
+
+  def _damaged(self, what: str, reason: str) -> None:
+    self.damage.append({"file": self._file, "id": what, "reason": reason})
+
+  def _outer(self, listed: bool) -> str:
+    """Returns the one folder around everything; "" where there is none."""
+    folders, _ = self._tree.entries("")
+    if len(folders) != 1:
+      return ""
+    there = self._tree.has if listed else lambda path: bool(self._tree.entries(path)[0])
+    split, inner = self._config.split, folders[0]
+    return inner if there(posixpath.join(inner, split) if split else inner) and not (split and there(split)) else ""
+
+  def _class_list(self) -> tuple[str, ...]:
+    name = self._config.text_key
+    words = [line.strip() for line in self._text(name).splitlines() if line.strip()]
+    if len(words) > len(set(words)):
+      twice = next(w for i, w in enumerate(words) if w in words[:i])
+      raise UserError(f"{self._config.path}/{name}: class {twice!r} stands there twice")
+    return tuple(words)
+
+  def _text(self, name: str) -> str:
+    """Returns the text of a file below path."""
+    path = posixpath.join(self._start, name)
+    if not self._tree.has(path):
+      lists = [f for f in self._tree.entries(self._start)[1] if f.lower().endswith(LISTS)]
+      raise UserError(f"{self._where}: no file {name!r} there{did_you_mean(name, lists)}")
+    try:
+      return self._tree.read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+      raise UserError(f"{self._config.path}/{name}, byte {error.start:,}: not UTF-8") from error
+
+  def _in_folders(self, given: tuple[str, ...] | None) -> tuple[list[Item], list[str]]:
+    """Returns the images in class folders, and the names of all of these folders."""
+    tree, split = self._tree, self._config.split
+    start = posixpath.join(self._start, split) if split else self._start
+    folders = _ordered(tree.entries(start)[0])
+    if not folders:
+      what = f"no folder {split!r} with class folders in it" if split else "no class folders"
+      raise UserError(f"{self._where}: {what}; wanted {LAYOUTS}"
+                      + (did_you_mean(split, tree.entries(self._start)[0]) if split else ""))
+    items = []
+    for name in folders:
+      found = [(path, name) for path in _images(tree, posixpath.join(start, name), DEPTH)]
+      if given is not None and name not in given:
+        self._damaged(posixpath.join(start, name), f"a folder of no class in {self._config.text_key}")
+      elif found:
+        items += found
+      elif posixpath.join(start, name) not in tree.refused:
+        self._damaged(posixpath.join(start, name), "a class without images")
+    for name in given or ():
+      if name not in folders:
+        self._damaged(posixpath.join(start, name), "a class without a folder")
+    return items, folders
+
+  def _listed(self) -> tuple[list[Item], list[str]]:
+    """Returns the images of a list, and the names of the classes there are."""
+    images = posixpath.join(self._start, self._config.images)
+    items: dict[str, str] = {}
+    by_folder = False
+    for where, listed, word in _rows(self._text(self._config.split), self._config):
+      path = posixpath.normpath(posixpath.join(images, listed.replace("\\", "/")))
+      if not listed:
+        reason = word
+      elif path.startswith(("/", "../")):
+        reason = f"{listed!r} lies outside of the data"
+      elif (found := next((p for p in _spellings(path) if self._tree.has(p)), None)) is None:
+        reason = f"no image {listed!r} there"
+      elif found in items:
+        reason = f"{listed!r} is listed twice, and the first counts"
+      else:
+        by_folder |= not word
+        items[found] = word or posixpath.basename(posixpath.dirname(found))
+        continue
+      self._damaged(where, reason)
+    # A list need not have images of all classes: those whose folders are there count too.
+    names = set(self._tree.entries(images.rstrip("/"))[0] if by_folder else ()) | set(items.values())
+    return list(items.items()), sorted(names)
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def annotation(self, index: int) -> dict[str, Any]:
+    label = self._labels[index]
+    text = str(label) if self.classes is None else self.classes[label].replace("_", " ")
+    return {"id": self._paths[index], "text": text, "label": label}
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    path = self._paths[index]
+    data = self._tree.read(path)
+    return {**self.annotation(index), "image": _pixels(data, path) if path.lower().endswith(".ppm") else data}
+
+  def fingerprint(self) -> str:
+    digest = hashlib.sha256(repr(self.classes).encode())
+    for path, label in zip(self._paths, self._labels, strict=True):
+      digest.update(f"{path}\0{label}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+class _Directory:
+  """The files below a directory. Names that begin with a dot are left out."""
+
+  def __init__(self, root: str):
+    self._root = root
+    self.refused: dict[str, str] = {}  # what cannot be used, and why
+
+  def entries(self, folder: str) -> tuple[list[str], list[str]]:
+    """Returns the names of the folders and of the files in a folder, sorted; of none that is there, none."""
+    folders, files = [], []
+    try:
+      with os.scandir(os.path.join(self._root, folder)) as found:
+        for entry in found:
+          if not entry.name.startswith("."):
+            (folders if entry.is_dir() else files).append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+      pass
+    except OSError as error:
+      self.refused[folder] = f"cannot be read ({error.strerror or error})"
+    return sorted(folders), sorted(files)
+
+  def has(self, path: str) -> bool:
+    return "\0" not in path and os.path.isfile(os.path.join(self._root, path))
+
+  def read(self, path: str) -> bytes:
+    try:
+      with open(os.path.join(self._root, path), "rb") as file:
+        return file.read()
+    except OSError as error:
+      raise UserError(f"{os.path.join(self._root, path)}: cannot be read ({error.strerror or error})") from error
+
+
+class _Tar:
+  """The files of a tar, found once and then read where they lie; nothing is unpacked."""
+
+  def __init__(self, path: str):
+    self._path = path
+    self.refused: dict[str, str] = {}
+    self._at: dict[str, tuple[int, int]] = {}  # where the contents of a file begin, and their bytes
+    try:
+      with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+          tar.members = []  # they would all be kept
+          name = posixpath.normpath(member.name)
+          if member.isdir() or any(part.startswith(".") and part != ".." for part in name.split("/")):
+            continue
+          if member.name.startswith("/") or name.split("/")[0] == "..":
+            self.refused[member.name] = "its name leads out of the tar"
+          elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+            self.refused[name] = "a link or device, no file"
+          else:
+            self._at[name] = member.offset_data, member.size  # of a name that comes twice the last counts, as in tar
+        end = tar.offset
+      with open(path, "rb") as file:
+        file.seek(end)
+        rest = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError, EOFError) as error:
+      why = ("cut off or damaged; fetch it again" if self._at else
+             "no tar; a compressed one has no random access: unpack it with gunzip, xz or zstd first")
+      raise UserError(f"{path}, {os.path.getsize(path):,} bytes: {why} ({error})") from error
+    if any(rest):  # where tarfile stops at a damaged header, and says nothing
+      raise UserError(f"{path}, byte {end:,} of {os.path.getsize(path):,}: no header of a tar; fetch it again")
+    self._inside: dict[str, tuple[set[str], set[str]]] = {"": (set(), set())}
+    for name in self._at:
+      parts = name.split("/")
+      for depth in range(len(parts)):
+        inside = self._inside.setdefault("/".join(parts[:depth]), (set(), set()))
+        inside[depth == len(parts) - 1].add(parts[depth])
+
+  def entries(self, folder: str) -> tuple[list[str], list[str]]:
+    folders, files = self._inside.get(folder, ((), ()))
+    return sorted(folders), sorted(files)
+
+  def has(self, path: str) -> bool:
+    return path in self._at
+
+  def read(self, path: str) -> bytes:
+    start, size = self._at[path]
+    try:
+      with open(self._path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
+    except OSError as error:
+      raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+
+
+def _images(tree: _Directory | _Tar, folder: str, depth: int) -> Iterator[str]:
+  """Yields the paths of the images in a folder and in those below it."""
+  folders, files = tree.entries(folder)
+  yield from (posixpath.join(folder, f) for f in files if f.lower().endswith(SUFFIXES))
+  if depth:
+    for name in folders:
+      yield from _images(tree, posixpath.join(folder, name), depth - 1)
+
+
+def _spellings(path: str) -> Iterator[str]:
+  """Yields the names that the file of a path in a list may have."""
+  yield path
+  for start in dict.fromkeys((path, posixpath.splitext(path)[0])):
+    for suffix in SUFFIXES:
+      yield start + suffix
+
+
+def _whole(word: str) -> bool:
+  return word.isascii() and word.isdecimal()
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+  """Returns names sorted as numbers, if all of them are whole numbers, else as words."""
+  names = list(names)
+  return sorted(names, key=(lambda n: (int(n), n)) if all(map(_whole, names)) else None)
+
+
+def _rows(text: str, config: Source) -> Iterator[tuple[str, str, str]]:
+  """Yields (where it stands, path, class or "") of the lines of a list; of a line that is none ("…", "", why)."""
+  name, by_folder = posixpath.basename(config.split), config.label_key == "folder"
+  kind, lines = posixpath.splitext(name)[1].lower(), text.split("\n")
+  usual = " " if kind == ".txt" else "\t" if kind == ".tsv" else ";" if ";" in lines[0] else ","
+  separator = config.separator.replace("\\t", "\t") or usual
+  if kind == ".txt":
+    for number, line in enumerate(lines):
+      path, _, word = line.strip().partition(separator)
+      if path and not (number == 0 and path.lower() in IMAGE_KEYS):
+        yield f"{name}, line {number + 1}", path, "" if by_folder else word.strip()
+  elif kind == ".jsonl":
+    for number, line in enumerate(lines):
+      if line.strip():
+        yield f"{name}, line {number + 1}", *_object(line, config)
+  else:
+    try:
+      rows = csv.reader(io.StringIO(text), delimiter=separator)
+      header = next(rows, [])
+      image, label = (_column(header, name, *c) for c in (("image_key", config.image_key, IMAGE_KEYS),
+                                                          ("label_key", config.label_key, LABEL_KEYS)))
+      for row in rows:
+        where = f"{name}, line {rows.line_num}"
+        if row and len(row) != len(header):
+          yield where, "", f"wanted {len(header)} columns, got {len(row)}"
+        elif row:
+          yield where, row[image], row[label].strip() if label >= 0 else ""
+    except (csv.Error, TypeError) as error:  # TypeError: of a separator that is more than one letter
+      raise UserError(f"{name}: no table that can be read with separator {separator!r} ({error})") from error
+
+
+def _column(header: list[str], name: str, field: str, wanted: str, known: tuple[str, ...]) -> int:
+  """Returns the number of a column, -1 where there is none of classes."""
+  if field == "label_key" and wanted == "folder":
+    return -1
+  if wanted and wanted not in header:
+    raise UserError(f"{name}: no column {wanted!r}{did_you_mean(wanted, header)}")
+  lower = [h.strip().lower() for h in header]
+  found = [header.index(wanted)] if wanted else [lower.index(k) for k in known if k in lower]
+  if not found and field == "image_key":
+    raise UserError(f"{name}: none of the columns {', '.join(header)} is known to hold paths; set source.image_key")
+  return found[0] if found else -1
+
+
+def _object(line: str, config: Source) -> tuple[str, str]:
+  """Returns the path and the class or "" of a line of JSON; of one that is none ("", why)."""
+  try:
+    entry = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    return "", f"not JSON ({error})"
+  if not isinstance(entry, dict):
+    return "", f"wanted an object, got {type(entry).__name__}"
+  image = [k for k in ((config.image_key,) if config.image_key else IMAGE_KEYS) if k in entry]
+  if not image or not isinstance(entry[image[0]], str) or not entry[image[0]]:
+    return "", "no path of an image"
+  if config.label_key == "folder":
+    return entry[image[0]], ""
+  label = [k for k in ((config.label_key,) if config.label_key else LABEL_KEYS) if k in entry]
+  if not label or not isinstance(entry[label[0]], str | int):
+    return "", "no class"
+  return entry[image[0]], str(entry[label[0]])
+
+
+def _pixels(data: bytes, name: str) -> np.ndarray:
+  """Returns uint8 [h, w, 3] of a PPM file, as GTSRB has them."""
+  try:
+    with Image.open(io.BytesIO(data), formats=("PPM",)) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"{name}: image of {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} are read")
+      return np.asarray(image.convert("RGB"))
+  except UserError:
+    raise
+  except Exception as error:  # as in transforms.decode
+    raise UserError(f"{name}: image of {len(data):,} bytes cannot be decoded: {error}") from error

@@ -1,0 +1,119 @@
+"""Lines of JSON: a caption and the path of its image a line, or a text alone for language models."""
+
+import hashlib
+import mmap
+import os
+from typing import Any
+
+from limber_jax.config import Source
+from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object, read_image
+from limber_jax.data.sources.captions import IMAGE_KEYS, line_starts
+from limber_jax.errors import UserError
+
+TEXT_KEYS = ("caption", "captions", "text", "texts", "title")  # the likeliest first
+LAYOUT = 'an object a line, {"image": path, "caption": …} or {"text": …}'
+
+
+class Jsonl:
+  """A record a line of a file in UTF-8; empty lines do not count. Memory holds 8 bytes a line.
+
+  path: the file.
+  split: "train" or ""; a file has no parts.
+  images: the directory that paths start from, "" = that of the file; nothing outside it is read.
+  image_key, text_key: entries of the objects; "" = the first known name of each line: filepath, image, … and caption,
+    captions, text … A list of captions is several. A line without a path of an image is a record without an image,
+    whose text may be as long as a line: 1 MiB.
+  label_key: an entry with a class number; "" = no labels.
+
+  A record's id is the file's name and its number. A broken line is a record that cannot be read; it is named by its
+  number too, counted from 1 among lines that are not empty.
+  """
+
+  classes = None
+
+  def __init__(self, config: Source):
+    self._config, self._path = config, config.path
+    where = f"config.data.source.path={config.path!r}"
+    if not os.path.isfile(config.path) or not os.path.getsize(config.path):
+      what = "is empty" if os.path.isfile(config.path) else "no such file"
+      raise UserError(f"{where}: {what}; wanted {LAYOUT}; point at yours with --config.data.source.path=FILE")
+    if config.split not in ("train", ""):
+      raise UserError(f"config.data.source.split={config.split!r}: a file of lines has no parts; leave it empty")
+    self._name = os.path.basename(config.path)
+    self._root = os.path.abspath(config.images or os.path.dirname(config.path) or ".")
+    self._open()
+    self._starts = line_starts(self._map, 3 if self._map[:3] == b"\xef\xbb\xbf" else 0)  # a byte-order mark
+    if not len(self._starts):
+      raise UserError(f"{where} has no lines; wanted {LAYOUT}")
+
+  def _open(self) -> None:
+    with open(self._path, "rb") as file:
+      self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != "_map"}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._open()
+
+  def __len__(self) -> int:
+    return len(self._starts)
+
+  def _read(self, index: int) -> tuple[dict[str, Any], str]:
+    """Returns (annotation, path of the image or "") of a line."""
+    config, start = self._config, int(self._starts[index])
+    stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else len(self._map)
+    if stop - start > OBJECT + 2:
+      raise UserError(f"{stop - start:,} bytes; at most {OBJECT:,} are read of a line")
+    entry = one_object(self._map[start:stop].rstrip(b"\r\n"))
+    image = _find(entry, config.image_key, IMAGE_KEYS)
+    text = _find(entry, config.text_key, TEXT_KEYS)
+    if text is None or (config.image_key and image is None):
+      wanted = (config.image_key if text is not None else config.text_key) or TEXT_KEYS[0]
+      raise UserError(missing(wanted, entry))
+    out = {"id": f"{self._name}/{index}"}
+    if image is None and isinstance(entry[text], str):
+      out["text"] = entry[text]
+      if not out["text"].strip():
+        raise UserError("empty text")
+      if not _whole(out["text"]):
+        raise UserError("text holds half a character (a lone surrogate)")
+    else:
+      out |= captions_of(entry[text], "caption" if image is not None else "text")
+    if config.label_key:
+      out |= label_of(entry.get(config.label_key), config.label_key)
+    if image is not None and not (isinstance(entry[image], str) and entry[image]):
+      raise UserError(f"wanted a path in {image!r}, got {entry[image]!r:.80}")
+    return out, entry[image] if image is not None else ""
+
+  def annotation(self, index: int) -> dict[str, Any]:
+    try:
+      return self._read(index)[0]
+    except UserError as error:
+      raise UserError(f"{self._path}, line {index + 1}: {error}") from error
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    try:
+      out, path = self._read(index)
+      return out | {"image": read_image(self._root, path, ())} if path else out
+    except UserError as error:
+      raise UserError(f"{self._path}, line {index + 1}: {error}") from error
+
+  def fingerprint(self) -> str:
+    c = self._config
+    layout = (self._name, len(self._map), c.image_key, c.text_key, c.label_key)
+    return hashlib.sha256(repr(layout).encode() + self._starts.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _find(entry: dict[str, Any], wanted: str, known: tuple[str, ...]) -> str | None:
+  """Returns the name under which an object has something: `wanted`, or for "" the first known one; None without any."""
+  return next((k for k in ((wanted,) if wanted else known) if k in entry), None)
+
+
+def _whole(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True

@@ -1,0 +1,53 @@
+"""All evaluations of each paper, as an experiment lists them, for limber_jax.evaluate."""
+
+import dataclasses
+
+from limber_jax.config import Evaluation, Source
+from limber_jax.evals import datasets, robustness
+
+SCORER = "data/weights/clip-vit-base-patch32"  # ViT-B/32, behind CLIPScore
+SEEDS = (0, 1, 2)
+
+
+def clip(every: int = -1) -> dict[str, Evaluation]:
+  """Returns CLIP's: zero-shot and probes on 27 data sets, natural distribution shifts, and retrieval.
+
+  Args:
+    every: steps between two zero-shot accuracies on ImageNet in training; -1 = none. The others are never in training.
+  """
+  zeroshot = {key: Evaluation(name="zeroshot", source=s.source, every=every if key == "imagenet" else -1, classes=key,
+                              templates="imagenet80" if key == "imagenet" else key)
+              for key, s in datasets.CLIP.items()}
+  probes = {f"{key}_probe": _probe(key, s) for key, s in datasets.CLIP.items() if s.train}
+  shifts = {f"shift_{key}": Evaluation(name="shift", source=datasets.SETS[key].source, every=-1, classes=key,
+                                       templates="imagenet80") for key in robustness.SETS}
+  retrieval = {f"{key}_retrieval": Evaluation(name="retrieval", source=datasets.SETS[key].source, every=-1,
+                                              templates="a photo of {}") for key in ("coco", "flickr30k")}
+  return {**zeroshot, **probes, **shifts, **retrieval}
+
+
+def _probe(key: str, s: datasets.DataSet) -> Evaluation:
+  source = s.source
+  return Evaluation(
+    name="linear_probe", source=source, every=-1, classes=key, templates="imagenet80" if key == "imagenet" else key,
+    train=dataclasses.replace(source, split=s.train),
+    validation=dataclasses.replace(source, split=s.validation) if s.validation else None,
+    shots=(1, 2, 4, 8, 16), seeds=SEEDS, metrics=(s.metric,))
+
+
+def limber() -> dict[str, Evaluation]:
+  """Returns LiMBeR's: captions of COCO and NoCaps, VQA2, animals, words, hallucinated objects, and probes."""
+  coco, nocaps, vqa2, awa2 = (datasets.SETS[key].source for key in ("coco", "nocaps", "vqa2", "awa2"))
+  val2014 = Source(name="coco", path="data/coco/annotations/captions_val2014.json", split="")
+  return {
+    "coco": Evaluation(name="captions", source=coco, every=-1, scorer=SCORER),
+    "coco_val2014": Evaluation(name="captions", source=val2014, every=-1, scorer=SCORER),
+    "nocaps": Evaluation(name="captions", source=nocaps, every=-1, scorer=SCORER),
+    "vqa2": Evaluation(name="vqa", source=vqa2, train=dataclasses.replace(vqa2, split="train2014"), every=-1,
+                       batch_size=64, shots=(0, 1, 2, 4), seeds=SEEDS),
+    "awa2": Evaluation(name="naming", source=awa2, every=-1),
+    "words": Evaluation(name="words", source=coco, every=-1),
+    "hallucination": Evaluation(name="hallucination", source=coco, every=-1,
+                                classes="data/coco/annotations/instances_val2014.json"),
+    "probing": Evaluation(name="probing", source=awa2, every=-1),
+  }

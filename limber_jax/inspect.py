@@ -1,0 +1,226 @@
+"""Looks at a data source before it is trained on: `python -m limber_jax.inspect SRC`.
+
+Prints how many records there are, their formats, sizes and caption lengths, and what cannot be read, by reason; writes
+a contact sheet of images with their captions. SRC and its flags are those of limber_jax.pack. Of large data a random
+sample is looked at, --sample=10000 records; 0 looks at all. Of a packed directory the shards' digests are compared too,
+which reads all of it. The exit code is 1 if there is damage.
+"""
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from absl import flags
+from PIL import Image, ImageDraw, ImageFont
+
+from limber_jax import cli, registry
+from limber_jax.data import sources
+from limber_jax.data.pipeline import order
+from limber_jax.data.sources.packed import Packed
+from limber_jax.data.transforms import FORMATS, decode
+from limber_jax.errors import UserError
+from limber_jax.pack import SourceFlags
+
+SAMPLE = 10_000
+COLUMNS, ROWS = 8, 6         # of the contact sheet
+SIDE, LINES, GAP = 160, 3, 8  # pixels of an image, lines of its caption, pixels between
+
+
+@dataclass(frozen=True)
+class Look:
+  """What one record is like; `reason` says why it cannot be read, "" if it can."""
+
+  index: int
+  id: str = ""
+  reason: str = ""
+  format: str = ""                  # JPEG | PNG | WEBP | pixels; "" = no image
+  width: int = 0
+  height: int = 0
+  bytes: int = 0                    # of the encoded image
+  texts: tuple[str, ...] = ()
+  small: Image.Image | None = None  # of those on the contact sheet
+
+
+def look(source: sources.Source, index: int, keep: bool) -> Look:
+  """Returns what a record is like; with `keep` also its image, made small."""
+  record: dict[str, Any] = {}
+  try:
+    record = source[index]
+    texts = tuple(record.get("texts", (record["text"],)))
+    if "image" not in record:
+      return Look(index, record["id"], texts=texts)
+    image = record["image"]
+    pixels = decode(image)
+    kind, size = "pixels", image.nbytes if isinstance(image, np.ndarray) else len(image)
+    if isinstance(image, bytes):
+      with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+        kind = opened.format
+    small = None
+    if keep:
+      small = Image.fromarray(pixels)
+      scale = SIDE / max(small.size)  # an icon is enlarged, so that it can be seen
+      small = small.resize([max(round(side * scale), 1) for side in small.size], Image.Resampling.BICUBIC)
+    return Look(index, record["id"], "", kind, pixels.shape[1], pixels.shape[0], size, texts, small)
+  except UserError as error:
+    return Look(index, record.get("id", ""), str(error))
+
+
+def inspect(source: sources.Source, sample: int = SAMPLE) -> tuple[dict[str, Any], list[Look]]:
+  """Looks at a source.
+
+  Args:
+    source: the records.
+    sample: how many of them, drawn at random but always the same; 0 = all.
+
+  Returns:
+    Figures as JSON has them; of sizes and lengths (least, median, greatest). And the looks for a contact sheet.
+  """
+  n = len(source)
+  count = min(sample or n, n)
+  indices = [order(n, 0, i) for i in range(count)] if count < n else range(n)
+  # Of the whole data spread over it, for neighbours often look alike; a sample comes in no order.
+  shown = set(np.linspace(0, count - 1, min(count, COLUMNS * ROWS), dtype=int).tolist())
+  kept: list[Look] = []
+  reasons: Counter[str] = Counter()
+  first: dict[str, str] = {}
+  formats: Counter[str] = Counter()
+  figures: dict[str, list[int]] = {name: [] for name in ("width", "height", "bytes", "characters", "captions")}
+  with ThreadPoolExecutor(8) as pool:
+    for found in _in_pieces(pool, source, indices, shown):
+      if found.reason:
+        kind = _kind(found.reason)
+        reasons[kind] += 1
+        first.setdefault(kind, f"record {found.index}: {found.reason}")
+        continue
+      formats[found.format or "no image"] += 1
+      if found.format:
+        for name in ("width", "height", "bytes"):
+          figures[name].append(getattr(found, name))
+      figures["captions"].append(len(found.texts))
+      figures["characters"] += map(len, found.texts)
+      if found.small is not None:
+        kept.append(found)
+  opening = getattr(source, "damage", []) + (source.changed() if isinstance(source, Packed) else [])
+  unreadable = sum(reasons.values())
+  for entry in opening:
+    kind = _kind(entry["reason"])
+    reasons[kind] += 1
+    first.setdefault(kind, "{file}: {id}: {reason}".format(**entry))
+  told = {"records": n, "looked_at": count, "classes": None if source.classes is None else len(source.classes),
+          "formats": dict(formats.most_common()), "unreadable": unreadable, "found_at_opening": len(opening),
+          "damage": [{"reason": k, "count": c, "first": first[k]} for k, c in reasons.most_common()]}
+  return told | {name: _spread(values) for name, values in figures.items()}, kept
+
+
+def _in_pieces(pool: ThreadPoolExecutor, source: sources.Source, indices: Sequence[int], shown: set[int]
+               ) -> Iterator[Look]:
+  """Yields looks in order; a thousand are under way at a time, whatever the number of records."""
+  for start in range(0, len(indices), 1000):
+    places = range(start, min(start + 1000, len(indices)))
+    yield from pool.map(lambda place: look(source, indices[place], place in shown), places)
+
+
+def _kind(reason: str) -> str:
+  """Returns a reason without the names and numbers that are different each time."""
+  reason = re.sub(r"^\S*?[/.][^:]*: ", "", reason)  # where it is
+  return re.sub(r"'[^']*'|\"[^\"]*\"|[\d,.]*\d", "…", reason)
+
+
+def _spread(values: list[int]) -> list[float] | None:
+  return [min(values), float(np.median(values)), max(values)] if values else None
+
+
+def contact_sheet(looks: Sequence[Look], path: str) -> None:
+  """Writes a picture of images with their captions; raises UserError if it cannot."""
+  font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
+  line = 14  # pixels
+  cell = SIDE + GAP, SIDE + GAP + LINES * line + GAP
+  rows = -(-len(looks) // COLUMNS)
+  sheet = Image.new("RGB", (min(len(looks), COLUMNS) * cell[0] + GAP, rows * cell[1] + GAP), "white")
+  draw = ImageDraw.Draw(sheet)
+  for place, found in enumerate(looks):
+    left, top = place % COLUMNS * cell[0] + GAP, place // COLUMNS * cell[1] + GAP
+    sheet.paste(found.small, (left + (SIDE - found.small.width) // 2, top + SIDE - found.small.height))
+    for row, text in enumerate(_wrapped(found.texts[0], font)):
+      draw.text((left, top + SIDE + GAP // 2 + row * line), text, "black", font)
+  try:
+    with open(f"{path}.tmp", "wb") as file:
+      sheet.save(file, "PNG")
+    os.replace(f"{path}.tmp", path)
+  except OSError as error:
+    raise UserError(f"--out={path}: cannot write there ({error.strerror or error})") from error
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
+  """Returns a caption in at most LINES lines, each as wide as an image."""
+  lines = [""]
+  for word in " ".join(text[:500].split()).split(" "):
+    longer = f"{lines[-1]} {word}".strip()
+    if lines[-1] and font.getlength(longer) > SIDE:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  cut = len(lines) > LINES
+  lines = lines[:LINES]
+  for row in range(len(lines)):
+    ends = "…" if cut and row == len(lines) - 1 else ""
+    while font.getlength(lines[row] + ends) > SIDE:
+      lines[row], ends = lines[row][:-1], "…"
+    lines[row] += ends
+  return lines
+
+
+def lines(told: dict[str, Any], name: str) -> Iterator[str]:
+  """Yields what `inspect` found, for the terminal."""
+
+  def of(key: str, unit: str) -> str:
+    low, middle, high = told[key]
+    return f"{low:,} to {high:,} {unit}, median {middle:,.0f}"
+
+  part = "" if told["looked_at"] == told["records"] else f", {told['looked_at']:,} looked at (--sample=0 for all)"
+  yield f"{name}: {told['records']:,} records{part}"
+  yield "images      " + ", ".join(f"{count:,} {kind}" for kind, count in told["formats"].items())
+  if told["width"]:
+    yield f"width       {of('width', 'pixels')}"
+    yield f"height      {of('height', 'pixels')}"
+    yield f"size        {of('bytes', 'bytes')}"
+  if told["characters"]:
+    yield f"captions    {of('captions', 'a record')}"
+    yield f"length      {of('characters', 'characters')}"
+  if told["classes"]:
+    yield f"classes     {told['classes']:,}"
+  opening = f" and {told['found_at_opening']:,} found at opening" if told["found_at_opening"] else ""
+  yield f"damage      {told['unreadable']:,} of {told['looked_at']:,} records{opening}"
+  for entry in told["damage"]:
+    yield f"  {entry['count']:>8,}  {entry['reason'][:160]}"
+    yield f"            first: {entry['first'][:300]}"
+
+
+if __name__ == "__main__":
+  _source = SourceFlags()
+  _sample = flags.DEFINE_integer("sample", SAMPLE, "Records to look at; 0: all.", lower_bound=0)
+  _out = flags.DEFINE_string("out", "contact_sheet.png", "Where the contact sheet goes; empty: nowhere.")
+  _json = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+  def _main(argv: list[str]) -> int:
+    if len(argv) != 1:
+      raise UserError(f"expected SRC, got {len(argv)} arguments; for example python -m limber_jax.inspect tars/")
+    config = _source.source(argv[0])
+    told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value)
+    print(json.dumps(told, ensure_ascii=False) if _json.value else
+          "\n".join(lines(told, f"{config.name} {config.path}")), flush=True)
+    if _out.value and looks:
+      contact_sheet(looks, _out.value)
+      if not _json.value:
+        print(f"contact sheet: {_out.value}")
+    return int(bool(told["damage"]))
+
+  cli.run(_main)

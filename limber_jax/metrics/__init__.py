@@ -1,0 +1,1 @@
+"""Scores of predictions against references: no model and no data source."""

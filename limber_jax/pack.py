@@ -1,0 +1,386 @@
+"""Packs any data source into ArrayRecord shards: `python -m limber_jax.pack SRC DST --shrink=256`.
+
+SRC is what --source reads: tars, Parquet, a table, JSON lines, COCO's JSON, class folders … Which of them is seen from
+SRC, unless --source=NAME says so; --split, --images and the other fields of a Source are flags too. DST is a directory,
+read with source.name=packed.
+
+Every image is decoded once. With --shrink=256 those whose shorter side is longer are scaled down to it (bicubic, as
+training does) and encoded again: PNG as PNG, JPEG and WebP as JPEG of --quality=95; none is enlarged, and the others
+stay bit for bit as they are. Images that are not files (the source "digits") become PNG.
+
+What cannot be read is left out and listed in DST/dropped.jsonl: file, index, id, reason; the exit code is then 1. Past
+the share --damaged=0.01 of all records it stops. Shard k holds what can be read of records k * per_shard and on, so
+the same command writes the same bytes whatever --workers is, and after a kill it goes on with the next shard.
+"""
+
+import glob
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from limber_jax import cli, registry
+from limber_jax.config import Source
+from limber_jax.data import sources
+from limber_jax.data.features import ShardWriter
+from limber_jax.data.sources import annotations, packed
+from limber_jax.data.transforms import decode, resize_shortest
+from limber_jax.errors import UserError
+from limber_jax.signals import StopRequest
+
+DROPPED = "dropped.jsonl"
+PER_SHARD = 10_000
+QUALITY = 95       # img2dataset's
+PROGRESS = 10.0    # seconds between two lines of progress
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".tsv": "captions", ".csv": "captions",
+             ".txt": "captions"}
+_INSIDE = (("huggingface", ("state.json", "dataset_dict.json")), ("tfds", ("features.json", "*/features.json")),
+           ("webdataset", ("*.tar",)), ("parquet", ("*.parquet", "*/*.parquet")), ("folder", ("*/",)))
+
+
+def guess(path: str) -> str:
+  """Returns the name of the data source that reads `path`; raises UserError if that cannot be told."""
+  if path == "digits":
+    return path
+  if os.path.isdir(path):
+    if os.path.isfile(os.path.join(path, packed.MANIFEST)) or os.path.isfile(os.path.join(path, packed.UNFINISHED)):
+      return "packed"
+    for name, patterns in _INSIDE:
+      if any(glob.glob(os.path.join(glob.escape(path), pattern)) for pattern in patterns):
+        return name
+  suffix = os.path.splitext(path)[1].lower()
+  if suffix == ".json" and os.path.isfile(path):
+    with open(path, "rb") as file:
+      return "mixture" if b'"sources"' in file.read(2**16) else "coco"
+  if suffix in _SUFFIXES:
+    return _SUFFIXES[suffix]
+  known = ", ".join(sorted(registry.SOURCES))
+  raise UserError(f"{path}: cannot tell what it is; say so with --source=NAME; known: {known}")
+
+
+class SourceFlags:
+  """The flags that say how SRC is read."""
+
+  def __init__(self):
+    self._name = flags.DEFINE_enum("source", None, sorted(registry.SOURCES), "Data source; seen from SRC if left out.")
+    self._split = flags.DEFINE_string("split", None, "Part of the data; 'train' if left out, where there are parts.")
+    self._fields = {name: flags.DEFINE_string(name, "", f"As config.data.source.{name}.")
+                    for name in ("images", "image_key", "text_key", "label_key", "separator")}
+
+  def source(self, path: str) -> Source:
+    """Returns the configuration of the source at `path`."""
+    name = self._name.value or guess(path)
+    split = self._split.value
+    if split is None:  # of these two "" means everything
+      split = "" if name in ("coco", "folder") else Source().split
+    return Source(name, path, split, **{name: holder.value for name, holder in self._fields.items()})
+
+
+@dataclass(frozen=True)
+class Packing:
+  """How records are packed, and where."""
+
+  directory: str
+  records: int
+  per_shard: int
+  shrink: int = 0          # pixels of the shorter side; 0 = as they are
+  quality: int = QUALITY   # of JPEG
+  allowed: int = 0         # records that may be dropped
+
+  @property
+  def count(self) -> int:
+    """The number of shards."""
+    return -(-self.records // self.per_shard)
+
+  def path(self, number: int, suffix: str = ".array_record") -> str:
+    return os.path.join(self.directory, f"records-{number:05d}-of-{self.count:05d}{suffix}")
+
+  def rows(self, number: int) -> range:
+    """Returns the numbers of the source's records that a shard is made of."""
+    return range(number * self.per_shard, min((number + 1) * self.per_shard, self.records))
+
+  def done(self, number: int) -> dict[str, Any] | None:
+    """Returns what is known of a shard that is whole: its line of the manifest, and "dropped"; None if it is not."""
+    try:
+      with open(self.path(number, ".json"), encoding="utf-8") as file:
+        told = json.load(file)
+      return told if os.path.getsize(self.path(number)) == told["bytes"] else None
+    except (OSError, ValueError, KeyError):
+      return None
+
+
+def prepared(record: dict[str, Any], shrink: int, quality: int) -> dict[str, Any]:
+  """Returns a record as it is packed, its image decoded once; raises UserError if image or captions cannot be read."""
+  if "image" not in record:
+    return record
+  for text in record.get("texts", (record["text"],)):
+    if reason := annotations.text_flaw(text, "caption"):
+      raise UserError(reason)
+  image = record["image"]
+  pixels = decode(image)
+  shrunk = bool(shrink) and min(pixels.shape[:2]) > shrink
+  if not shrunk and isinstance(image, bytes):
+    return record
+  picture = Image.fromarray(pixels)
+  if shrunk:
+    picture = resize_shortest(picture, shrink, Image.Resampling.BICUBIC)
+  out = io.BytesIO()
+  if isinstance(image, np.ndarray) or image.startswith(_PNG):
+    picture.save(out, "PNG")
+  else:
+    picture.save(out, "JPEG", quality=quality)
+  return record | {"image": out.getvalue()}
+
+
+def write_shard(source: sources.Source, packing: Packing, number: int, stop: Callable[[], bool]) -> list[dict] | None:
+  """Writes a shard and then what is known of it; both appear once they are whole.
+
+  Returns:
+    What was dropped; None if it was stopped. Of more than `packing.allowed` the rest is not tried.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  dropped: list[dict[str, Any]] = []
+  writer, records = ShardWriter(packing.path(number)), 0
+  try:
+    for index in packing.rows(number):
+      if stop():
+        return None
+      record: dict[str, Any] = {}
+      try:
+        record = source[index]
+        data = packed.to_bytes(prepared(record, packing.shrink, packing.quality))
+      except UserError as error:
+        dropped.append({"index": index, "id": record.get("id", ""), "reason": str(error)})
+        if len(dropped) > packing.allowed:
+          return dropped
+        continue
+      writer.write(data)
+      records += 1
+    writer.close()
+    writer = None
+  finally:
+    if writer is not None:
+      writer.abandon()
+  path = packing.path(number)
+  _write(packing.path(number, ".json"), [{
+    "file": os.path.basename(path), "records": records, "bytes": os.path.getsize(path), "sha256": packed.digest(path),
+    "dropped": dropped}])
+  return dropped
+
+
+def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, per_shard: int = PER_SHARD,
+         damaged: float = 0.01, workers: int = 0, log: Callable[[str], None] = print) -> dict[str, Any] | None:
+  """Packs a source into the directory `out`, going on where an earlier run ended.
+
+  Args:
+    config: of the source.
+    out: new, empty, or of an earlier run with the same data and settings.
+    shrink: pixels that the shorter side of an image is scaled down to; 0 leaves images as they are.
+    quality: of the JPEG files of shrunk images.
+    per_shard: records of the source that a shard is made of.
+    damaged: the share of records that may be dropped.
+    workers: processes; 0 packs in this one.
+    log: prints a line.
+
+  Returns:
+    The manifest; None if a signal stopped it.
+
+  Raises:
+    UserError: too much damage, something else in `out`, no room, or a worker that died.
+  """
+  for name, value, low, high in (("shrink", shrink, 0, 10_000), ("quality", quality, 1, 100),
+                                 ("damaged", damaged, 0, 1), ("per_shard", per_shard, 1, 10**9),
+                                 ("workers", workers, 0, 1024)):
+    if not low <= value <= high:
+      raise UserError(f"--{name}={value}: wanted {low} to {high:,}")
+  with StopRequest() as stop:
+    source = registry.lookup("data source", registry.SOURCES, config.name)(config)
+    packing = Packing(out, len(source), per_shard, shrink, quality, int(damaged * len(source)))
+    what = {"kind": packed.KIND, "version": packed.VERSION, "source": config.name, "fingerprint": source.fingerprint(),
+            "records_of_source": len(source), "per_shard": per_shard, "shrink": shrink, "quality": quality,
+            "classes": source.classes}
+    what = json.loads(json.dumps(what))
+    if manifest := _claim(out, what):
+      log(f"{out} is complete: {manifest['records']:,} records in {len(manifest['shards'])} shards")
+      return manifest
+    whole = [packing.done(k) for k in range(packing.count)]
+    todo = [k for k, told in enumerate(whole) if told is None]
+    dropped = [d for told in whole if told for d in told["dropped"]]
+    log(f"{config.name} {config.path}: {len(source):,} records, {len(todo)} of {packing.count} shards to write")
+    total = sum(len(packing.rows(k)) for k in todo)
+    records, start, said = 0, time.perf_counter(), time.perf_counter()
+    for number, found in _written(source, packing, todo, workers, stop):
+      records += len(packing.rows(number))
+      dropped += found
+      if len(dropped) > packing.allowed:
+        _write(os.path.join(out, DROPPED), _lines(config, source, dropped))
+        first = min(dropped, key=lambda d: d["index"])
+        raise UserError(f"more than {packing.allowed:,} of {len(source):,} records cannot be read, which is what "
+                        f"--damaged={damaged} allows; the first is {first['index']}: {first['reason']}; all so far are "
+                        f"in {out}/{DROPPED}")
+      now = time.perf_counter()
+      if now - said >= PROGRESS:
+        rate, said = records / (now - start), now
+        log(f"{records:,} of {total:,} records  {rate:,.0f} records/s  dropped {len(dropped):,}  "
+            f"left {math.ceil((total - records) / rate):,} s")
+    if stop() and any(packing.done(k) is None for k in todo):
+      log(f"stopped by {stop.name}; the same command goes on after the shards that are whole")
+      return None
+    manifest = _finish(config, source, packing, what)
+  log(f"done: {manifest['records']:,} records in {packing.count} shards, {manifest['dropped']:,} dropped; train with "
+      f"--config.data.source.name=packed --config.data.source.path={out}")
+  return manifest
+
+
+def _claim(out: str, what: dict[str, Any]) -> dict[str, Any] | None:
+  """Returns the manifest of a finished directory; of another writes down what it is for, and returns None.
+
+  Raises:
+    UserError: it holds something else.
+  """
+  try:
+    os.makedirs(out, exist_ok=True)
+    for name in (packed.MANIFEST, packed.UNFINISHED):
+      path = os.path.join(out, name)
+      if os.path.exists(path):
+        old = annotations.load(path, packed.WANTED)
+        if different := [k for k in what if old.get(k) != what[k]]:
+          told = "; ".join(f"{k}: {old.get(k)!r:.40}, now {what[k]!r:.40}" for k in different[:3])
+          raise UserError(f"{out} was begun with other data or settings ({told}); choose another directory, or remove "
+                          "this one")
+        if name == packed.MANIFEST:
+          packed.Packed(Source("packed", out))
+          _clear(out)
+          return packed.load(out)
+        _clear(out, keep=".json")
+        return None
+    if there := sorted(os.listdir(out)):
+      raise UserError(f"{out} is not empty, it has {there[0]}; choose another directory")
+    _write(os.path.join(out, packed.UNFINISHED), [what])
+  except OSError as error:
+    raise UserError(f"{out}: cannot write there ({error.strerror})") from error
+  return None
+
+
+def _clear(out: str, keep: str = "") -> None:
+  """Removes what an earlier run left behind; `keep` is the suffix of what is known of whole shards."""
+  for name in os.listdir(out):
+    ours = name.startswith("records-") and name.endswith((".tmp", *([] if keep else [".json"])))
+    if ours or (not keep and name == packed.UNFINISHED):
+      os.remove(os.path.join(out, name))
+
+
+def _finish(config: Source, source: sources.Source, packing: Packing, what: dict[str, Any]) -> dict[str, Any]:
+  """Writes the manifest and the list of what was dropped, now that all shards are there."""
+  told = [packing.done(k) for k in range(packing.count)]
+  dropped = [d for shard in told for d in shard.pop("dropped")]
+  manifest = what | {"records": sum(s["records"] for s in told), "dropped": len(dropped), "shards": told}
+  if not manifest["records"]:
+    raise UserError(f"none of {packing.records:,} records can be read; the first: {dropped[0]['reason']}")
+  _write(os.path.join(packing.directory, DROPPED), _lines(config, source, dropped))
+  _write(os.path.join(packing.directory, packed.MANIFEST), [manifest], indent=1)
+  _clear(packing.directory)
+  return manifest
+
+
+def _lines(config: Source, source: sources.Source, dropped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns the lines of dropped.jsonl: what the source found when it was opened, and then records by their numbers."""
+  file = os.path.basename(os.path.normpath(config.path)) if config.path else config.name
+  found = [{"file": d["file"], "index": None, "id": d["id"], "reason": d["reason"]}
+           for d in getattr(source, "damage", [])]
+  return found + [{"file": file, **d} for d in sorted(dropped, key=lambda d: d["index"])]
+
+
+def _write(path: str, rows: Sequence[Any], indent: int | None = None) -> None:
+  """Writes a row of JSON a line into a file that appears once it is whole; raises UserError if it cannot."""
+  try:
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+      file.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def _written(source: sources.Source, packing: Packing, todo: Sequence[int], workers: int, stop: StopRequest
+             ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+  """Yields (number, what was dropped) of each shard once it is written, until `stop` says so."""
+  if not workers or not todo:
+    for number in todo:
+      if (dropped := write_shard(source, packing, number, stop)) is None:
+        return
+      yield number, dropped
+    return
+  context = multiprocessing.get_context("spawn")
+  end = context.Event()
+  pool = ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (source, packing, end))
+  try:
+    waiting = {pool.submit(_work, number): number for number in todo}
+    while waiting and not stop():
+      done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+      for future in done:
+        if (dropped := future.result()) is not None:
+          yield waiting[future], dropped
+        del waiting[future]
+  except BrokenProcessPool as error:
+    if not stop():
+      raise UserError("a worker process died: killed, perhaps for want of memory; the same command goes on after the "
+                      "shards that are whole") from error
+  finally:
+    end.set()
+    pool.shutdown(cancel_futures=True)
+
+
+_own: dict[str, Any] = {}  # of a worker process
+
+
+def _begin(source: sources.Source, packing: Packing, end: Any) -> None:
+  _own.update(source=source, packing=packing, end=end)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them: the parent ends them in order
+  threading.Thread(target=_outlive_no_parent, daemon=True).start()
+
+
+def _outlive_no_parent() -> None:
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def _work(number: int) -> list[dict[str, Any]] | None:
+  return write_shard(_own["source"], _own["packing"], number, _own["end"].is_set)
+
+
+if __name__ == "__main__":
+  _source = SourceFlags()
+  _shrink = flags.DEFINE_integer("shrink", 0, "Pixels that the shorter side is scaled down to, such as 256; 0: none.")
+  _quality = flags.DEFINE_integer("quality", QUALITY, "Of the JPEG files of shrunk images.")
+  _per_shard = flags.DEFINE_integer("per_shard", PER_SHARD, "Records of a shard.")
+  _damaged = flags.DEFINE_float("damaged", 0.01, "The share of records that may be unreadable.")
+  _workers = flags.DEFINE_integer("workers", 2, "Processes; 0 packs in this one.")
+
+  def _main(argv: list[str]) -> int:
+    if len(argv) != 2:
+      raise UserError(f"expected SRC and DST, got {len(argv)} arguments; for example python -m limber_jax.pack "
+                      "'tars/{00000..00099}.tar' packed --shrink=256")
+    manifest = pack(_source.source(argv[0]), os.path.normpath(argv[1]), shrink=_shrink.value, quality=_quality.value,
+                    per_shard=_per_shard.value, damaged=_damaged.value, workers=_workers.value)
+    return int(bool(manifest and manifest["dropped"]))
+
+  cli.run(_main)

@@ -1,0 +1,225 @@
+"""Retrieval: ranks and recalls against the whole matrix, on embeddings made by hand, and on files of captions."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from limber_jax.config import Evaluation, Source
+from limber_jax.errors import UserError
+from limber_jax.evals import base
+from limber_jax.evals.base import Stopped, ranks
+from limber_jax.evals.retrieval import Retrieval, prompt, recalls
+from tests import standins
+from tests.made import PREDICT, config, context, install, tables, unit
+
+MESHES = [(1, 1, 1), (4, 2, 1), (2, 1, 4)]
+
+
+@pytest.fixture
+def made(monkeypatch):
+  """Sets the records of the data source "made"."""
+  return install(monkeypatch)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_retrieval_figures_are_those_counted_by_hand(mesh, made):
+  # Image 0 has captions a and b, image 1 c, image 2 d and e. Scores, image by caption:
+  #        a   b   c   d   e
+  #   0    5   9   8   1   0    best is b, its own: found at 1
+  #   1    7   3   6   2   1    best is a; its own c comes second: found at 5
+  #   2    4   5   3   2   1    its own d comes fourth: found at 5
+  # By column, each caption's own image: a second, b first, c second, d first (equal to image 1's, which comes earlier:
+  # so second), e first (equal to image 1's: so second).
+  scores = np.array([[5, 9, 8, 1, 0], [7, 3, 6, 2, 1], [4, 5, 3, 2, 1]])
+  made([{"text": "a", "texts": ("a", "b")}, {"text": "c"}, {"text": "d", "texts": ("d", "e")}])
+  found = Retrieval(config(), context(mesh))(PREDICT, tables(scores, np.eye(5)), {})
+  assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
+
+
+def full_ranks(scores, mine):
+  """Returns the place of the first own key in a stable sort of each whole row."""
+  order = np.argsort(-scores, axis=1, kind="stable")
+  found = np.take_along_axis(mine, order, axis=1)
+  return np.where(found.any(axis=1), found.argmax(axis=1), scores.shape[1])
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**24])
+def test_ranks_in_chunks_equal_a_stable_sort_of_all_scores(chunk, monkeypatch):
+  monkeypatch.setattr(base, "CHUNK", chunk)
+  rng = np.random.default_rng(0)
+  # Whole numbers, so that sums are exact and many scores are equal.
+  queries, keys = (rng.integers(-2, 3, (n, 4)).astype(np.float32) for n in (29, 41))
+  own, groups = rng.integers(0, 12, 29), rng.integers(0, 11, 41)
+  assert 11 in own  # a query without any key
+  np.testing.assert_array_equal(ranks(queries, own, keys, groups),
+                                full_ranks(queries @ keys.T, own[:, None] == groups))
+
+
+def test_equal_keys_have_equal_scores_whatever_the_rounding():
+  rng = np.random.default_rng(2)
+  queries = rng.normal(size=(360, 32)).astype(np.float32)
+  keys = np.repeat(rng.normal(size=(1, 32)).astype(np.float32), 360, axis=0)
+  np.testing.assert_array_equal(ranks(queries, np.arange(360), keys, np.arange(360)), np.arange(360))
+
+
+def test_retrieval_with_many_captions_equals_the_full_matrix(monkeypatch):
+  monkeypatch.setattr(base, "CHUNK", 1000)
+  rng = np.random.default_rng(1)
+  owner = np.repeat(np.arange(60), rng.integers(1, 6, 60))
+  image = unit(rng.normal(size=(60, 16)))
+  text = unit(image[owner] + rng.normal(size=(len(owner), 16)))
+  found = recalls(image, text, owner)
+  scores, mine = image @ text.T, owner == np.arange(60)[:, None]
+  for way, rank in {"i2t": full_ranks(scores, mine), "t2i": full_ranks(scores.T, mine.T)}.items():
+    for k in (1, 5, 10):
+      assert found[f"{way}_r{k}"] == np.mean(rank < k)
+  assert 0 < found["t2i_r1"] < found["t2i_r5"] < found["t2i_r10"]
+
+
+def test_captions_of_the_same_words_are_different_captions():
+  # Both images have the caption of the same embedding: the first image's stands first, so the second image misses.
+  found = recalls(np.eye(2, dtype=np.float32), np.ones((2, 2), np.float32), np.array([0, 1]))
+  assert found == {"i2t_r1": 1 / 2, "t2i_r1": 1 / 2, "images": 2, "captions": 2}
+
+
+def test_a_recall_that_could_not_fail_is_left_out():
+  found = recalls(np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32), np.arange(6))
+  assert set(found) == {"i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "images", "captions"}
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 2**24])
+@pytest.mark.parametrize("seed", range(5))
+def test_recalls_in_chunks_equal_the_full_matrix_with_ties(chunk, seed, monkeypatch):
+  monkeypatch.setattr(base, "CHUNK", chunk)
+  rng = np.random.default_rng(seed)
+  owner = np.sort(rng.integers(0, 30, 90))  # some images have no caption
+  image, text = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (30, 90))  # 27 vectors: most scores are tied
+  found = recalls(image, text, owner)
+  scores, mine = image @ text.T, owner == np.arange(30)[:, None]
+  assert len(np.unique(scores)) < 10
+  for way, rank in {"i2t": full_ranks(scores, mine), "t2i": full_ranks(scores.T, mine.T)}.items():
+    for k in (1, 5, 10):
+      assert found[f"{way}_r{k}"] == np.mean(rank < k)
+
+
+def test_an_image_that_cannot_be_read_takes_its_captions_with_it(made, tmp_path):
+  # The images of the test above at 0, 2 and 5, with their embeddings; what is broken would be the best of everything.
+  scores = np.full((6, 8), 99.0)
+  scores[[0, 2, 5], :5] = [[5, 9, 8, 1, 0], [7, 3, 6, 2, 1], [4, 5, 3, 2, 1]]
+  whole = [{"text": "a", "texts": ("a", "b")}, {"text": "c"}, {"text": "d", "texts": ("d", "e")}]
+  made([whole[0], {"text": "f", "texts": ("f", "g"), "broken": True}, whole[1], {"lost": True},
+        {"text": "h", "broken": True}, whole[2]])
+  run = Retrieval(config(damaged=0.5), dataclasses.replace(context(), items=str(tmp_path)))
+  found = run(PREDICT, tables(scores, np.eye(8)), {})
+  assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
+  facts = run.facts()
+  assert (facts["items"], facts["covered"], facts["damaged"]) == (6, 3, 3) and facts["prompt"] == "{}"
+  with pytest.raises(UserError, match="of 6 items cannot be used"):
+    Retrieval(config(damaged=0.4), context())(PREDICT, tables(scores, np.eye(8)), {})
+  made([{"text": "a", "broken": True}])
+  with pytest.raises(UserError, match=r"cannot be read|none of the images"):
+    Retrieval(config(damaged=1.0), context())(PREDICT, tables(scores, np.eye(8)), {})
+  made([{"lost": True}])
+  with pytest.raises(UserError, match="has no captions"):
+    Retrieval(config(damaged=1.0), context())
+
+
+def test_captions_stand_in_the_prompt(made):
+  made([{"text": letter, "texts": (letter, "{}" + letter)} for letter in "ab"])
+  seen = []
+
+  def embed_text(params, stats, tokens):
+    jax.debug.callback(lambda t: seen.extend(bytes(int(i) - 1 for i in row[1:] if 0 < i < 257) for row in t), tokens)
+    return jnp.ones((len(tokens), 2))
+
+  run = Retrieval(config(templates="see {}."), context())
+  run({**PREDICT, "embed_text": embed_text}, tables(np.eye(2), np.eye(2)), {})
+  jax.effects_barrier()
+  assert set(seen) == {b"see a.", b"see {}a.", b"see b.", b"see {}b."}
+  assert run.facts()["prompt"] == "see {}."
+
+
+def test_the_default_templates_are_no_prompt():
+  assert prompt("") == prompt(Evaluation().templates) == "{}" and prompt("a photo of {}") == "a photo of {}"
+  for bad in ("imagenet80", "a photo of", "{} and {}"):
+    with pytest.raises(UserError, match=r"retrieval wants one sentence with one \{\}"):
+      prompt(bad)
+
+
+def test_what_was_embedded_before_a_kill_is_not_embedded_again(made, tmp_path):
+  made([{"text": "abcdefgh"[i % 8]} for i in range(40)])
+  rng = np.random.default_rng(0)
+  params = tables(rng.normal(size=(40, 4)), rng.normal(size=(8, 4)))
+  whole = Retrieval(config(), context())(PREDICT, params, {})
+  left = [3]
+
+  def stop():
+    left[0] -= 1
+    return left[0] < 0
+
+  first = Retrieval(config(), dataclasses.replace(context(stop=stop), items=str(tmp_path / "x")))
+  with pytest.raises(Stopped):
+    first(PREDICT, params, {})
+  wrong = {**params, "image": np.where(np.arange(40)[:, None] < 24, 0, params["image"])}  # read only where not embedded
+  again = Retrieval(config(), dataclasses.replace(context(), items=str(tmp_path / "x")))
+  assert again(PREDICT, wrong, {}) == whole
+  assert len(whole) == 8
+
+
+def _by_pixels(params, stats, images):
+  return images.reshape(len(images), -1).astype(jnp.float32) @ params["image"]
+
+
+def _by_bytes(params, stats, tokens):
+  return jax.nn.one_hot(tokens, 259).mean(axis=1) @ params["text"]
+
+
+@pytest.mark.parametrize(("write", "split"), [
+  (standins.write_coco, ""), (standins.write_nocaps, ""), (standins.write_karpathy, "test"),
+  (lambda folder, **fields: standins.write_karpathy(folder, "flickr30k", **fields), "test")],
+  ids=["coco", "nocaps", "karpathy", "flickr30k"])
+def test_files_of_captions_with_damage_give_the_figures_of_those_without(write, split, tmp_path):
+  rng = np.random.default_rng(0)
+  params = {"image": rng.normal(size=(16 * 16 * 3, 8)).astype(np.float32),
+            "text": rng.normal(size=(259, 8)).astype(np.float32)}
+  predict = {"embed_image": _by_pixels, "embed_text": _by_bytes}
+  found, facts = [], []
+  for hostile in (False, True):
+    written = write(tmp_path / str(hostile), hostile=hostile)
+    run = Retrieval(config(source=Source(name="coco", path=written.path, images=written.images, split=split),
+                           templates="a photo of {}", damaged=0.0 if not hostile else 0.5),
+                    context(image_size=16, length=40))
+    found.append(run(predict, params, {}))
+    facts.append(run.facts())
+  assert found[0] == found[1] and 0 < found[0]["i2t_r10"] < 1
+  assert facts[0]["covered"] == facts[0]["items"] == facts[1]["covered"] == found[0]["images"]
+  assert facts[1]["damaged"] == len(written.damage) + len(written.unreadable) and facts[0]["damaged"] == 0
+  for id_ in (*written.damage, *written.unreadable):
+    assert sum(id_ + ":" in line for line in facts[1]["damage"]) >= 1
+  json.dumps(facts)
+
+
+def test_tables_and_prepared_datasets_serve_retrieval_too(tmp_path):
+  rng = np.random.default_rng(0)
+  params = {"image": rng.normal(size=(16 * 16 * 3, 8)).astype(np.float32),
+            "text": rng.normal(size=(259, 8)).astype(np.float32)}
+  predict = {"embed_image": _by_pixels, "embed_text": _by_bytes}
+  written = standins.write_coco(tmp_path, count=12, captions=3)
+  from limber_jax.data.sources.coco import Coco
+
+  coco = Coco(Source(name="coco", path=written.path, split=""))
+  rows = [f"val2014/COCO_val2014_{int(coco.annotation(i)['id']):012}.jpg\t{text}"
+          for i in range(12) for text in coco.annotation(i)["texts"]]
+  (tmp_path / "table.tsv").write_text("filepath\ttitle\n" + "\n".join(rows) + "\n")
+  sources = [Source(name="coco", path=written.path, split=""),
+             Source(name="captions", path=str(tmp_path / "table.tsv"), split="images")]
+  figures = [Retrieval(config(source=s), context(image_size=16, length=40))(predict, params, {}) for s in sources]
+  assert figures[0] == figures[1] and figures[0]["captions"] == 36
+  prepared = standins.write_tfds(tmp_path, "retrieved_digits", captions=3, count=12)
+  source = Source(name="tfds", path=prepared.path, split="test")
+  found = Retrieval(config(source=source), context(image_size=16, length=40))(predict, params, {})
+  assert (found["images"], found["captions"]) == (12, 36)
