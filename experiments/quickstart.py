@@ -3,7 +3,7 @@
 from limber_jax.config import Checkpoint, Compute, Config, Data, Evaluation, Optim, Source, Tokenizer
 from limber_jax.models import clip
 
-HELD_OUT = Source(name="digits", split="test")
+TRAIN, HELD_OUT = Source(name="digits", split="train"), Source(name="digits", split="test")
 
 
 def get_config() -> Config:
@@ -21,6 +21,10 @@ def get_config() -> Config:
       "zeroshot": Evaluation(name="zeroshot", source=HELD_OUT, every=150),
       "retrieval": Evaluation(name="retrieval", source=HELD_OUT, every=0),
       "similarity": Evaluation(name="similarity", source=HELD_OUT, every=0),
+      # By limber_jax.evaluate only:
+      "probe": Evaluation(name="linear_probe", source=HELD_OUT, train=TRAIN, every=-1, shots=(0, 1, 2, 4, 8, 16),
+                          seeds=(0, 1, 2)),
+      "overlap": Evaluation(name="overlap", source=HELD_OUT, train=TRAIN, every=-1, threshold=0.995),
     },
     log_every=10,
   )

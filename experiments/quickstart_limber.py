@@ -13,6 +13,7 @@ from limber_jax.models.limber import LimberSize, Map, PromptSize
 CLIP, LM = "runs/quickstart", "runs/quickstart_lm"
 # The embedding that CLIP was trained to give says more of so small a model's images than its patches do.
 ENCODER = dataclasses.replace(encoders.encoder_size("clip_vit_digits"), features="pooled")
+HELD_OUT = Source(name="digits", split="test")
 PROMPT = PromptSize(per_feature=8, dropout=0.0)
 
 
@@ -36,6 +37,12 @@ def get_config() -> Config:
     compute=Compute(dtype="float32"),  # CPUs have no fast bfloat16
     decoding=Decoding(prompt="", max_new_tokens=30),
     checkpoint=Checkpoint(every=100, keep=1),
-    evals={"digits": Evaluation(name="naming", source=Source(name="digits", split="test"), every=0, batch_size=60)},
+    evals={
+      "digits": Evaluation(name="naming", source=HELD_OUT, every=0, batch_size=60),
+      # By limber_jax.evaluate only:
+      "captions": Evaluation(name="captions", source=HELD_OUT, every=-1, batch_size=60),
+      "words": Evaluation(name="words", source=HELD_OUT, every=-1, batch_size=60),
+      "probing": Evaluation(name="probing", source=HELD_OUT, every=-1, batch_size=60),
+    },
     log_every=20,
   )

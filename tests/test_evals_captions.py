@@ -124,14 +124,14 @@ def test_domains_have_word_frequencies_of_their_own(made, tmp_path):
   found = Captions(config(name="captions", metrics=("cider_d", "rouge_l")), settings(tmp_path))(
     {"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
   whole = scored(captions, metrics=("cider_d", "rouge_l")).figures
-  wanted = {"all/cider_d": whole["cider_d"], "all/rouge_l": whole["rouge_l"]}
+  wanted = {"cider_d": whole["cider_d"], "rouge_l": whole["rouge_l"]}
   for name, which in (("in", (0, 2, 4)), ("near", (1, 3, 5))):
-    wanted[f"{name}/cider_d"] = scored(captions, which, ("cider_d",)).figures["cider_d"]
-    wanted[f"{name}/count"] = 3.0
+    wanted[f"cider_d/{name}"] = scored(captions, which, ("cider_d",)).figures["cider_d"]
+    wanted[f"count/{name}"] = 3.0
   assert {k: v for k, v in found.items() if "@" not in k} == {**wanted, "count": 6.0}
-  assert found["in/cider_d@b"] == scored(TEXTS, (0, 2, 4), ("cider_d",)).figures["cider_d"]
+  assert found["cider_d/in@b"] == scored(TEXTS, (0, 2, 4), ("cider_d",)).figures["cider_d"]
   among_all = scored(captions, metrics=("cider_d",)).items
-  assert wanted["in/cider_d"] != pytest.approx(np.mean([among_all[i]["cider_d"] for i in "024"]), abs=1e-3)
+  assert wanted["cider_d/in"] != pytest.approx(np.mean([among_all[i]["cider_d"] for i in "024"]), abs=1e-3)
 
 
 def test_hard_captions_are_counted_and_scored(made, tmp_path):
@@ -186,10 +186,10 @@ def test_clip_score_is_that_of_the_scorer_alone(made, tmp_path, scorer, mesh):
   found = run({"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
   for end, wrote in (("", captions), ("@b", TEXTS)):
     for name, values in zip(("clip_s", "ref_clip_s"), clip_scores(scorer, wrote), strict=True):
-      assert found[f"all/{name}{end}"] == pytest.approx(np.mean(values), abs=1e-5)
-      assert found[f"in/{name}{end}"] == pytest.approx(np.mean(values[::2]), abs=1e-5)
-      assert found[f"out/{name}{end}"] == pytest.approx(np.mean(values[1::2]), abs=1e-5)
-  assert found["all/clip_s"] != found["all/clip_s@b"]
+      assert found[f"{name}{end}"] == pytest.approx(np.mean(values), abs=1e-5)
+      assert found[f"{name}/in{end}"] == pytest.approx(np.mean(values[::2]), abs=1e-5)
+      assert found[f"{name}/out{end}"] == pytest.approx(np.mean(values[1::2]), abs=1e-5)
+  assert found["clip_s"] != found["clip_s@b"]
   assert run.facts()["scorer"]["prefix"] == "A photo depicts " and run.facts()["skipped"] == {}
 
 
@@ -240,10 +240,10 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
     return evaluate(s, runs, state.params, state.stats), runs["nocaps"].facts()
 
   found, facts = run("whole")
-  parts = {f"{part}/{m}" for part in ("in", "near", "out") for m in ("cider_d", "clip_s", "ref_clip_s")}
-  parts |= {f"all/{m}" for m in (*FAST, "clip_s", "ref_clip_s")}
+  parts = {f"{m}/{part}" for part in ("in", "near", "out") for m in ("cider_d", "clip_s", "ref_clip_s")}
+  parts |= {*FAST, "clip_s", "ref_clip_s"}
   assert found.keys() == {f"nocaps/{p}{end}" for p in parts for end in ("", "@blind")} | {
-    f"nocaps/{part}count" for part in ("", "in/", "near/", "out/")}
+    f"nocaps/count{part}" for part in ("", "/in", "/near", "/out")}
   assert np.isfinite(list(found.values())).all()
   assert found["nocaps/count"] == 21 == facts["covered"] == facts["items"] - facts["damaged"]
   assert facts["damaged"] == len(files.damage) + len(files.unreadable)

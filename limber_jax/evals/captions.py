@@ -29,7 +29,7 @@ from limber_jax.weights.digest import digest
 
 CLIP_METRICS = ("clip_s", "ref_clip_s")
 METRICS = (*metric.METRICS, *CLIP_METRICS)
-DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}  # of NoCaps -> before the name of a figure
+DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}  # of NoCaps -> behind the name of a figure
 NO_SCORER = "needs a CLIP, and the evaluation's `scorer` names none"
 
 
@@ -40,8 +40,8 @@ class Captions:
   scorer "clip_s" and "ref_clip_s" too, and "count", the number of images. What cannot be had here is left out, and
   facts say why. Figures "@name" are of further maps, "@blind" of the language model without any image.
 
-  Where records have domains (NoCaps), the figures are called "all/cider_d" …, and beside them stand "in/", "near/" and
-  "out/" of "cider_d", with word frequencies from the references of that domain alone, "clip_s", "ref_clip_s", "count".
+  Where records have domains (NoCaps), beside the figures of all stand "cider_d/in", "/near" and "/out", with word
+  frequencies from the references of that domain alone, and "clip_s/in", "ref_clip_s/in", "count/in" and so on.
 
   metrics: some of these names; () = all.
   scorer: weights of the CLIP behind CLIPScore, anything that weights.load reads. The papers' is OpenAI's ViT-B/32.
@@ -88,15 +88,14 @@ class Captions:
         judge = judge or self._scorer.judge(self._runner, found.index, references)
         for item, more in zip(items, judge(captions), strict=True):
           item |= {m: more[m] for m in self._clip_metrics}
-      parts = {"all/": [True] * len(items), **{f"{d}/": [x == d for x in domains] for d in DOMAINS.values()}}
-      parts = parts if any(domains) else {"": [True] * len(items)}
+      parts = {"": [True] * len(items), **{f"/{d}": [x == d for x in domains] for d in DOMAINS.values()}}
       for part, rows in parts.items():
         inside = [item for item, there in zip(items, rows, strict=True) if there]
         if inside:
           own = scored["figures"][part] | {m: math.fsum(i[m] for i in inside) / len(inside) for m in self._clip_metrics
                                            if self._scorer}
-          figures |= {f"{part}{key}{map_}": value for key, value in own.items()}
-          figures[f"{part.removeprefix('all/')}count"] = float(len(inside))
+          figures |= {f"{key}{part}{map_}": value for key, value in own.items()}
+          figures[f"count{part}"] = float(len(inside))
       self._facts["empty"][map_ or "first"] = sum(not caption.strip() for caption in captions)
       self._facts |= {"references": sum(map(len, references)), "tokenizer": scored["tokenizer"],
                       "skipped": scored["skipped"]}
@@ -120,12 +119,12 @@ class Captions:
     wrote = {str(row): text for row, text in enumerate(captions)}
     given = {str(row): texts for row, texts in enumerate(references)}
     whole = metric.score(wrote, given, self._metrics)
-    figures = {"all/" if any(domains) else "": whole.figures}
+    figures = {"": whole.figures}
     for domain in DOMAINS.values():
       if rows := [str(row) for row, d in enumerate(domains) if d == domain]:
         part = metric.score({i: wrote[i] for i in rows}, {i: given[i] for i in rows},
                             [m for m in self._metrics if m == "cider_d"])
-        figures[f"{domain}/"] = part.figures
+        figures[f"/{domain}"] = part.figures
     return {"figures": figures, "items": list(whole.items.values()), "tokenizer": whole.tokenizer,
             "skipped": whole.skipped}
 

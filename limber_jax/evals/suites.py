@@ -32,7 +32,7 @@ def _probe(key: str, s: datasets.DataSet) -> Evaluation:
     name="linear_probe", source=source, every=-1, classes=key, templates="imagenet80" if key == "imagenet" else key,
     train=dataclasses.replace(source, split=s.train),
     validation=dataclasses.replace(source, split=s.validation) if s.validation else None,
-    shots=(1, 2, 4, 8, 16), seeds=SEEDS, metrics=(s.metric,))
+    shots=(0, 1, 2, 4, 8, 16), seeds=SEEDS)
 
 
 def limber() -> dict[str, Evaluation]:
