@@ -95,8 +95,9 @@ PANELS = (
     ("AWA2 named", "named"), ("Wu-Palmer if wrong", "wup_wrong"), ("attributes if wrong", "overlap_wrong")))),
   Panel("Natural distribution shift", tuple((heading, "shift", column, 1) for heading, column in (
     ("ImageNet", "imagenet/top1"), ("V2", "imagenet_v2/top1"), ("A", "imagenet_a/top1"), ("R", "imagenet_r/top1"),
-    ("ObjectNet", "objectnet/top1"), ("Sketch", "imagenet_sketch/top1"), ("Vid PM-0", "imagenet_vid_robust/pm0"),
-    ("PM-10", "imagenet_vid_robust/pm10"), ("YT-BB PM-0", "ytbb_robust/pm0"), ("PM-10", "ytbb_robust/pm10")))),
+    ("ObjectNet", "objectnet/top1_own"), ("Sketch", "imagenet_sketch/top1"),
+    ("Vid PM-0", "imagenet_vid_robust/pm0_own"), ("PM-10", "imagenet_vid_robust/pm10_own"),
+    ("YT-BB PM-0", "ytbb_robust/pm0_own"), ("PM-10", "ytbb_robust/pm10_own")))),
   Panel("Retrieval", tuple(
     (f"{title * (k == 1)}{arrow * (k == 1)}R@{k}", "retrieval", f"{data}/{way}_r{k}", 1)
     for data, title in (("coco", "COCO "), ("flickr30k", "Flickr30k "))
