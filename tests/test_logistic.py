@@ -1,5 +1,10 @@
 """Logistic regression ends where scikit-learn's does, and CLIP's search looks where the paper says."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -18,11 +23,12 @@ def digits():
   return load_digits(return_X_y=True)
 
 
-def oracle(x, y, strength):
+def oracle(x, y, strength, **options):
   """Returns (weights [d, C], bias [C], predict) of scikit-learn, by Newton's method: its L-BFGS ends far from the
   optimum where regularisation is weak (at 1e-6 on digits its objective is 2 % too high after 800 iterations)."""
+  settings = {"solver": "newton-cholesky", "tol": 1e-14, "max_iter": 1000, **options}
   with threadpool_limits(1):
-    model = LogisticRegression(C=1 / strength, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(x, y)
+    model = LogisticRegression(C=1 / strength, **settings).fit(x.astype(float), y)
   return model.coef_.T, model.intercept_, model.predict
 
 
@@ -117,7 +123,7 @@ def test_subsets_are_solved_as_if_apart():
   assert found.weights.shape == (3, 3, 20, 4) and found.gap.shape == (3, 3)
   for s, rows in enumerate(subsets):
     for i, strength in enumerate(strengths):
-      weights, bias, _ = oracle(x[rows], y[rows], strength)
+      weights, bias, _ = oracle(x[rows], y[rows], strength, solver="newton-cg", tol=1e-9)
       assert objective(x[rows], y[rows], found.weights[s, i], found.bias[s, i], strength) == pytest.approx(
         objective(x[rows], y[rows], weights, bias, strength), rel=1e-8, abs=0)
 
@@ -142,7 +148,7 @@ def test_noise_that_no_line_separates_ends_where_float32_does():
   found = fit(x, y, 3, [1e-6, 1e-2])
   assert found.iterations.max() < 50
   for i, strength in enumerate((1e-6, 1e-2)):
-    weights, bias, _ = oracle(x, y, strength)
+    weights, bias, _ = oracle(x, y, strength, tol=1e-10)
     assert objective(x, y, found.weights[i], found.bias[i], strength) == pytest.approx(
       objective(x, y, weights, bias, strength), rel=1e-8, abs=0)
 
@@ -189,3 +195,16 @@ def test_search_chooses_the_strongest_of_equal_scores():
   best, looked = search(lambda strength: 0.5)
   assert best == pytest.approx(1e6) and len(looked) == 7 + 4
   assert search(lambda strength: float(strength < 20))[0] == pytest.approx(10 ** 1.25)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_bench_measures_both_in_the_same_run(every):
+  flags = ("--examples=200", "--width=12", "--classes=3", "--strengths=4", f"--every={every}")
+  done = subprocess.run([sys.executable, "-m", "limber_jax.bench", "probe", *flags], cwd=Path(__file__).parents[1],
+                        text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  out = json.loads(done.stdout)
+  assert (out["strengths"], out["scikit_learn_strengths_solved"]) == (4, 4 // every)
+  assert out["scikit_learn_seconds_are_extrapolated"] == (every > 1)
+  assert out["speed_against_scikit_learn"] == pytest.approx(out["scikit_learn_seconds"] / out["seconds"], rel=1e-2)
+  assert out["excess_of_objective"]["largest"] < 1e-6 and out["iterations"] > 0

@@ -1,0 +1,263 @@
+"""Linear probes: what a classifier can read from a model's features, of all data and of a few. Source: CLIP, A.3."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from limber_jax.config import Evaluation
+from limber_jax.data.sources import Source
+from limber_jax.errors import UserError, did_you_mean
+from limber_jax.evals.base import Context
+from limber_jax.evals.datasets import SETS, open_runner
+from limber_jax.evals.items import Collected
+from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, ensemble, load_templates, prompts
+from limber_jax.metrics import classification
+from limber_jax.metrics.logistic import GRID, fit, search
+from limber_jax.parallel import from_first
+
+METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
+FIFTH = 5  # of the training set, where there is no validation set
+
+
+class LinearProbe:
+  """L2-regularised logistic regression on penultimate features, and the same from a few images of each class.
+
+  source: what is tested on. train: what is learnt from. validation: where the strength is chosen; None = a fifth of the
+    images of each class of `train`, drawn by the first of the seeds.
+  metrics: which of these; () = the one that the paper gives of the data set, else accuracy. Strengths are chosen by the
+    first, and it is that of few-shot and zero-shot.
+    accuracy: the share of images whose class is named.
+    mean_per_class: accuracy, averaged over the classes that have images.
+    mean_top1_top5: the mean of accuracy and the share whose class is among the first five.
+    roc_auc: of two classes, how often the second scores higher for an image of it than for one of the first.
+  shots: "few_shot_4" of 4 images a class, averaged over `seeds`, each of which draws its own; a seed's 4 are among its
+    8. Their strength is chosen as that of the whole probe is, on the same validation set, which makes it a better one
+    than few images could choose: so it is in the paper (openai/CLIP #128). 0: "zeroshot", where the model has texts and
+    the classes names.
+  classes, templates: of zero-shot, as there.
+
+  "strength" is λ, what multiplies half the squared norm beside the sum of losses: 1 / C of scikit-learn. It is searched
+  for as `logistic.search` says, and the probe fitted again on train and validation together. "count", "train" and
+  "validation" are the numbers of images. NAME.png in the workdir shows accuracy against shots, as the paper's Figure 6.
+
+  The mean over folds of STL10 and splits of UCF101 is that of several such evaluations.
+  """
+
+  needs = ("penultimate",)
+
+  def __init__(self, config: Evaluation, context: Context):
+    where = f"evaluation 'linear_probe' on data source {config.source.name!r}"
+    if config.train is None:
+      raise UserError(f"{where}: no `train`, the data that the probe learns from")
+    sources = {"test": config.source, "train": config.train, "validation": config.validation}
+    self._runners = {part: open_runner(dataclasses.replace(config, source=s), context)
+                     for part, s in sources.items() if s is not None}
+    source = self._runners["test"].source
+    for part, runner in self._runners.items():
+      _check(runner.source, source, f"{where}, {part}")
+    self._config, self._context, self._where = config, context, where
+    named = bool(config.classes or source.classes)
+    classes = chosen_classes(config, source) if named else None
+    if any(k < 0 for k in config.shots) or not config.seeds:
+      raise UserError(f"{where}: shots={config.shots}, seeds={config.seeds}: wanted shots of at least 0 and a seed")
+    self._count = len(classes) if named else 0
+    self._metrics = _chosen_metrics(config, self._count, where)
+    self._tokens = None
+    if named and 0 in config.shots:
+      self._classes, templates = classes, load_templates(config.templates)
+      self._tokens = prompts(context.tokenizer, [n for c in classes for n in c.names], templates, context.length)
+    self._facts: dict[str, Any] = {}
+
+  def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
+    weights = None
+    if self._tokens is not None and {"embed_image", "embed_text"} <= predict.keys():
+      embed = partial(self._runners["test"].embed_rows, "text", predict["embed_text"], params, stats)
+      weights = by_class(ensemble(embed, self._tokens), self._classes)  # [C, E]
+
+    def run(embedded, params, stats, batch):
+      out = {"feature": predict["penultimate"](params, stats, batch["image"]), "label": batch["label"]}
+      return out | ({"embedding": predict["embed_image"](params, stats, batch["image"])} if embedded else {})
+
+    found = {}
+    for part, runner in self._runners.items():
+      embedded = weights is not None and part == "test"
+      found[part] = runner.collect(f"features {part}", partial(run, embedded), params, stats,
+                                   record=lambda row: {"label": int(row["label"])},
+                                   keep=("feature", "embedding") if embedded else ("feature",))
+    figures, self._facts = from_first(lambda: self._probe(found, weights))
+    if jax.process_index() == 0 and any(self._config.shots):
+      self._draw(figures)
+    return figures
+
+  def facts(self) -> dict[str, Any]:
+    """Returns `Runner.facts` of the test set and, below their names, of the others; "searched": the strengths tried."""
+    others = {part: runner.facts() for part, runner in self._runners.items() if part != "test"}
+    return {**self._runners["test"].facts(), **others, "metrics": list(self._metrics), **self._facts}
+
+  def _probe(self, found: dict[str, Collected], weights: np.ndarray | None) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns (figures, facts)."""
+    x = {part: f.arrays["feature"] for part, f in found.items()}
+    y = {part: np.array([r["label"] for r in f.records], np.int64) for part, f in found.items()}
+    classes = self._count or max(int(labels.max()) for labels in y.values()) + 1
+    for part, labels in y.items():
+      check_labels(labels, found[part].index, classes, f"{self._where}, {part}")
+      if not np.isfinite(x[part]).all():
+        raise UserError(f"{self._where}, {part}: the features of record "
+                        f"{found[part].index[~np.isfinite(x[part]).all(axis=1)][0]} are no numbers")
+    whole = x["train"], y["train"]
+    if "validation" in x:
+      whole = tuple(np.concatenate([v["train"], v["validation"]]) for v in (x, y))
+    else:
+      held = held_out(y["train"], self._config.seeds[0])
+      for v in (x, y):
+        v["train"], v["validation"] = v["train"][~held], v["train"][held]
+    if not len(y["train"]) or not len(y["validation"]):
+      raise UserError(f"{self._where}: {len(whole[1])} images are too few to hold a fifth of each class out; "
+                      "set `validation`")
+
+    def measured(part, weights, bias, metric=self._metrics[0]):
+      return figure(metric, x[part] @ weights + bias[None], y[part])
+
+    def at(strength, weights, bias):
+      i = np.searchsorted(GRID, strength)
+      return weights[i], bias[i]
+
+    def chosen(*fits):  # [97, d, C], [97, C]
+      return search(lambda strength: measured("validation", *at(strength, *fits)))
+
+    # Neighbours on the path are so close to each other that all of it takes less than the few that are looked at would,
+    # each from the beginning.
+    path = fit(x["train"], y["train"], classes, GRID)
+    strength, looked = chosen(path.weights, path.bias)
+    last = fit(*whole, classes, [strength])
+    out = {name: measured("test", last.weights[0], last.bias[0], name) for name in self._metrics}
+    facts = {"searched": looked, "iterations": int(path.iterations.sum() + last.iterations.sum()),
+             "largest_gap": float(max(path.gap.max(), last.gap.max()))}
+    if weights is not None:
+      out["zeroshot"] = figure(self._metrics[0], found["test"].arrays["embedding"] @ weights.T, y["test"])
+    few = {}
+    for shots in sorted({k for k in self._config.shots if k}):
+      subsets = np.stack([draw_shots(y["train"], shots, seed, self._where) for seed in self._config.seeds])  # [S, m]
+      fits = fit(x["train"], y["train"], classes, GRID, subsets=subsets)
+      each, strengths = [], []
+      for w, b in zip(fits.weights, fits.bias, strict=True):
+        strengths.append(chosen(w, b)[0])
+        each.append(measured("test", *at(strengths[-1], w, b)))
+      out[f"few_shot_{shots}"] = float(np.mean(each))
+      few[str(shots)] = {"each": each, "deviation": float(np.std(each)), "strengths": strengths}
+    counts = {"count": "test", "train": "train", "validation": "validation"}
+    return {**out, "strength": strength, **{k: float(len(y[part])) for k, part in counts.items()}}, {
+      **facts, "classes": classes, "shots": few}
+
+  def _draw(self, figures: dict[str, float]) -> None:
+    os.makedirs(self._context.workdir, exist_ok=True)
+    name = self._context.name or "linear_probe"
+    spread = {int(k): v["deviation"] for k, v in self._facts["shots"].items()}
+    draw({k: figures[f"few_shot_{k}"] for k in spread}, spread, figures.get("zeroshot"), figures[self._metrics[0]],
+         self._metrics[0].replace("_", " "), os.path.join(self._context.workdir, f"{name}.png"))
+
+
+def _check(source: Source, other: Source, where: str) -> None:
+  """Raises UserError if a source has no labels, or other classes than `other`."""
+  if "label" not in source.annotation(0):
+    raise UserError(f"{where}: its records have no label, one class an image; set label_key, or choose other data")
+  if source.classes and other.classes and tuple(source.classes) != tuple(other.classes):
+    i = next((i for i, (a, b) in enumerate(zip(source.classes, other.classes, strict=False)) if a != b),
+             min(len(source.classes), len(other.classes)))
+    theirs, own = (repr(c[i]) if i < len(c) else "nothing" for c in (other.classes, source.classes))
+    raise UserError(f"{where}: its class {i} is {own}, that of the test set {theirs}")
+
+
+def _chosen_metrics(config: Evaluation, classes: int, where: str) -> tuple[str, ...]:
+  """Returns config.metrics, or the paper's; raises UserError if there is no such figure of these classes, 0 unknown."""
+  possible = tuple(m for m in METRICS if m != "roc_auc" or classes == 2)
+  own = SETS[config.classes].metric if config.classes in SETS else ""
+  for name in config.metrics:
+    if name not in possible:
+      raise UserError(f"{where}, metrics: no figure {name!r} of {classes or 'unnamed'} classes"
+                      f"{did_you_mean(name, possible)}")
+  return config.metrics or ((own,) if own in possible else ("accuracy",))
+
+
+def figure(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
+  """Returns one of METRICS.
+
+  Args:
+    metric: its name.
+    scores: float [N, C].
+    labels: int [N].
+  """
+  if metric == "roc_auc":
+    return classification.roc_auc(scores[:, 1] - scores[:, 0], labels)
+  own = scores[np.arange(len(labels)), labels][:, None]
+  before = np.arange(scores.shape[1])[None] < labels[:, None]
+  ranks = np.count_nonzero((scores > own) | ((scores == own) & before), axis=1)
+  if metric == "mean_per_class":
+    return classification.mean_per_class(labels, ranks == 0)
+  if metric == "mean_top1_top5":
+    return (classification.top(ranks, 1) + classification.top(ranks, 5)) / 2
+  return classification.top(ranks, 1)
+
+
+def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
+  """Returns bool [n]: a fifth of the items of each class, to the nearest, drawn by a seed."""
+  held = np.zeros(len(labels), bool)
+  for rows in _shuffled(labels, seed):
+    held[rows[: round(len(rows) / FIFTH)]] = True
+  return held
+
+
+def draw_shots(labels: np.ndarray, shots: int, seed: int, where: str) -> np.ndarray:
+  """Returns the numbers of so many items of each class there is, int [classes × shots]; a seed's fewer are among them.
+
+  Raises:
+    UserError: a class has fewer; the message begins with `where`.
+  """
+  out = []
+  for rows in _shuffled(labels, seed):
+    if len(rows) < shots:
+      raise UserError(f"{where}: shots={shots}, but class {labels[rows[0]]} has {len(rows)} images to learn from")
+    out.append(rows[:shots])
+  return np.concatenate(out)
+
+
+def _shuffled(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+  """Returns the numbers of the items of each class that has some, in an order of the seed."""
+  rng = np.random.default_rng(seed)
+  return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+
+
+def draw(few: dict[int, float], deviations: dict[int, float], zeroshot: float | None, full: float, metric: str,
+         path: str) -> None:
+  """Writes a PNG as the paper's Figure 6: a figure of probes against the number of their examples a class.
+
+  Args:
+    few: by examples a class.
+    deviations: of `few`, over draws.
+    zeroshot: a star at 0, if there is one.
+    full: of the probe that had all examples, a dashed line.
+    metric: its name.
+    path: where to.
+  """
+  shots = sorted(few)
+  figure_ = Figure(figsize=(5.2, 4), layout="constrained")
+  axes = figure_.add_subplot()
+  places = np.arange(1, len(shots) + 1)
+  axes.errorbar(places, [100 * few[k] for k in shots], [100 * deviations[k] for k in shots], marker="o",
+                color="#7a9cc6", capsize=3, label="probe of a few examples")
+  axes.axhline(100 * full, linestyle="--", color="#555555", label="probe of all examples")
+  if zeroshot is not None:
+    axes.plot([0], [100 * zeroshot], "*", markersize=14, color="#6a3d9a", label="zero-shot")
+    axes.axhline(100 * zeroshot, linestyle=":", linewidth=1, color="#6a3d9a")
+  axes.set_xticks(range(0 if zeroshot is not None else 1, len(shots) + 1),
+                  [*(["0"] if zeroshot is not None else []), *map(str, shots)])
+  axes.set(xlabel="labelled examples a class", ylabel=f"{metric} (%)")
+  axes.legend(frameon=False, fontsize=9)
+  figure_.savefig(f"{path}.tmp", format="png", dpi=110)
+  os.replace(f"{path}.tmp", path)

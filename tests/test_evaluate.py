@@ -1,0 +1,235 @@
+"""The command `evaluate` from end to end: data sets in their real layouts, kills, several processes, missing files."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import environment, tiny, untrained
+from standins import (
+  write_awa2,
+  write_coco,
+  write_imagenet_folders,
+  write_karpathy,
+  write_nocaps,
+  write_tfds,
+  write_vqa2,
+)
+
+from limber_jax import cli, evaluate
+from limber_jax.errors import UserError
+
+TESTS = os.path.dirname(__file__)
+EXPERIMENT = """
+import sys
+sys.path.insert(0, {tests!r})
+from runs import tiny, tiny_limber
+from limber_jax.config import Evaluation, Source
+
+KARPATHY = Source("coco", "data/coco/dataset_coco.json", "test")
+DIGITS = Source("tfds", "data/tfds/digits_in_classes", "test")
+AWA2 = Source("awa2", "data/Animals_with_Attributes2", "all")
+
+def evaluation(name, source, **fields):
+  return Evaluation(name, source, **{{"every": -1, "batch_size": 8, "damaged": 0.5, "templates": "{{}}", **fields}})
+
+def clip():
+  return tiny(mesh=(-1, 1, 1), evals={{
+    "digits": evaluation("zeroshot", DIGITS, templates="imagenet7"),
+    "retrieval": evaluation("retrieval", KARPATHY, templates="a photo of {{}}"),
+    "shift": evaluation("shift", Source("folder", "data/imagenet-r", ""), classes="imagenet_r"),
+    "probe": evaluation("linear_probe", DIGITS, train=Source("digits", split="test"), shots=(1, 2), batch_size=64),
+    "overlap": evaluation("overlap", DIGITS, train=Source("digits", split="test")),
+  }})
+
+def limber():
+  return tiny_limber(evals={{
+    "coco": evaluation("captions", KARPATHY, metrics=("cider_d", "bleu_4", "clip_s"), scorer={scorer!r}),
+    "nocaps": evaluation("captions", Source("coco", "data/nocaps/nocaps_val_4500_captions.json", ""),
+                         metrics=("cider_d",)),
+    "vqa2": evaluation("vqa", Source("vqa", "data/vqa2", "val2014"), train=Source("vqa", "data/vqa2", "train2014"),
+                       shots=(0, 1), metrics=("accuracy",)),
+    "awa2": evaluation("naming", AWA2),
+    "words": evaluation("words", KARPATHY),
+    "hallucination": evaluation("hallucination", KARPATHY, metrics=("run_off",)),
+    "probing": evaluation("probing", AWA2, metrics=("category", "nearest")),
+  }})
+
+get_config = {task}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Returns a directory of data sets in their real layouts, damaged in all the ways that there are."""
+  root = tmp_path_factory.mktemp("data")
+  write_coco(root / "coco", hostile=True)
+  write_karpathy(root / "coco", hostile=True)
+  write_nocaps(root / "nocaps", hostile=True)
+  write_vqa2(root / "vqa2", hostile=True)
+  write_vqa2(root / "vqa2", subset="train2014")
+  write_awa2(root, hostile=True)
+  write_imagenet_folders(root, ("n01443537", "n01484850"), hostile=True)
+  write_tfds(root / "tfds", hostile=True)
+  return root
+
+
+class Run:
+  """A workdir with an untrained model, and the command on it."""
+
+  def __init__(self, root, task, data, cache):
+    self.root, self.data, self.cache = root, data, cache
+    self.experiment = root / "experiment.py"
+    scorer = str(root / "clip")
+    self.experiment.write_text(EXPERIMENT.format(tests=TESTS, task=task, scorer=scorer))
+    if task == "limber":
+      untrained(tiny(mesh=(-1, 1, 1)), scorer)
+    untrained(cli.load_experiment(str(self.experiment)), str(root / "workdir"))
+
+  def copy(self, name):
+    return shutil.copytree(self.root / "workdir", self.root / name)
+
+  def start(self, workdir, *flags, devices=2, processes=1, index=0, port=0):
+    return subprocess.Popen(
+      [sys.executable, "-m", "limber_jax.evaluate", f"--config={self.experiment}", f"--workdir={workdir}",
+       f"--data={self.data}", *flags], env=environment(self.cache, devices, processes, index, port),
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+  def finish(self, workdir, *flags, **place):
+    process = self.start(workdir, *flags, **place)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module", params=["clip", "limber"])
+def run(request, tmp_path_factory, data):
+  root = tmp_path_factory.mktemp(request.param)
+  out = Run(root, request.param, data, tmp_path_factory.mktemp("cache"))
+  out.workdir = out.copy("whole")
+  out.code, out.out, out.err = out.finish(out.workdir)
+  return out
+
+
+def lines(workdir):
+  """Returns the number of results of items that are on disk."""
+  return sum(path.read_bytes().count(b"\n") for path in Path(workdir, "evaluation").rglob("*.jsonl"))
+
+
+def test_every_evaluation_runs_on_the_real_layouts_and_says_what_it_left_out(run):
+  assert run.code == 0, run.err
+  found = json.loads((run.workdir / "results.json").read_text())
+  config = cli.load_experiment(str(run.experiment))
+  assert found["failed"] == {} and found["evaluations"].keys() == config.evals.keys()
+  for name, e in found["evaluations"].items():
+    facts = e["facts"]
+    assert e["figures"] and facts["covered"] == facts["items"] - facts["damaged"] > 0, name
+    assert facts["damaged"] > 0, name
+    for line in facts["damage"]:  # each named once, by the evaluation
+      assert run.err.count(f"{name}: {line}\n") >= 1 and facts["damage"].count(line) == 1, line
+  report = (run.workdir / "report.md").read_text()
+  assert all(name in report for name in config.evals)
+  assert "of" in report and str(run.data) not in json.dumps([e["figures"] for e in found["evaluations"].values()])
+
+
+def test_killed_and_started_again_it_writes_the_same_results(run):
+  workdir = run.copy("killed")
+  for share in (0.2, 0.7):
+    process = run.start(workdir)
+    while lines(workdir) < share * lines(run.workdir) and process.poll() is None:
+      time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  assert lines(workdir) > 0
+  code, _, err = run.finish(workdir)
+  assert code == 0, err
+  assert (workdir / "results.json").read_bytes() == (run.workdir / "results.json").read_bytes()
+  assert (workdir / "report.md").read_bytes() == (run.workdir / "report.md").read_bytes()
+
+
+def test_two_processes_write_the_same_results(run):
+  workdir = run.copy("two")
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  both = [run.start(workdir, devices=1, processes=2, index=i, port=port) for i in range(2)]
+  ends = [p.communicate(timeout=600) for p in both]
+  assert [p.returncode for p in both] == [0, 0], ends
+  assert (workdir / "results.json").read_bytes() == (run.workdir / "results.json").read_bytes()
+
+
+@pytest.fixture
+def clip(tmp_path, data):
+  """Returns (the experiment of CLIP, its workdir)."""
+  run = Run(tmp_path, "clip", data, tmp_path / "cache")
+  return cli.load_experiment(str(run.experiment)), tmp_path / "workdir"
+
+
+def test_missing_data_are_named_and_the_others_go_on(clip, data, capsys):
+  config, workdir = clip
+  config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
+  config.evals["retrieval"].source.path = "data/nowhere.json"
+  found = evaluate.results(config, str(workdir), data=str(data))
+  assert found["evaluations"].keys() == {"digits"} and found["failed"].keys() == {"retrieval"}
+  assert f"retrieval: not evaluated: {found['failed']['retrieval']}" in capsys.readouterr().err
+  assert "nowhere.json" in found["failed"]["retrieval"] and "https://" in found["failed"]["retrieval"]
+  evaluate.write(found, str(workdir))
+  # With the data there, the one that was missing is added to what there is.
+  config.evals["retrieval"].source.path = str(data / "coco/dataset_coco.json")
+  more = evaluate.results(config, str(workdir), only=("retrieval",))
+  evaluate.write(more, str(workdir))
+  found = json.loads((workdir / "results.json").read_text())
+  assert found["evaluations"].keys() == {"digits", "retrieval"} and not found["failed"]
+
+
+def test_a_file_cut_in_half_fails_its_evaluation_alone(clip, data, tmp_path):
+  config, workdir = clip
+  whole = (data / "coco/dataset_coco.json").read_bytes()
+  (tmp_path / "cut.json").write_bytes(whole[: len(whole) // 2])
+  config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
+  config.evals["retrieval"].source.path = str(tmp_path / "cut.json")
+  found = evaluate.results(config, str(workdir), data=str(data))
+  assert found["evaluations"].keys() == {"digits"}
+  assert "cut.json" in found["failed"]["retrieval"] and "byte" in found["failed"]["retrieval"]
+
+
+def test_mistakes_are_one_line(clip, data, tmp_path):
+  config, workdir = clip
+  for changes, message in (
+      ({"only": ("digit",)}, "--only: no evaluation 'digit' in this experiment; did you mean 'digits'"),
+      ({"checkpoint": "7"}, "7"),
+      ({"weights": str(tmp_path / "none")}, "none"),
+  ):
+    with pytest.raises(UserError, match=message):
+      evaluate.results(config, str(workdir), data=str(data), **changes)
+  with pytest.raises(UserError, match=r"no run there .*--weights"):
+    evaluate.results(config, str(tmp_path / "nothing"))
+  config.evals = {"captions": config.evals["digits"]}
+  config.evals["captions"].name = "captions"
+  with pytest.raises(UserError, match="evaluation 'captions' asks a model for 'generate', which task 'contrastive'"):
+    evaluate.results(config, str(workdir), data=str(data))
+
+
+def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_path):
+  config, workdir = clip
+  config.evals = {"digits": config.evals["digits"]}
+  trained = evaluate.results(config, str(workdir), data=str(data))
+  config.name, config.seed = "other", 5  # nothing of this experiment's weights is looked at
+  found = evaluate.results(config, str(tmp_path / "imported"), weights=str(workdir), data=str(data))
+  assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
+  assert {k: found["weights"][k] for k in ("image", "text")} == {k: trained["weights"][k] for k in ("image", "text")}
+
+
+def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
+  run = Run(tmp_path, "limber", data, tmp_path / "cache")
+  config = cli.load_experiment(str(run.experiment))
+  config.evals = {"awa2": config.evals["awa2"]}
+  trained = evaluate.results(config, str(tmp_path / "workdir"), data=str(data))
+  found = evaluate.results(config, str(tmp_path / "imported"), weights=str(tmp_path / "workdir"), data=str(data))
+  assert found["evaluations"]["awa2"]["figures"]["right"] == trained["evaluations"]["awa2"]["figures"]["right"]
+  assert found["weights"]["prompt"] == trained["weights"]["prompt"]
