@@ -47,6 +47,7 @@ SCORES = {
   "i2t_r1": "image to text R@1", "i2t_r5": "image to text R@5", "i2t_r10": "image to text R@10",
   "t2i_r1": "text to image R@1", "t2i_r5": "text to image R@5", "t2i_r10": "text to image R@10",
   "right": "names the class alone", "named": "names the class", "blind": "names the class alone, blind",
+  "accuracy": "accuracy", "zeroshot": "zero-shot", **{f"few_shot_{k}": f"{k}-shot" for k in (1, 2, 4, 8, 16)},
   "wup_wrong": "Wu-Palmer if wrong", "overlap_wrong": "attributes if wrong", "chair_i": "CHAIR-i", "chair_s": "CHAIR-s",
 }
 
