@@ -224,13 +224,16 @@ def test_embeddings_of_padded_batches_are_those_of_whole_ones(model):
   size, predict, params = model
   where = context((2, 2, 2), size.image.image_size, size.text.context)
   runner = Runner(config(source=Source(name="digits", split="test"), batch_size=128), where)
-  batches = list(runner.embed_source(predict["embed_image"], params, {}))
-  assert [len(b["index"]) for b in batches] == [128, 128, 104]
-  np.testing.assert_array_equal(np.concatenate([b["index"] for b in batches]), np.arange(360))
-  np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]),
-                                [runner.source.annotation(i)["label"] for i in range(360)])
+
+  def look(params, stats, batch):
+    return {"embedding": predict["embed_image"](params, stats, batch["image"]), "label": batch["label"]}
+
+  found = runner.collect("image", look, params, {}, record=lambda row: {"label": int(row["label"])},
+                         keep=("embedding",))
+  assert found.index.tolist() == list(range(360))
+  assert [r["label"] for r in found.records] == [runner.source.annotation(i)["label"] for i in range(360)]
   images = np.stack([runner.transform(runner.source[i], None)["image"] for i in range(360)])
   whole = jax.jit(predict["embed_image"])(params, {}, jnp.asarray(images))
-  np.testing.assert_allclose(np.concatenate([b["embedding"] for b in batches]), whole, atol=1e-6)
+  np.testing.assert_allclose(found.arrays["embedding"], whole, atol=1e-6)
   np.testing.assert_allclose(runner.embed_rows("rows", predict["embed_image"], params, {}, images[:5]), whole[:5],
                              atol=1e-6)

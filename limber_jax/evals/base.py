@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -198,46 +198,6 @@ class Runner:
     hidden = jax.process_index() > 0 or not self.context.items
     return tqdm(total=total, initial=done, desc=f"{self.context.name} {name}", unit=" items", dynamic_ncols=True,
                 disable=True if hidden else None)  # None: where stderr is no terminal
-
-  def embed_source(self, embed: Callable[..., Any], params: dict, stats: dict) -> Iterator[dict[str, np.ndarray]]:
-    """Yields {"embedding" [b, E], "index" [b], "label" [b] where there are labels}: the source in order.
-
-    Args:
-      embed: (params, stats, images [B, H, W, 3]) -> [B, E].
-      params, stats: on the mesh, or numpy arrays.
-
-    Raises:
-      Stopped: between two batches, the run was asked to end.
-    """
-
-    def run(params, stats, batch):
-      kept = {k: batch[k] for k in ("index", "label") if k in batch}
-      return {"embedding": embed(params, stats, batch["image"]), **kept}
-
-    return self.run_source("source", run, params, stats)
-
-  def run_source(self, name: str, function: Callable[..., dict], params: dict, stats: dict) -> Iterator[dict]:
-    """Yields the tree of arrays [b, ...] that function(params, stats, batch) gives of the source, in order.
-
-    Args:
-      name: of the function; functions of one name are jitted once.
-      function: gets what the transform gives, stacked, and "index" int32 [B]; its results have B rows.
-      params, stats: on the mesh, or numpy arrays.
-
-    Raises:
-      Stopped: between two batches, the run was asked to end.
-    """
-
-    def run(params, stats, batch):
-      real = batch.pop("real")
-      return real, function(params, stats, batch)
-
-    with pipeline.eval_batches(self.source, self.transform, batch_size=self._batch_size, rows=self._rows,
-                               workers=self.context.workers, threads=self.context.threads) as batches:
-      for batch in batches:
-        batch["index"] = batch["index"].astype(np.int32)
-        real, out = self._call(name, run, params, stats, batch)
-        yield jax.tree.map(lambda x, real=real: x[real], out)
 
   def embed_rows(self, name: str, embed: Callable[..., Any], params: dict, stats: dict, rows: np.ndarray) -> np.ndarray:
     """Returns float32 [n, E] of all `rows` [n, ...], which every process holds.
