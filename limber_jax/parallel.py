@@ -24,6 +24,9 @@ BATCH = ("data", "fsdp")  # the axes that the batch dimension is spread over
 # Set where JAX can find the other processes by itself: on TPU VMs (by JAX, at import), GKE, multislice and Open MPI.
 _CLUSTERS = ("TPU_ML_PLATFORM", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "OMPI_COMM_WORLD_SIZE")
 
+_meetings = itertools.count()  # the same in every process
+_PATIENCE = 24 * 3600          # seconds
+
 Rules = Sequence[tuple[str, P]]  # (regular expression on a leaf's path, its PartitionSpec)
 
 
@@ -205,10 +208,19 @@ def from_first(function: Callable[[], Any]) -> Any:
       out = {"value": function()}
     except UserError as error:
       out = {"error": str(error)}
+  _meet()
   out = json.loads(bytes(_from_first(json.dumps(out).encode())))
   if "error" in out:
     raise UserError(out["error"])
   return out["value"]
+
+
+def _meet() -> None:
+  """Returns when all processes are here, however long one of them takes: collectives on CPUs give up after 30 s."""
+  from orbax.checkpoint import multihost  # here, because it takes a while to import and few need it
+
+  multihost.sync_global_processes(f"limber_jax {next(_meetings)}", timeout=_PATIENCE,
+                                  processes=set(range(jax.process_count())))
 
 
 def from_each(value: Any) -> list[Any]:

@@ -1,9 +1,14 @@
 """Meshes, sharding tables and batches over devices."""
 
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from runs import environment
 
 from limber_jax import parallel
 from limber_jax.errors import UserError
@@ -63,3 +68,41 @@ def test_constraints_hold_on_a_mesh_and_vanish_without_one():
   assert "sharding_constraint" in text
   assert uneven.shape == (3, 4)
   assert "sharding_constraint" not in jax.jit(lambda x: parallel.constrain(x, "data", None) * 2).lower(x).as_text()
+
+
+FROM_FIRST = """
+import sys, time
+import jax
+from limber_jax import parallel
+from limber_jax.errors import UserError
+
+def slow():
+  assert jax.process_index() == 0
+  time.sleep({seconds})
+  return {{"x": [1.5, None]}}
+
+def wrong():
+  raise UserError("no such file")
+
+parallel.start()
+assert parallel.from_first(slow) == {{"x": [1.5, None]}}
+assert parallel.from_each({{"me": jax.process_index()}}) == [{{"me": 0}}, {{"me": 1}}]
+try:
+  parallel.from_first(wrong)
+except UserError as error:
+  assert str(error) == "no such file"
+else:
+  sys.exit("no error")
+"""
+
+
+# Collectives on CPUs give up after 30 s, and scoring captions or fitting probes takes longer.
+@pytest.mark.parametrize("seconds", [0, pytest.param(40, marks=pytest.mark.long)])
+def test_every_process_gets_what_the_first_one_found_however_long_it_took(seconds, tmp_path):
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  both = [subprocess.Popen([sys.executable, "-c", FROM_FIRST.format(seconds=seconds)], text=True,
+                           stderr=subprocess.PIPE, env=environment(tmp_path, 1, 2, i, port)) for i in range(2)]
+  ends = [p.communicate(timeout=120)[1] for p in both]
+  assert [p.returncode for p in both] == [0, 0], ends
