@@ -1,60 +1,105 @@
-"""Checkpoints by Orbax: asynchronous, the newest and the best kept, restored onto any mesh.
+"""Checkpoints by Orbax: asynchronous, the newest and the best kept, checked and restored onto any mesh.
 
-Layout: workdir/checkpoints/<step>/{params,optimizer,meta}. `params` holds the trained parameters and the statistics,
-so that evaluation and conversion need not know the optimizer; `optimizer` the rest of the TrainState; `meta` a JSON
-object. A step's directory appears by a rename once it is whole, so a killed save leaves nothing that counts.
+Layout: workdir/checkpoints/<step>/{params,optimizer,meta,manifest.json}. `params` holds the trained parameters and the
+statistics, so that evaluation and conversion need not know the optimizer; `optimizer` the rest of the TrainState;
+`meta` a JSON object. manifest.json lists size and SHA-256 of every file that restoring reads. Process 0 writes it once
+all processes have written, which needs the file system that they share anyway. A step's directory appears by a rename
+once all of that is there, so a killed save leaves nothing that counts.
+
+A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
+before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
+damaged to workdir/damaged/<step>. Checkpoints of before there were manifests are used unchecked, and one line says so.
 
 Beside them workdir/frozen/<part> holds, once, what was drawn at random and is not trained: another machine or another
 release of JAX would draw other bits.
 """
 
+import concurrent.futures
+import contextlib
+import gc
+import hashlib
+import json
+import logging
 import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from limber_jax import parallel
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
 from limber_jax.state import TrainState
 
 _POLICIES = ocp.checkpoint_managers
+_MANIFEST = "manifest.json"
+# Orbax writes these two after the manifest, while it commits. No restore reads them.
+_OF_THE_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_DELETED = "deleted"  # where a checkpoint goes, by a rename, before its files are deleted: none is ever half there
 
 
 class Checkpoints:
   """The checkpoints of one workdir."""
 
-  def __init__(self, workdir: str, config: Checkpoint, *, write: bool = False):
-    """Opens them to read or, by the one process group that trains there, to write: that clears away killed saves."""
+  def __init__(self, workdir: str, config: Checkpoint, *, write: bool = False,
+               log: Callable[[str], None] | None = None):
+    """Opens them to read or, by the one process group that trains there, to write.
+
+    Opening to write clears away killed saves and, if an older checkpoint is whole, the damaged ones.
+
+    Args:
+      workdir: of the run.
+      config: what to keep.
+      write: every process of the run must open them, and call `save` and `restore` together.
+      log: prints a line about damage; to stderr if None.
+
+    Raises:
+      UserError: opened to write, and none of the checkpoints there is whole, or a damaged one cannot be moved.
+    """
     self.directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    keep = [_POLICIES.LatestN(n=max(config.keep, 1))]
-    best_fn = None
-    if config.best:
-      best_fn = lambda metrics: metrics[config.best]  # noqa: E731 (a field of Orbax's options)
-      keep.append(_POLICIES.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
-    self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-      preservation_policy=_POLICIES.AnyPreservationPolicy(keep), best_fn=best_fn, cleanup_tmp_directories=write,
-      read_only=not write))
+    self._aside = os.path.abspath(os.path.join(workdir, "damaged"))
+    self._metric = config.best
+    self._log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+    self._whole: set[int] = set()  # what was compared with its manifest
+    self._manager, self._saving, self._step = None, None, -1
+    if write:
+      parallel.from_first(self._recover)
+      self._quiet = contextlib.ExitStack()
+      self._quiet.enter_context(_one_line_a_failure())
+      # Two, because one may turn out to be damaged; the older goes only after the newer was committed.
+      keep = [_POLICIES.LatestN(n=max(config.keep, 2))]
+      best_fn = None
+      if config.best:
+        best_fn = lambda metrics: metrics[config.best]  # noqa: E731 (a field of Orbax's options)
+        keep.append(_POLICIES.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
+      self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+        preservation_policy=_POLICIES.AnyPreservationPolicy(keep), best_fn=best_fn, cleanup_tmp_directories=True,
+        todelete_subdir=_DELETED, async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._seal,
+          # In the background, a directory that cannot be made is told only when its writers have waited five minutes.
+          create_directories_asynchronously=False)))
+      self._watch = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_watch")
 
   def latest(self) -> int | None:
     """Returns the newest step that is whole, or None."""
-    return self._manager.latest_step()
-
-  def best(self) -> int | None:
-    """Returns the step with the highest `config.best`, or the newest where nothing was measured."""
-    return self._manager.best_step() or self.latest()
+    return parallel.from_first(lambda: self._newest_whole()[0])
 
   def find(self, which: str) -> int:
-    """Returns the step that `which` names: "latest", "best" or a number; raises UserError if there is none."""
-    steps = sorted(self._manager.all_steps())
-    if not steps:
-      raise UserError(f"{self.directory}: no checkpoint there yet")
-    if which in ("latest", "best"):
-      return steps[-1] if which == "latest" else self.best()
-    if not which.isdigit() or int(which) not in steps:
-      raise UserError(f"{self.directory}: no checkpoint {which!r}; there are latest, best and "
-                      f"{', '.join(map(str, steps))}")
-    return int(which)
+    """Returns the step that `which` names: "latest", "best" or a number.
+
+    "latest" is the newest that is whole, "best" the one with the highest `config.best`, or the latest where nothing
+    was measured.
+
+    Raises:
+      UserError: there is none, or the best or the number's is damaged.
+    """
+    return parallel.from_first(lambda: self._find(which))
 
   def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
     """Starts to save `state` in the background, under its own step; returns once the arrays are copied.
@@ -63,78 +108,374 @@ class Checkpoints:
       state: may be donated to the next step right after.
       meta: what resuming needs besides arrays; plain JSON.
       metrics: of the evaluations at this step, if there were any.
+
+    Raises:
+      UserError: this save could not be started, or the one before it failed.
     """
-    self._manager.save(int(state.step), args=ocp.args.Composite(
-      params=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
-      optimizer=ocp.args.StandardSave(_optimizer(state)),
-      meta=ocp.args.JsonSave(meta)), metrics=metrics, force=True)
+    self.wait()
+    self._step = int(state.step)
+    metrics = metrics if metrics and self._metric in metrics else None
+    try:
+      self._manager.save(self._step, args=ocp.args.Composite(
+        params=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
+        optimizer=ocp.args.StandardSave(_optimizer(state)),
+        meta=ocp.args.JsonSave(meta | {"manifest": _MANIFEST})), metrics=metrics, force=True)
+    except Exception as error:
+      raise self._failed(error) from error
+    self._saving = self._watch.submit(self._commit)
+
+  def check(self) -> None:
+    """Raises UserError if the save in the background has failed by now; takes no time."""
+    if self._saving is not None and self._saving.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the save under way is on disk; raises UserError if it failed."""
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      try:
+        saving.result()
+      except Exception as error:
+        raise self._failed(error) from error
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Returns (state, meta) of `step`, laid out as `like` (ShapeDtypeStructs with shardings) says.
 
     Raises:
-      UserError: the checkpoint holds other arrays than `like`; the message names the first.
+      UserError: the checkpoint is damaged, or its arrays have other names, shapes or types than those of `like`; the
+        message names the first.
     """
-    try:
-      items = self._manager.restore(step, args=ocp.args.Composite(
-        params=ocp.args.StandardRestore({"params": like.params, "stats": like.stats}),
-        optimizer=ocp.args.StandardRestore(_optimizer(like)),
-        meta=ocp.args.JsonRestore()))
-    except ValueError as error:
-      raise UserError(f"{self.directory}/{step} does not fit this config: {_first_line(error)}") from error
+    items = self._read(step, {"params": {"params": like.params, "stats": like.stats}, "optimizer": _optimizer(like)},
+                       meta=True)
     return like.replace(**items["params"], **items["optimizer"]), items["meta"]
 
   def restore_params(self, step: int, params: dict, stats: dict) -> tuple[dict, dict]:
-    """Returns (params, stats) of `step` alone, laid out as the ShapeDtypeStructs given; raises as `restore`."""
-    try:
-      item = self._manager.restore(step, args=ocp.args.Composite(
-        params=ocp.args.StandardRestore({"params": params, "stats": stats})))["params"]
-    except ValueError as error:
-      raise UserError(f"{self.directory}/{step} does not fit this config: {_first_line(error)}") from error
+    """Returns (params, stats) of `step` alone, laid out as the ShapeDtypeStructs given; raises as `restore`.
+
+    Other than there, floats may be asked for in another precision: what was trained may be frozen elsewhere.
+    """
+    item = self._read(step, {"params": {"params": params, "stats": stats}})["params"]
     return item["params"], item["stats"]
 
   def meta(self, step: int) -> dict[str, Any]:
-    """Returns what `save` was given as `meta` of `step`."""
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-  def wait(self) -> None:
-    """Returns when the save under way is on disk; raises if it failed."""
-    self._manager.wait_until_finished()
+    """Returns what `save` was given as `meta` of `step`; raises as `restore`."""
+    return self._read(step, {}, meta=True)["meta"]
 
   def close(self) -> None:
-    """Waits, then frees the manager's threads."""
-    self._manager.close()
+    """Waits, then frees the threads; raises UserError if the save under way failed."""
+    try:
+      self.wait()
+    finally:
+      if self._manager is not None:
+        self._watch.shutdown()
+        for end in (self._manager.wait_until_finished, self._manager.close):
+          with contextlib.suppress(Exception):  # each thread of a save that failed raises; `wait` has told the first
+            end()
+        gc.collect()  # or what is left of such a save speaks up later
+        self._manager = None
+        self._quiet.close()
+
+  def _steps(self) -> list[int]:
+    """Returns the committed steps, the oldest first."""
+    with os.scandir(self.directory) if os.path.isdir(self.directory) else contextlib.nullcontext(()) as entries:
+      return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
+
+  def _damage(self, step: int) -> str | None:
+    """Returns what is wrong with the files of a step, or None; reads each of them once for each of these objects."""
+    if step in self._whole:
+      return None
+    path = os.path.join(self.directory, str(step))
+    if not os.path.exists(os.path.join(path, _MANIFEST)):
+      if _promises_manifest(path):
+        return f"{_MANIFEST} is missing"
+      self._log(f"{path} is of before checkpoints had a {_MANIFEST}: it is used unchecked")
+    elif (damage := compare(path)) is not None:
+      return damage
+    self._whole.add(step)
+    return None
+
+  def _newest_whole(self) -> tuple[int | None, dict[int, str]]:
+    """Returns (the newest step that is whole or None, what is wrong with the newer ones)."""
+    damaged = {}
+    for step in reversed(self._steps()):
+      damage = self._damage(step)
+      if damage is None:
+        return step, damaged
+      damaged[step] = damage
+    return None, damaged
+
+  def _find(self, which: str) -> int:
+    steps = self._steps()
+    if not steps:
+      raise UserError(f"{self.directory}: no checkpoint there yet")
+    others = ", ".join(map(str, steps))
+    if which == "best":
+      scores = {step: score for step in steps if (score := self._score(step)) is not None}
+      which = str(max(scores, key=scores.get)) if scores else "latest"
+    if which == "latest":
+      step, damaged = self._newest_whole()
+      if step is None:
+        raise self._none_whole(damaged)
+      for bad, why in damaged.items():
+        self._log(f"{self.directory}/{bad} is damaged: {why}; step {step} is used in its place")
+      return step
+    if not which.isdigit() or int(which) not in steps:
+      raise UserError(f"{self.directory}: no checkpoint {which!r}; there are latest, best and {others}")
+    if (damage := self._damage(int(which))) is not None:
+      raise UserError(f"{self.directory}/{which} is damaged: {damage}; there are {others}")
+    return int(which)
+
+  def _score(self, step: int) -> float | None:
+    """Returns `config.best` of a step; None where it was not measured."""
+    path = os.path.join(self.directory, str(step), "metrics", "metrics")
+    if not self._metric or not os.path.exists(path):
+      return None
+    try:
+      with open(path, encoding="utf-8") as file:
+        return json.load(file).get(self._metric)
+    except (OSError, ValueError, AttributeError) as error:
+      raise UserError(f"{path} is damaged: {_first_line(error)}; --checkpoint=latest does not need it") from error
+
+  def _none_whole(self, damaged: dict[int, str]) -> UserError:
+    return UserError(f"{self.directory}: no checkpoint is whole: "
+                     + "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items())))
+
+  def _recover(self) -> None:
+    """Moves damaged checkpoints away, and ends the deletion that a kill cut short; process 0 alone."""
+    shutil.rmtree(os.path.join(self.directory, _DELETED), ignore_errors=True)
+    newest, damaged = self._newest_whole()
+    if newest is None and damaged:
+      raise self._none_whole(damaged)
+    # Of the older ones only what Orbax reads as it opens them: to read all takes as long for each as for the newest.
+    for step in self._steps():
+      path = os.path.join(self.directory, str(step))
+      if step not in damaged and step != newest and (why := compare(path, "metrics/")):
+        damaged[step] = why
+    for step, why in damaged.items():
+      path, target = os.path.join(self.directory, str(step)), os.path.join(self._aside, str(step))
+      try:
+        shutil.rmtree(target, ignore_errors=True)
+        os.makedirs(self._aside, exist_ok=True)
+        os.rename(path, target)
+      except OSError as error:
+        raise UserError(f"{path} is damaged: {why}; and it cannot be moved to {target} ({error.strerror})") from error
+      self._log(f"{path} is damaged: {why}; it was moved to {target}, and step {newest} is used in its place")
+
+  def _read(self, step: int, like: dict[str, Any], *, meta: bool = False) -> dict[str, Any]:
+    """Returns items of a checkpoint, laid out as `like` says; raises as `restore`."""
+    path = os.path.join(self.directory, str(step))
+
+    def check():
+      if (damage := self._damage(step)) is not None:
+        raise UserError(f"{path} is damaged: {damage}")
+
+    parallel.from_first(check)
+    for item, want in like.items():
+      _check_fits(os.path.join(path, item), want, f"{path} does not fit this config: ", cast="optimizer" not in like)
+    args = {item: ocp.args.StandardRestore(want) for item, want in like.items()}
+    try:
+      with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        items = dict(reader.restore(path, args=ocp.args.Composite(
+          **args, **({"meta": ocp.args.JsonRestore()} if meta else {}))).items())
+    except (ValueError, OSError) as error:
+      raise UserError(f"{path} does not fit this config: {_first_line(error)}") from error
+    if meta:
+      items["meta"].pop("manifest", None)
+    return items
+
+  def _seal(self) -> None:
+    """Writes the manifest of the step being saved; Orbax calls this in process 0 when all is written but the rename."""
+    path = os.path.join(self.directory, str(self._step))
+    written = path + ocp.path.atomicity_types.TMP_DIR_SUFFIX
+    write_manifest(written if os.path.isdir(written) else path)
+
+  def _commit(self) -> None:
+    """Returns when the save under way is on disk, and what it replaces deleted."""
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0 and os.path.isdir(deleted := os.path.join(self.directory, _DELETED)):
+      shutil.rmtree(deleted)
+
+  def _failed(self, error: Exception) -> UserError:
+    steps = [step for step in self._steps() if step != self._step]
+    return UserError(f"{self.directory}: step {self._step} could not be saved: {_reason(error)}; "
+                     + (f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"))
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+  raised_in = traceback.extract_tb(record.exc_info[2]) if record.exc_info and record.exc_info[2] else ()
+  return not (str(record.msg).startswith("[process=") or any("orbax" in frame.filename for frame in raised_in))
+
+
+@contextlib.contextmanager
+def _one_line_a_failure():
+  """While entered, what Orbax and TensorStore print of a failed save, from each of their threads, is not shown.
+
+  They raise it too, and then it is told once.
+  """
+  loggers, show = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+
+  def show_others(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":  # a write that ends after another one has failed
+      show(unraisable)
+
+  for logger in loggers:
+    logger.addFilter(_not_of_orbax)
+  sys.unraisablehook = show_others
+  try:
+    yield
+  finally:
+    for logger in loggers:
+      logger.removeFilter(_not_of_orbax)
+    sys.unraisablehook = show
+
+
+def write_manifest(directory: str) -> None:
+  """Writes manifest.json: {"files": {"params/d/1f…": [bytes, SHA-256]}} of all files below `directory`."""
+  files = _files(directory)
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+    digests = pool.map(_sha256, files.values())
+    listed = {name: [os.path.getsize(files[name]), digest] for name, digest in zip(files, digests, strict=True)}
+  path = os.path.join(directory, _MANIFEST)
+  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    json.dump({"files": listed}, file, indent=0)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(f"{path}.tmp", path)
+
+
+def compare(directory: str, within: str = "") -> str | None:
+  """Returns the first difference between files and the manifest.json beside them, or None.
+
+  Args:
+    directory: a checkpoint's; None is returned if it has no manifest.
+    within: such as "metrics/": only files whose names begin so are compared.
+  """
+  try:
+    with open(os.path.join(directory, _MANIFEST), encoding="utf-8") as file:
+      listed = json.load(file)["files"]
+    wanted = {name: (int(size), str(digest)) for name, (size, digest) in listed.items() if name.startswith(within)}
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    return f"{_MANIFEST} cannot be read ({type(error).__name__}: {_first_line(error)})"
+  there = {name: path for name, path in _files(directory).items() if name.startswith(within)}
+  for name in sorted(wanted.keys() ^ there.keys()):
+    return f"{name} is missing; it had {wanted[name][0]} bytes" if name in wanted else f"{name} was not saved there"
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    found = pool.map(lambda name: _difference(name, there[name], *wanted[name]), sorted(wanted))
+    return next(filter(None, found), None)
+
+
+def _difference(name: str, path: str, size: int, digest: str) -> str | None:
+  try:
+    if (got := os.path.getsize(path)) != size:
+      return f"{name} has {got} bytes, not the {size} that were saved"
+    if (got := _sha256(path)) != digest:
+      return f"{name} has the SHA-256 {got[:12]}…, not the {digest[:12]}… that was saved"
+  except OSError as error:
+    return f"{name} cannot be read ({error.strerror})"
+  return None
+
+
+def _files(directory: str) -> dict[str, str]:
+  """Returns {name below `directory`: path} of what a manifest lists, in order."""
+  names = (os.path.relpath(os.path.join(folder, file), directory).replace(os.sep, "/")
+           for folder, _, files in os.walk(directory) for file in files)
+  own = (*_OF_THE_COMMIT, _MANIFEST, f"{_MANIFEST}.tmp")
+  return {name: os.path.join(directory, name) for name in sorted(names) if name not in own}
+
+
+def _sha256(path: str) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _promises_manifest(path: str) -> bool:
+  """Returns whether a checkpoint says of itself that it has a manifest, or cannot say."""
+  try:
+    with open(os.path.join(path, "meta", "metadata"), encoding="utf-8") as file:
+      return "manifest" in json.load(file)
+  except (OSError, ValueError, TypeError, RecursionError):
+    return True
 
 
 def keep_frozen(workdir: str, part: str, tree: dict[str, Any]) -> None:
   """Writes a frozen part {"params": …, "stats": …} that was drawn at random; every process must call this."""
+  path = _frozen(workdir, part)
   with ocp.StandardCheckpointer() as writer:
-    writer.save(_frozen(workdir, part), tree, force=True)
+    writer.save(path, tree, force=True)
+  parallel.from_first(lambda: write_manifest(path))
 
 
 def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any] | None:
   """Returns what `keep_frozen` wrote, laid out as the ShapeDtypeStructs `like` say; None if it wrote nothing there.
 
   Raises:
-    UserError: it holds other arrays than `like`.
+    UserError: it is damaged, or holds other arrays than `like`.
   """
   path = _frozen(workdir, part)
   if not os.path.isdir(path):
     return None
+  if (damage := parallel.from_first(lambda: compare(path))) is not None:
+    raise UserError(f"{path} is damaged: {damage}; the run cannot go on without a copy of it")
+  where = f"{path} does not fit this config: "
+  _check_fits(path, like, where, cast=True)
   try:
     with ocp.StandardCheckpointer() as reader:
       return reader.restore(path, like)
   except ValueError as error:
-    raise UserError(f"{path} does not fit this config: {_first_line(error)}") from error
+    raise UserError(f"{where}{_first_line(error)}") from error
 
 
 def _frozen(workdir: str, part: str) -> str:
   return os.path.abspath(os.path.join(workdir, "frozen", part))
 
 
+def _check_fits(path: str, like: Any, where: str, *, cast: bool) -> None:
+  """Raises UserError, its message begun by `where`, unless the arrays saved in `path` are named and made as `like`.
+
+  Orbax alone would cast float32 to int32, and say of a missing array only that the trees differ.
+
+  Args:
+    path: of a tree of arrays that Orbax saved.
+    like: ShapeDtypeStructs.
+    where: such as "runs/a/checkpoints/3 does not fit this config: ".
+    cast: whether floats may be of another precision.
+  """
+
+  def kinds(tree):
+    return {parallel.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+  def same(a, b):
+    floats = cast and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b))
+    return tuple(a.shape) == tuple(b.shape) and (floats or a.dtype == b.dtype)
+
+  def told(x):
+    return "no such array" if x is None else f"{x.dtype} {tuple(x.shape)}"
+
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      there = kinds(reader.metadata(path).item_metadata.tree)
+  except (ValueError, OSError, AttributeError) as error:
+    raise UserError(f"{where}no arrays in {path} ({_first_line(error)})") from error
+  want = kinds(like)
+  for name in sorted(want.keys() | there.keys()):
+    a, b = want.get(name), there.get(name)
+    if a is None or b is None or not same(a, b):
+      raise UserError(f"{where}{name}: expected {told(a)}, got {told(b)}")
+
+
 def _optimizer(state: TrainState) -> dict[str, Any]:
   return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped,
-          "skipped_in_row": state.skipped_in_row}
+          "skipped_in_row": state.skipped_in_row, **({"history": state.history} if state.history else {})}
+
+
+def _reason(error: Exception) -> str:
+  """Returns what the operating system said, where it said something, of an exception of Python's or TensorStore's."""
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

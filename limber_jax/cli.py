@@ -1,7 +1,8 @@
 """How the commands start and end: flags, one line for a user's mistake, exit codes.
 
 Exit codes: 0 done (also when a signal stopped the run after a checkpoint), 1 done with some inputs unreadable,
-2 a user's mistake.
+2 a user's mistake, 4 no progress (limber_jax.watchdog), 130 interrupted by a second Ctrl-C. A process of several that
+ends because another one is gone dies of SIGABRT, after one line (limber_jax.peers).
 """
 
 import difflib
@@ -57,9 +58,25 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       return main(list(argv[1:])) or 0
     except UserError as error:
       print(f"error: {error}", file=sys.stderr, flush=True)
-      return 2
+      return _failed(2)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr, flush=True)
+      return _failed(130)
+    except Exception:
+      traceback.print_exc()
+      return _failed(1)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _failed(code: int) -> int:
+  """Returns the exit code; a process of several ends here, for JAX would have it wait for others that wait for it."""
+  jax = sys.modules.get("jax")
+  if jax is not None and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -47,11 +47,17 @@ class Data:
   # random: the paper's square crop of the resized image | resized: RandomResizedCrop | center | own: the encoder's rule
   crop: str = "random"
   crop_scale: tuple[float, ...] = (0.9, 1.0)  # area kept by crop="resized": open_clip's default
+  # JPEG files of many pixels are decoded at a half, quarter or eighth of their sides, never less than twice what is
+  # needed: of 12 megapixels for 224 in a quarter of the time. Pixels then differ from PIL's by 0.4 of 255 on average, 7
+  # at most (measured on two photographs), so it is off unless asked for; smaller photographs are decoded the same.
+  draft: bool = False
   length: int = 64          # T, tokens of a caption with its end; CLIP's text tower has a length of its own
   features: str = ""        # a directory of limber_jax.encode, read in place of images
   workers: int = 0          # Grain processes; 0 reads in threads of the training process
   threads: int = 8          # reading threads a process: decoding releases the GIL
   prefetch: int = 2         # batches ready ahead of the device
+  # The share of the records seen that may be unreadable: others stand in for them. 0 ends the run at the first.
+  damaged: float = 0.01
 
 
 @dataclass
@@ -94,6 +100,16 @@ class Decoding:
 
 
 @dataclass
+class Spike:
+  """Which steps are skipped because loss or gradient norm leaps; see limber_jax.optim. Off, as in the papers."""
+
+  window: int = 0            # W, the last finite losses and gradient norms that say what is usual; 0 = off
+  # k: skipped is what is more than k deviations above the median. Gradient norms have a long tail: those of healthy runs
+  # on 16 digits a batch come to 14.
+  factor: float = 20.0
+
+
+@dataclass
 class Optim:
   """AdamW with linear warm-up and cosine decay to zero: CLIP, Tables 18-20."""
 
@@ -107,7 +123,8 @@ class Optim:
   b2: float = 0.98
   eps: float = 1e-6
   clip_norm: float = 0.0     # global gradient norm; 0 does not clip
-  max_skips: int = 10        # steps in a row with a non-finite loss or gradient that end the run
+  max_skips: int = 10        # steps in a row with a non-finite loss or gradient, or with spikes, that end the run
+  spike: Spike = field(default_factory=Spike)
 
 
 @dataclass
@@ -146,8 +163,9 @@ class Evaluation:
   source: Source = field(default_factory=Source)
   every: int = 1000          # steps; 0 = only at the end; -1 = only by limber_jax.evaluate, never in training
   batch_size: int = 256
-  classes: str = ""          # imagenet | a file with one class name a line; "" = the source's own names
-  templates: str = "imagenet7"  # imagenet80 | imagenet7 | a file, one a line, {} for the class | one template itself
+  classes: str = ""          # a built-in list (imagenet, food101, …) | a file, one class a line; "" = the source's own
+  # a built-in list (imagenet80, imagenet7, single, food101, …) | a file, one a line, {} for the class | one itself
+  templates: str = "imagenet7"
   train: Source | None = None       # of probes: what they learn from; vqa: what examples are drawn from
   validation: Source | None = None  # of probes: where the strength is chosen; None = a part of `train`
   metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice
@@ -197,15 +215,18 @@ class Config:
   # workdir -> the experiment file that is trained there first, unless it has been: what `init` reads
   first: dict[str, str] = field(default_factory=dict)
   log_every: int = 50        # steps
+  # Seconds without a batch or a step, or six times as many without anything else, after which the run prints where its
+  # threads are and exits; see limber_jax.watchdog. 0 waits for ever.
+  watchdog: float = 600.0
 
   def __post_init__(self):
     self.evals, self.first = dict(self.evals), dict(self.first)
 
 
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
-RUNTIME = ("mesh", "checkpoint", "log_every", "data.workers", "data.threads", "data.prefetch", "compute.attention",
-           "compute.remat", "compute.unroll", "data.source.path", "data.source.images", "data.tokenizer.path",
-           "data.features", "decoding", "evals", "first")
+RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.threads", "data.prefetch",
+           "data.damaged", "compute.attention", "compute.remat", "compute.unroll", "data.source.path", "data.source.images",
+           "data.tokenizer.path", "data.features", "decoding", "evals", "first")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Log:
     left = (self._steps - step) * speed["seconds_per_step"]
     self.line(f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
               f"{speed['examples_per_second']:,.0f} examples/s  data wait {speed['data_wait']:.0%}  "
-              f"left {_duration(left)}", replace=step < self._steps)
+              f"left {duration(left)}", replace=step < self._steps)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Writes a record of `step` to metrics.jsonl and its numbers to TensorBoard."""
@@ -107,7 +107,8 @@ def _truncate(path: str, step: int) -> None:
   os.replace(f"{path}.tmp", path)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """Returns "2d 3h", "3h 05m" or "5m 07s"."""
   seconds = int(seconds)
   days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
   if days:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from limber_jax.config import Optim, choose
+from limber_jax.config import Optim, Spike, choose
 from limber_jax.errors import UserError
 from limber_jax.parallel import path_name
 
@@ -68,6 +68,37 @@ def make(config: Optim, steps: int) -> optax.GradientTransformation:
   rates = [_scale_parts({part: lr / config.lr for part, lr in config.part_lr.items()})] if config.part_lr else []
   return optax.chain(*clip, optax.adamw(schedule(config, steps), config.b1, config.b2, config.eps,
                                         weight_decay=config.weight_decay, mask=decay_mask), *rates)
+
+
+def check_spike(config: Spike) -> Spike:
+  """Returns `config`; raises UserError if its settings are out of range."""
+  if config.window < 0 or config.factor <= 0:
+    raise UserError(f"config.optim.spike: window={config.window} must be at least 0 and factor={config.factor} more "
+                    "than 0")
+  return config
+
+
+def limit(history: jax.Array, factor: float) -> jax.Array:
+  """Returns what a value must not exceed to be usual: the median + factor · deviation; [] float32.
+
+  The deviation is 1.4826 · the median distance from the median, which is the standard deviation where values are
+  normally distributed; of n values it is taken for at least the median / n, since few values say little. Neither moves
+  by much for a few outliers, so what was skipped may stay in the window, and a lasting change becomes usual.
+
+  Args:
+    history: float32 [W], NaN where there is no value yet; without any value the limit is infinite.
+    factor: k.
+  """
+  count = jnp.isfinite(history).sum()
+  median = jnp.nanmedian(history)
+  deviation = 1.4826 * jnp.nanmedian(jnp.abs(history - median))
+  bound = median + factor * jnp.maximum(deviation, jnp.abs(median) / jnp.maximum(count, 1))
+  return jnp.where(count > 0, bound, jnp.inf)
+
+
+def remember(history: jax.Array, value: jax.Array, keep: jax.Array) -> jax.Array:
+  """Returns `history` [W] with `value` [] in the place of the oldest, where `keep` [] is True."""
+  return jnp.where(keep, jnp.append(history[1:], value), history)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from limber_jax import peers
 from limber_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -40,15 +41,20 @@ def start() -> None:
   env = os.environ
   if jax.distributed.is_initialized():
     return
+  # JAX would take SIGTERM for itself, and do nothing with it but tell Orbax.
+  jax.config.update("jax_enable_preemption_service", False)
   if "JAX_COORDINATOR_ADDRESS" in env:
     try:
       count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
     except (KeyError, ValueError) as error:
       raise UserError("JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers "
                       f"too; got {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}") from error
-    jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index, heartbeat_timeout_seconds=30)
+    peers.watch_stderr()
+    jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index,
+                               heartbeat_timeout_seconds=peers.HEARTBEAT)
   elif any(k in env for k in _CLUSTERS) or int(env.get("SLURM_NTASKS", "1")) > 1:
-    jax.distributed.initialize(heartbeat_timeout_seconds=30)
+    peers.watch_stderr()
+    jax.distributed.initialize(heartbeat_timeout_seconds=peers.HEARTBEAT)
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:

@@ -1,8 +1,14 @@
 """Requests to stop: SIGTERM (a preempted machine) and SIGINT (Ctrl-C) ask the run to save and leave."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
+
+
+class Interrupted(Exception):
+  """A request to stop came while there was nothing to do but wait."""
 
 
 class StopRequest:
@@ -11,9 +17,17 @@ class StopRequest:
   Outside the main thread, where Python allows no handlers, the flag is only ever set by `set`.
   """
 
-  def __init__(self):
+  def __init__(self, *, at_end: bool = False):
+    """Makes a request that has not come.
+
+    Args:
+      at_end: the process ends when this is left: from then on both signals are ignored, because all is saved and the
+        exit code shall say so. Else the handlers of before come back.
+    """
     self.name: str | None = None  # of the signal that came
+    self._at_end = at_end
     self._old: dict[int, object] = {}
+    self._waiting = False
 
   def __call__(self) -> bool:
     return self.name is not None
@@ -21,6 +35,17 @@ class StopRequest:
   def set(self, name: str) -> None:
     """Asks the run to stop, as a signal would."""
     self.name = self.name or name
+
+  @contextlib.contextmanager
+  def interrupts(self, allowed: bool = True) -> Iterator[None]:
+    """While entered, a request, also one of before, raises Interrupted in the main thread; not if not `allowed`."""
+    self._waiting = allowed
+    try:
+      if allowed and self():
+        raise Interrupted
+      yield
+    finally:
+      self._waiting = False
 
   def __enter__(self) -> "StopRequest":
     if threading.current_thread() is threading.main_thread():
@@ -30,10 +55,13 @@ class StopRequest:
 
   def __exit__(self, *_: object) -> None:
     for number, handler in self._old.items():
-      signal.signal(number, handler)
+      signal.signal(number, signal.SIG_IGN if self._at_end else handler)
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
     if self.name is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.set(signal.Signals(number).name)
+    if self._waiting:
+      self._waiting = False
+      raise Interrupted

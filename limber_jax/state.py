@@ -7,8 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from limber_jax.errors import UserError, did_you_mean
+
+SHARDING = ((r"^history/", P()),)  # of what is the same for every task; parameters have the rows of theirs
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -18,14 +21,16 @@ class TrainState(flax.struct.PyTreeNode):
   params: dict[str, Any]     # the trainable parts only
   stats: dict[str, Any]      # BatchNorm statistics of the trainable parts
   opt_state: optax.OptState
-  skipped: jax.Array         # [] int32: steps not taken because the loss or a gradient was not finite
+  skipped: jax.Array         # [] int32: steps not taken, because of what loss and gradient were
   skipped_in_row: jax.Array  # [] int32: how many of them end at this step
+  history: dict[str, jax.Array]  # what tells spikes, by name, float32 [W], NaN where nothing is yet; {} where W = 0
 
   @classmethod
-  def create(cls, params: dict, stats: dict, tx: optax.GradientTransformation) -> "TrainState":
-    """Returns the state before the first step."""
+  def create(cls, params: dict, stats: dict, tx: optax.GradientTransformation, window: int = 0) -> "TrainState":
+    """Returns the state before the first step; `window` is config.optim.spike.window."""
     step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: all are donated
-    return cls(step, params, stats, tx.init(params), skipped, in_row)
+    history = {name: jnp.full(window, jnp.nan) for name in ("loss", "grad_norm")} if window else {}
+    return cls(step, params, stats, tx.init(params), skipped, in_row, history)
 
 
 class Frozen(flax.struct.PyTreeNode):

@@ -4,9 +4,10 @@ The loop knows `task.loss` and never the model. The position in the data is the 
 exactly where it was, on any number of processes.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,19 +17,22 @@ import numpy as np
 import optax
 from absl import flags
 
-from limber_jax import cli, optim, parallel, registry
+from limber_jax import cli, goodput, optim, parallel, peers, registry
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
+from limber_jax.data import damage as damage_lib
 from limber_jax.data import pipeline, tokenizers
 from limber_jax.data.features import FeatureSource
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Stopped
+from limber_jax.goodput import Ledger
 from limber_jax.log import Log
-from limber_jax.signals import StopRequest
-from limber_jax.state import Frozen, TrainState, check_trainable, split
+from limber_jax.signals import Interrupted, StopRequest
+from limber_jax.state import SHARDING, Frozen, TrainState, check_trainable, split
 from limber_jax.tasks.base import Task
 from limber_jax.tasks.step import make_step
+from limber_jax.watchdog import Watchdog
 from limber_jax.weights.digest import digest
 
 
@@ -80,7 +84,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
     return params | jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, fixed)
 
   def laid_out(tree):
-    return abstract(tree, parallel.shardings(tree, task.sharding, mesh))
+    return abstract(tree, parallel.shardings(tree, (*SHARDING, *task.sharding), mesh))
 
   params_like, stats_like = laid_out(jax.eval_shape(cast, params_like)), laid_out(stats_like)
 
@@ -119,7 +123,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
 
   def create(params, stats):
-    return TrainState.create(params, stats, tx)
+    return TrainState.create(params, stats, tx, optim.check_spike(config.optim.spike).window)
 
   like = laid_out(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
 
@@ -170,7 +174,8 @@ def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) ->
   return {f"{name}/{key}": value for name, run in evals.items() for key, value in run(predict, params, stats).items()}
 
 
-def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -> TrainState:
+def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, stop: StopRequest | None = None,
+          began: float | None = None) -> TrainState:
   """Trains `config` to its last step, going on from the newest checkpoint in `workdir`, and returns the state.
 
   SIGTERM and SIGINT save and return early.
@@ -179,25 +184,34 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
     config: the experiment.
     workdir: where config.json, checkpoints, metrics.jsonl, TensorBoard files and pictures go.
     log: prints a line.
+    stop: entered already; None listens to signals for as long as this takes.
+    began: when the command did, of time.monotonic(), for the ledger; None is now.
 
   Raises:
-    UserError: settings or data that do not fit, a workdir of another experiment, or optim.max_skips steps in a row
-      without a finite loss and gradient.
+    UserError: settings or data that do not fit, a workdir of another experiment, no checkpoint there that is whole,
+      optim.max_skips steps in a row without a finite and usual loss and gradient, more damaged records than
+      config.data.damaged allows, a data worker that is gone, or a checkpoint that could not be saved: the run ends
+      there rather than take steps that the next fault would lose.
   """
   for directory, file in config.first.items():
     experiment = cli.load_experiment(file)
     if not os.path.isdir(os.path.join(directory, "checkpoints", str(experiment.steps))):
       log(f"first {file}, in {directory}")
-      state = train(experiment, directory, log=log)
+      state, began = train(experiment, directory, log=log, stop=stop, began=began), None
       if int(state.step) < experiment.steps:
         return state  # a signal came; the same command goes on with it
 
-  with StopRequest() as stop:
+  with contextlib.ExitStack() as until_end:
+    stop = stop or until_end.enter_context(StopRequest())
     main = jax.process_index() == 0
+    ledger = Ledger(workdir, active=main, began=began)
     # First what is quick to say: that there are no data.
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
+    damage = damage_lib.Damage(workdir, source, config.data, config.batch_size)
     s = setup(config, workdir)
     _claim(workdir, config, main)
+    until_end.enter_context(ledger)
+    until_end.enter_context(Watchdog(ledger, config.watchdog, name=f"process {jax.process_index()}"))
     for part in s.drawn:
       keep_frozen(workdir, part, {"params": s.frozen.params[part], "stats": s.frozen.stats.get(part, {})})
     rows = parallel.local_rows(config.batch_size, s.mesh)
@@ -205,25 +219,39 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
       source = FeatureSource(source, config.data.features, cached(s))
     fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed)
     # One process looks at the flag wherever it waits; several agree on it in the step, see `flagged`.
-    alone = stop if jax.process_count() == 1 else lambda: False
-    context = make_context(s, workdir, alone)
+    single = jax.process_count() == 1
+    alone = stop if single else lambda: False
+
+    def agreed() -> bool:
+      """Returns whether any process was asked to stop; all of them must ask together."""
+      ledger.alive()
+      return any(parallel.from_each(stop()))
+
+    context = make_context(s, workdir, agreed)
     evals = {name: make_eval(s, name, context) for name, e in config.evals.items() if e.every >= 0}
-    checkpoints = Checkpoints(workdir, config.checkpoint, write=True)
-    latest = checkpoints.latest()
+    checkpoints = Checkpoints(workdir, config.checkpoint, write=True, log=log)
+    with ledger("restore"):
+      latest = checkpoints.latest()
     if latest is None:
       state, meta = s.init(), {"evaluated": True}
     else:
-      state, meta = checkpoints.restore(latest, s.like)
+      with ledger("restore"):
+        state, meta = checkpoints.restore(latest, s.like)
       if meta["data"] != fingerprint:
         raise UserError(f"{workdir} was trained on other data: its checkpoint {latest} has the fingerprint "
                         f"{meta['data'][:12]}, config.data now gives {fingerprint[:12]}; choose another --workdir")
       check_frozen(meta, s.digests, workdir, latest)
     start = int(state.step)
+    ledger.at(start)
+    damage.start(start)
     out = Log(workdir, steps=config.steps, batch_size=config.batch_size, start_step=start, active=main, print=log)
     count = sum(x.size for x in jax.tree.leaves(state.params))
     out.line(f"{config.name}: {count / 1e6:.1f} M trained parameters, {len(source):,} examples, "
              f"{jax.device_count()} × {jax.devices()[0].device_kind}"
              + (f", going on from step {start}" if start else ""))
+    if damage.found:
+      out.line(f"{len(damage.found):,} annotations cannot be used, and {damage_lib.FILE} names them; the first: "
+               f"{damage_lib.told(damage.found[0])}")
 
     batches = pipeline.train_batches(
       source,
@@ -232,15 +260,15 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
       threads=config.data.threads, prefetch=config.data.prefetch)
     replicated = parallel.replicated(s.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, s.like)
-    train_step = make_step(s.task, s.tx, optim.schedule(config.optim, config.steps))
+    train_step = make_step(s.task, s.tx, optim.schedule(config.optim, config.steps), config.optim.spike)
     rng = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=replicated)()
 
     def flagged(state, frozen, batch, rng):
       """Every process puts its stop flag into the batch; the maximum is what all of them act on, at the same step."""
-      batch, flag = dict(batch), batch["stop"]
-      del batch["stop"]
+      batch = dict(batch)
+      flag, damaged = batch.pop("stop"), batch.pop("damaged")
       state, metrics = train_step(state, frozen, batch, rng)
-      return state, metrics | {"stop": flag.max()}
+      return state, metrics | {"stop": flag.max(), "damaged": damaged.sum()}
 
     step_fn = jax.jit(flagged, donate_argnums=0, out_shardings=(shardings, replicated),
                       compiler_options=parallel.compiler_options())
@@ -249,25 +277,37 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
       """Runs evaluations, writes them as one record, and returns it; {} if none was due."""
       if not due:
         return {}
-      metrics = evaluate(s, due, state.params, state.stats)
+      with ledger("evaluation"):
+        metrics = evaluate(s, due, state.params, state.stats)
       out.write(step, metrics)
       out.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
       out.restart_clock()
       return metrics
 
+    def name_damage(step: int, due: bool = True) -> None:
+      """Names what could not be read up to `step`; raises UserError if it is too much."""
+      if new := damage.settle(step, due):
+        out.write(step, {"event": "damaged", "records": len(new), "share": damage.share(step)})
+        out.line(f"step {step}  {len(new)} more cannot be read, others stand in for them: {damage.share(step):.2%} of "
+                 f"what was seen; {damage_lib.FILE} names all; the last: {damage_lib.told(new[-1])}")
+
     def record(step: int, metrics: dict[str, jax.Array]) -> bool:
       """Writes what step `step` gave, once it is there; returns whether to stop."""
       values = {k: v.item() for k, v in jax.device_get(metrics).items()}
       stopping, skipped, in_row = values.pop("stop"), values.pop("skipped"), values.pop("skipped_in_row")
+      damage.count(values.pop("damaged"))
+      name_damage(step, due=step % config.log_every == 0)
+      limits = {k: values.pop(k) for k in ("loss_limit", "grad_norm_limit") if k in values}
       if skipped:
-        out.write(step, {"event": "skipped", "loss": repr(values["loss"]), "grad_norm": repr(values["grad_norm"])})
-        out.line(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}")
+        seen = {k: values[k] for k in ("loss", "grad_norm")}
+        out.write(step, {"event": "skipped"} | {k: repr(v) for k, v in (seen | limits).items()})
+        out.line(f"step {step} skipped: " + ", ".join(f"{k} {v:.4g}" for k, v in (seen | limits).items()))
       elif step % config.log_every == 0 or step in (start + 1, config.steps):
-        out.train(step, values)
+        out.train(step, values | {k: v for k, v in limits.items() if math.isfinite(v)})
       if in_row >= config.optim.max_skips:
-        raise UserError(f"steps {step - in_row + 1} to {step} had no finite loss and gradient "
-                        f"(config.optim.max_skips={config.optim.max_skips}); the last checkpoint is step "
-                        f"{checkpoints.latest()}; try a lower --config.optim.lr")
+        raise UserError(f"steps {step - in_row + 1} to {step} had no finite loss and gradient"
+                        f"{', or a spike of them' if limits else ''} (config.optim.max_skips="
+                        f"{config.optim.max_skips}); the last checkpoint is step {checkpoints.latest()}; try a lower --config.optim.lr")
       return bool(stopping)
 
     def due(step: int) -> dict[str, Any]:
@@ -276,21 +316,27 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
               if last or (config.evals[n].every and step % config.evals[n].every == 0)}
 
     def save(step: int, metrics: dict[str, float], *, evaluated: bool) -> None:
-      checkpoints.save(state, {"data": fingerprint, "evaluated": evaluated, "frozen": s.digests}, metrics or None)
+      name_damage(step)
+      with ledger("save"):
+        checkpoints.save(state, {"data": fingerprint, "evaluated": evaluated, "frozen": s.digests}, metrics or None)
 
-    step, stopping, metrics, pending, saved = start, stop(), {}, None, start
+    step, stopping, metrics, pending, saved = start, agreed(), {}, None, start
+    until_end.enter_context(ledger("step"))
     try:
       if not stopping and not meta["evaluated"]:
         metrics = measure(start, due(start))
         saved = -1
       with jax.set_mesh(s.mesh):
         while step < config.steps and not stopping:
-          before = time.perf_counter()
-          local = next(batches)
-          out.waited(time.perf_counter() - before)
+          with ledger("data") as wait, stop.interrupts(single):
+            local = damage.read(step + 1, next(batches))
+          out.waited(wait.seconds)
           local["stop"] = np.full(rows.stop - rows.start, stop(), np.int32)
-          state, fresh = step_fn(state, s.frozen, parallel.global_batch(local, s.mesh), rng)
+          with ledger("compile" if step == start else "step"):
+            state, fresh = step_fn(state, s.frozen, parallel.global_batch(local, s.mesh), rng)
+          ledger.at(step + 1)
           # The values of a step are read while the next one runs, except where something is done after this step.
+          checkpoints.check()
           stopping = (pending is not None and record(*pending)) or alone()
           step, pending = step + 1, (step + 1, fresh)
           at_checkpoint = step % config.checkpoint.every == 0
@@ -302,15 +348,18 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print) -
             if at_checkpoint or stopping or step == config.steps or config.checkpoint.best in metrics:
               save(step, metrics, evaluated=not stopping or not due(step))
               saved = step
-    except Stopped:
+    except (Stopped, Interrupted) as reason:
       stopping = True
-      if saved != step:
-        save(step, {}, evaluated=False)
-        saved = step
+      if pending is not None:
+        record(*pending)
+      if saved != step:  # who waits for data has evaluated what was due
+        save(step, {}, evaluated=isinstance(reason, Interrupted))
     finally:
       batches.close()
-      checkpoints.close()
       out.close()
+      with ledger("save"):
+        checkpoints.close()
+    out.line(ledger.summary())
     if stopping:
       log(f"stopped by {stop.name or 'another process'} at step {step}; the same command goes on from there")
     return state
@@ -342,7 +391,8 @@ if __name__ == "__main__":
     if not _workdir.value:
       raise UserError("--workdir is missing; for example --workdir=runs/quickstart")
     config = cli.get_config(_config)
-    parallel.start()
-    train(config, _workdir.value)
+    with StopRequest(at_end=True) as stop, peers.named():
+      parallel.start()
+      train(config, _workdir.value, stop=stop, began=goodput.process_began())
 
   cli.run(_main)

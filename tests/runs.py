@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from limber_jax.config import (
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import LimberSize, Map, PromptSize
-from limber_jax.state import TrainState
+from limber_jax.state import SHARDING, TrainState
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.tasks.step import make_init, make_step
 from limber_jax.train import setup
@@ -88,6 +89,12 @@ def environment(cache: Any, devices: int = 1, processes: int = 1, index: int = 0
   return env
 
 
+def resident() -> int:
+  """Returns the bytes of memory that this process holds."""
+  with open("/proc/self/statm", encoding="ascii") as file:
+    return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def zeroshot(every: int = 2) -> dict[str, Evaluation]:
   """Returns one evaluation on held-out digits."""
   return {"zeroshot": Evaluation(source=Source(name="digits", split="test"), every=every, batch_size=64)}
@@ -122,21 +129,24 @@ class Poisoned(Contrastive):
     return loss + batch["poison"].mean(), rest
 
 
-def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastive] = Contrastive
-        ) -> tuple[list[dict[str, float]], list[TrainState]]:
-  """Returns (metrics, states) after each batch of `data`, on the mesh of `config` over the first devices."""
+def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastive] = Contrastive,
+        start: TrainState | None = None) -> tuple[list[dict[str, float]], list[TrainState]]:
+  """Returns (metrics, states) after each batch of `data`, on the mesh of `config` over the first devices.
+
+  The state before it is `start`, or a fresh one.
+  """
   sizes = vars(config.mesh)
   mesh = parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
   task = task.of(config)
   tx = optim.make(config.optim, config.steps)
   rng = jax.random.key(0)
   # Drawn on one device and then spread: drawing takes longer to compile than a step, and so is compiled only once.
-  state, frozen = jax.jit(make_init(task, tx, config.trainable))(rng)
-  shardings = parallel.shardings(state, task.sharding, mesh)
-  state = jax.device_put(state, shardings)
+  state, frozen = jax.jit(make_init(task, tx, config.trainable, config.optim.spike.window))(rng)
+  shardings = parallel.shardings(state, (*SHARDING, *task.sharding), mesh)
+  state = jax.device_put(state if start is None else start, shardings)
   metrics, states = [], []
   with jax.set_mesh(mesh):
-    step = jax.jit(make_step(task, tx, optim.schedule(config.optim, config.steps)),
+    step = jax.jit(make_step(task, tx, optim.schedule(config.optim, config.steps), config.optim.spike),
                    out_shardings=(shardings, parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
     for batch in data:
       state, values = step(state, frozen, parallel.global_batch(batch, mesh), rng)

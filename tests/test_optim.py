@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from limber_jax import optim
-from limber_jax.config import Optim
+from limber_jax.config import Optim, Spike
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.tasks.contrastive import Contrastive
@@ -64,3 +64,32 @@ def test_decay_spares_exactly_gains_biases_and_temperature(size):
     name = "/".join(str(k.key) for k in path)
     stacked = "blocks/" in name or "_rest/" in name
     assert decayed == (leaf.ndim - stacked >= 2), name
+
+
+def window(*values):
+  return jnp.array([np.nan] * (8 - len(values)) + list(values), jnp.float32)
+
+
+@pytest.mark.parametrize(("values", "limit"), [
+  ((), np.inf),
+  ((2.0,), 2 + 10 * 2),                                   # of one value the deviation counts as the value itself
+  ((1.0, 2.0, 3.0, 4.0, 50.0), 3 + 10 * 1.4826),          # median 3; distances 2 1 0 1 47, their median 1
+  ((4.0,) * 8, 4 + 10 * 4 / 8),                           # no deviation at all: the median over the count
+  ((-4.0,) * 8, -4 + 10 * 4 / 8),
+])
+def test_the_limit_of_what_is_usual(values, limit):
+  with jax.debug_nans(False):
+    assert optim.limit(window(*values), 10.0) == pytest.approx(limit, rel=1e-6)
+
+
+def test_a_window_takes_the_newest_in_the_place_of_the_oldest():
+  seen = window()
+  for value in range(10):
+    seen = optim.remember(seen, jnp.float32(value), jnp.bool_(value != 5))
+  np.testing.assert_array_equal(seen, [1, 2, 3, 4, 6, 7, 8, 9])
+
+
+@pytest.mark.parametrize("change", [{"window": -1}, {"window": 8, "factor": 0.0}])
+def test_an_impossible_window_is_refused(change):
+  with pytest.raises(UserError, match="config\\.optim\\.spike"):
+    optim.check_spike(Spike(**change))

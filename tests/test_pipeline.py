@@ -33,6 +33,9 @@ class Numbers:
     assert 0 <= index < self.n
     return {"id": f"number {index}", "index": index}
 
+  def annotation(self, index):
+    return self[index]
+
   def fingerprint(self):
     return f"{self.n:016x}"
 
@@ -120,6 +123,51 @@ def test_each_record_comes_once_an_epoch_whatever_reads_it(processes, prefetch):
   np.testing.assert_array_equal(draws, [np.random.default_rng((3, p)).random(2) for p in range(size * steps)])
 
 
+def exactly_once(n, batch_size, hosts, workers, seeks):
+  """Reads an epoch of n records on several hosts, and after each seek a batch; each must be what `order` says."""
+  size, steps = batch_size // hosts, -(-n // batch_size)
+  wanted = np.array([order(n, 11, p) for p in range(steps * batch_size)]).reshape(steps, hosts, size)
+  assert sorted(wanted.reshape(-1)[:n].tolist()) == list(range(n))
+  slowest = 0.0
+  for host in range(hosts):
+    def open_at(start, workers, host=host):
+      return train_batches(Numbers(n), copied, batch_size=batch_size, rows=slice(host * size, (host + 1) * size),
+                           seed=11, start_step=start, workers=workers, threads=0 if not workers else 1, prefetch=0)
+
+    for step, batch in enumerate(take(open_at(0, workers), steps)):
+      np.testing.assert_array_equal(batch["index"], wanted[step, host])
+      np.testing.assert_array_equal(batch["copy"], batch["index"])
+    for start in seeks:
+      before = time.perf_counter()
+      with open_at(start, 0) as batches:  # the workers themselves take seconds to start
+        batch = next(batches)
+        slowest = max(slowest, (time.perf_counter() - before) / max(1, size / 1000))
+      first = start * batch_size + host * size
+      assert batch["index"].tolist() == [order(n, 11, first + i) for i in range(size)]
+  assert slowest < 1  # of a thousand records
+  return slowest
+
+
+def copied(record, rng):
+  return {"copy": np.int32(record["index"])}
+
+
+HOSTS = [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_any_number_of_hosts_sees_each_record_once_an_epoch(hosts):
+  exactly_once(10_007, 400, hosts, 0, (7, 10**6, 10**12))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_a_million_records_come_once_an_epoch_on_any_hosts_and_workers(hosts, workers):
+  slowest = exactly_once(1_000_000, 16_000, hosts, workers, (1, 62, 63, 10**6, 10**9))
+  print(f"R21: {hosts} hosts, {workers} workers: 1,000,000 of 1,000,000 once; seek at most {slowest:.3f} s")
+
+
 @pytest.mark.parametrize("rows", [slice(0, 100), slice(50, 100), slice(0, 64), slice(3, 40), slice(99, 100)])
 def test_rows_of_any_number_are_those_of_the_global_batch(rows):
   whole = take(train_batches(Numbers(1000), Draw(), batch_size=100, rows=slice(0, 100), seed=0), 3)
@@ -169,19 +217,18 @@ def test_digits_arrive_as_arrays_for_the_device():
   [batch] = take(train_batches(source, transforms.train(32, ByteTokenizer(), 40, "center", (0.9, 1.0)),
                                batch_size=48, rows=slice(0, 48), seed=0), 1)
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
-    "image": ((48, 32, 32, 3), np.uint8), "tokens": ((48, 40), np.int32), "index": ((48,), np.int64)}
+    "image": ((48, 32, 32, 3), np.uint8), "tokens": ((48, 40), np.int32), "index": ((48,), np.int64),
+    "damage": ((48,), np.dtype("<U1"))}
   for index, tokens in zip(batch["index"], batch["tokens"], strict=True):
     assert ByteTokenizer().decode(tokens) == source.annotation(index)["text"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_record_that_cannot_be_read_is_named(workers):
-  bad = order(30, 0, 8 * 3 + 5)
-  batches = train_batches(Numbers(30), Draw(bad=(bad,)), batch_size=8, rows=slice(0, 8), seed=0, workers=workers)
-  with batches:
-    for _ in range(3):
+def test_a_record_that_an_evaluation_cannot_read_is_named(workers):
+  with eval_batches(Numbers(30), Draw(bad=(17,)), batch_size=8, workers=workers) as batches:
+    for _ in range(2):
       next(batches)
-    with pytest.raises(UserError, match=rf"Numbers record {bad} \(number {bad}\): image of 0 bytes cannot be decoded"):
+    with pytest.raises(UserError, match=r"Numbers record 17 \(number 17\): image of 0 bytes cannot be decoded"):
       next(batches)
 
 

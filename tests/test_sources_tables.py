@@ -478,6 +478,22 @@ def test_shares_are_exact_in_every_window_and_members_are_permuted_each_on_its_o
   assert stream != [source.annotation(source.order(6, p))["text"] for p in range(1200)]
 
 
+@pytest.mark.long
+def test_a_million_positions_of_a_mixture_have_exact_shares_and_each_record_once_an_epoch(tmp_path, lines):
+  sizes, weights = (300_000, 20_011, 7), (13, 6, 1)
+  source = mixture(tmp_path, *(lines(n, s) | {"weight": w} for n, s, w in zip("abc", sizes, weights, strict=True)))
+  starts, stream = np.cumsum([0, *sizes]), np.array([source.order(9, p) for p in range(1_000_000)])
+  member = np.searchsorted(starts, stream, "right") - 1
+  for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+    assert (np.add.reduceat(member == number, np.arange(0, 1_000_000, 20)) == weight).all()
+    own = stream[member == number] - starts[number]
+    assert len(own) == 50_000 * weight
+    for i in range(0, len(own) - size + 1, size):
+      assert np.array_equal(np.sort(own[i : i + size]), np.arange(size))
+  assert (np.bincount(stream[member == 2] - starts[2]) >= 50_000 // 7).all()
+  print("R21: shares of 13, 6 and 1 exact in each of 50,000 rounds of 20")
+
+
 def test_batches_of_a_mixture_keep_its_shares_on_any_hosts(tmp_path, lines):
   source = mixture(tmp_path, lines("a", 50) | {"weight": 3}, lines("b", 7) | {"weight": 1})
   transform = transforms.captioning({}, ByteTokenizer(), 5)

@@ -1,11 +1,15 @@
 """The training step: the same on every mesh and in every number of pieces, and never moved by a NaN."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from runs import Poisoned, batches, run, tiny
 
-from limber_jax.config import Compute, Loss, Optim
+from limber_jax.config import Compute, Loss, Optim, Spike
+from limber_jax.data import pipeline, tokenizers
+from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 from limber_jax.losses import MAX_LOG_SCALE
 from limber_jax.tasks.contrastive import Contrastive
@@ -132,6 +136,88 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
   metrics, states = run(config, batches(config, 1), Steep)
   assert np.isfinite(metrics[0]["loss"]) and not np.isfinite(metrics[0]["grad_norm"])
   assert metrics[0]["skipped"] == 1 and all(np.isfinite(x).all() for x in jax.tree.leaves(states[0].params))
+
+
+class Scaled(Contrastive):
+  """The contrastive task, its loss and gradient times 1 + `poison`."""
+
+  def loss(self, params, stats, batch, rng):
+    loss, rest = super().loss(params, stats, batch, rng)
+    return loss * (1 + batch["poison"].mean()), rest
+
+
+WINDOW = 32
+WITH_SPIKES = {"steps": 1000, "optim": Optim(lr=2e-4, warmup_steps=10, spike=Spike(window=WINDOW))}
+
+
+def made_of(data, values):
+  """Returns the batches of `data`, over and over, with the `poison` of each of `values`."""
+  return [data[i % len(data)] | {"poison": np.full_like(data[0]["poison"], v)} for i, v in enumerate(values)]
+
+
+def test_each_nan_skips_one_step_at_every_position_and_never_enters_the_window():
+  bad = (0, 1, 10, WINDOW, 200)
+  config = tiny(**WITH_SPIKES)
+  data = made_of(batches(config, 8), [np.nan if i in bad else 0.0 for i in range(205)])
+  metrics, states = run(config, data, Scaled)
+  assert [i for i, m in enumerate(metrics) if m["skipped"]] == list(bad)
+  for state in states:
+    seen = np.isfinite(state.history["loss"])
+    assert seen.sum() == min(state.step - state.skipped, WINDOW)
+    np.testing.assert_array_equal(seen, np.isfinite(state.history["grad_norm"]))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(states[-1].params))
+  # All is as in a run that never met these batches: parameters, optimizer count and window.
+  _, clean = run(config, [b for i, b in enumerate(data) if i not in bad], Scaled)
+  for part in ("params", "opt_state", "history"):
+    assert apart(getattr(states[-1], part), getattr(clean[-1], part)) == 0
+  assert (states[-1].step, states[-1].skipped) == (205, len(bad))
+
+
+def test_each_spike_skips_one_step_and_the_window_outlives_it():
+  bad = (1, 10, WINDOW, 60)
+  config = tiny(**WITH_SPIKES)
+  data = made_of(batches(config, 8), [99.0 if i in bad else 0.0 for i in range(70)])
+  metrics, states = run(config, data, Scaled)
+  assert tuple(i for i, m in enumerate(metrics) if m["skipped"]) == bad
+  for i in bad:
+    assert metrics[i]["grad_norm"] > metrics[i]["grad_norm_limit"]
+    for part in ("params", "opt_state"):
+      assert apart(getattr(states[i], part), getattr(states[i - 1], part)) == 0
+
+
+def test_a_lasting_change_becomes_usual():
+  config = tiny(**WITH_SPIKES)
+  metrics, states = run(config, made_of(batches(config, 8), [0.0] * 40 + [99.0] * 25), Scaled)
+  assert [m["skipped"] for m in metrics[:40]] == [0] * 40
+  assert metrics[40]["skipped"] and not metrics[-1]["skipped"]
+  assert metrics[38]["loss_limit"] < metrics[-1]["loss_limit"]
+  assert states[-1].skipped_in_row == 0 < states[-1].skipped < 25
+
+
+@pytest.mark.long
+def test_after_a_spike_the_loss_is_that_of_the_clean_run():
+  config = tiny(**WITH_SPIKES)
+  size = config.batch_size
+  transform = Contrastive.of(config).transform(tokenizers.load(config.data.tokenizer), config.data, train=True)
+  with pipeline.train_batches(Digits(config.data.source), transform, batch_size=size, rows=slice(0, size), seed=0,
+                              threads=0) as digits:
+    data = [{"image": b["image"], "tokens": b["tokens"], "poison": np.zeros(size, np.float32)}
+            for b in itertools.islice(digits, 250)]
+  clean, states = run(config, data, Scaled)
+  worst = 0.0
+  for position in (*range(1, 17), 24, WINDOW, 100, 199):
+    spike = made_of(data[position : position + 1], [99.0])
+    metrics, _ = run(config, spike + data[position + 1 : position + 51], Scaled, start=states[position - 1])
+    assert [m["skipped"] for m in metrics] == [1] + [0] * 50
+    worst = max(worst, abs(metrics[-1]["loss"] / clean[position + 50]["loss"] - 1))
+  print(f"20 spikes, one step skipped for each; 50 steps later the loss is within {worst:.2%} of the clean run's")
+  assert worst < 0.01
+
+
+def test_without_a_window_a_state_holds_no_history():
+  config = tiny()
+  metrics, states = run(config, batches(config, 1))
+  assert states[0].history == {} and not {k for k in metrics[0] if k.endswith("_limit")}
 
 
 def test_the_temperature_never_passes_100():

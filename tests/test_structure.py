@@ -15,14 +15,16 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "config", "registry", "errors", "cli", "log", "parallel", "signals"},
+  {"__init__", "losses", "config", "registry", "errors", "cli", "log", "parallel", "signals", "peers", "goodput",
+   "watchdog"},
   {"models", "optim", "data", "metrics"},
   {"state", "checkpoint"},
   {"weights", "generate"},
   {"tasks"},
   {"evals"},
-  {"recipes", "train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "bench", "health",
+  {"recipes", "train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "health",
    "inspect", "pack", "report", "train_tokenizer"},
+  {"bench"},
 )
 
 

@@ -6,7 +6,7 @@ import sys
 from limber_jax import cli
 from limber_jax.errors import did_you_mean
 
-BENCHES = {name: f"limber_jax.bench.{name}" for name in ("captions", "generate", "loss", "probe", "train")}
+BENCHES = {name: f"limber_jax.bench.{name}" for name in ("captions", "data", "generate", "loss", "probe", "train")}
 
 if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -1,19 +1,26 @@
 """Batches on Grain, in an order that is a pure function of (seed, step).
 
-The position of an example in training is step * batch_size + row. It decides everything: which record (`order`) and
-which random numbers. So a run goes on at any step, on any number of processes and workers, with nothing saved but the
-step.
+The position of an example in training is step * batch_size + row. It decides everything: which record (`order`), which
+other stands in where that cannot be read, and which random numbers. So a run goes on at any step, on any number of
+processes and workers, with nothing saved but the step.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import threading
+import traceback
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -29,6 +36,8 @@ from limber_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 PIECE = 32  # examples, at most, that one reading thread prepares at a time and one worker sends at once
+TRIES = 100  # records that may stand at a position before it is given up: half of all could be damaged
+STOPPED = 10  # seconds that a worker may be stopped
 _ROUNDS = 6
 _64 = (1 << 64) - 1
 
@@ -60,24 +69,42 @@ def order(n: int, seed: int, position: int) -> int:
       return x
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
   entropy = np.random.SeedSequence((seed, epoch), spawn_key=(1,))  # apart from the random numbers of examples
   return tuple(entropy.generate_state(_ROUNDS, np.uint64).tolist())
 
 
-class Batches(Iterator[Batch]):
-  """This process's rows of one batch after the other. `close()` ends its threads and workers; `with` does so too."""
+@functools.lru_cache(maxsize=TRIES)
+def _seed_in_turn(seed: int, turn: int) -> int:
+  """Returns the seed of the order that says what stands in for a record, where `turn` others could not."""
+  return int(np.random.SeedSequence((seed, turn), spawn_key=(3,)).generate_state(1, np.uint64)[0]) if turn else seed
 
-  def __init__(self, iterator: Any):
-    self._held = [iterator]
+
+class Batches(Iterator[Batch]):
+  """This process's rows of one batch after the other. `close()` ends its threads and workers; `with` does so too.
+
+  A worker that was killed, or stopped for STOPPED seconds, is a UserError from next() within 30 s.
+  """
+
+  def __init__(self, iterator: Any, workers: int = 0):
+    self._watch = _Watch() if workers else None
+    self._held = [iterator, *([self._watch] if workers else [])]
     # Also when the interpreter ends: Grain's own iterators then fail to close themselves, and say so on the terminal.
     self.close = weakref.finalize(self, _close, self._held)
 
   def __next__(self) -> Batch:
     if not self._held:
       raise StopIteration
-    return next(self._held[0])
+    try:
+      return next(self._held[0])
+    except (StopIteration, UserError):
+      raise
+    except Exception as error:
+      if self._watch is None:
+        raise
+      raise UserError(f"{self._watch.told() or f'a data worker failed: {_told(error)}'}; the same command goes on from "
+                      "what was saved last") from error
 
   def __enter__(self) -> "Batches":
     return self
@@ -88,12 +115,92 @@ class Batches(Iterator[Batch]):
 
 def _close(held: list[Any]) -> None:
   while held:
-    held.pop().close()
+    held.pop(0).close()
+
+
+class _Watch:
+  """Looks every second after the workers of this process. Grain itself sees those that are gone, and waits for ever for
+  one that is stopped: that one is killed here."""
+
+  def __init__(self):
+    self._workers: dict[int, BaseProcess] = {}  # by process number, also when they are gone
+    self._stopped: set[int] = set()
+    self._end = threading.Event()
+    self._thread = threading.Thread(target=self._look, name="watch-data-workers", daemon=True)
+    self._thread.start()
+
+  def _look(self) -> None:
+    seconds = Counter()
+    while not self._end.wait(1):
+      for worker in multiprocessing.active_children():
+        if worker.name.startswith("grain-process-prefetch"):
+          self._workers[worker.pid] = worker
+          seconds[worker.pid] = seconds[worker.pid] + 1 if _is_stopped(worker.pid) else 0
+          if seconds[worker.pid] == STOPPED:
+            self._stopped.add(worker.pid)
+            worker.kill()
+
+  def told(self) -> str:
+    """Returns what became of a worker, "" if nothing is known."""
+    for pid in self._stopped:
+      return f"data worker (process {pid}) was stopped for {STOPPED} seconds by a signal"
+    for pid, worker in self._workers.items():
+      if (code := worker.exitcode) is not None and code < 0:
+        hint = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps because /dev/shm is full"}
+        return f"data worker (process {pid}) was ended by {signal.Signals(-code).name}{hint.get(-code, '')}"
+      if code:
+        return f"data worker (process {pid}) ended with exit code {code}"
+    return ""
+
+  def close(self) -> None:
+    self._end.set()
+    self._thread.join()
+
+
+def _is_stopped(pid: int) -> bool:
+  """Returns whether a process is stopped by a signal; False where the system has no /proc."""
+  try:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+      return file.read().rpartition(b")")[2].split()[0] == b"T"
+  except (OSError, IndexError):
+    return False
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Runs first in a worker: signals that go to all processes of a run are its parent's to answer."""
+  del index, count
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  end_with_parent()
+
+
+def end_with_parent() -> None:
+  """Makes this process, a child by multiprocessing, end as soon as its parent does, however that ends.
+
+  Linux' PR_SET_PDEATHSIG would not do: it means the thread that started the child, which Grain ends at once.
+  """
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+def _told(error: Exception) -> str:
+  """Returns an error that nobody expected, on one line, with the place that raised it."""
+  frames = traceback.extract_tb(error.__traceback__)
+  place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+  return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def train_batches(source: Source, transform: Transform, *, batch_size: int, rows: slice, seed: int, start_step: int = 0,
                   workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
   """Returns endless batches of what `transform` gives, stacked, with "index" int64 [b]: the number of the record.
+
+  Where a record cannot be read, the one at the same position in the order of another seed stands in, a mixture's from
+  the same member; where that cannot, the next. So batches are full, and which record is where depends on seed and
+  position alone. "damage" [b] says which were tried in vain: "", or a JSON list of {"index", "id", "reason"}.
 
   Args:
     source: the records.
@@ -107,7 +214,8 @@ def train_batches(source: Source, transform: Transform, *, batch_size: int, rows
     prefetch: batches ready ahead of the caller; one more is being read.
 
   Raises:
-    UserError: there are no records; later, from next(): a record cannot be read.
+    UserError: there are no records; later, from next(): TRIES records in a row cannot be read, a source raised what is
+      no UserError, or a worker is gone.
   """
   if seed < 0:
     raise UserError(f"config.seed={seed}: wanted at least 0")
@@ -137,11 +245,21 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   Where the data and the tokenizer are kept does not count, nor how they are read.
   """
   settings = dataclasses.asdict(data)
-  for name in ("workers", "threads", "prefetch", "features"):
+  for name in ("workers", "threads", "prefetch", "features", "damaged"):
     del settings[name]
+  if not data.draft:
+    del settings["draft"]  # of runs from before there was any
   del settings["source"]["path"], settings["source"]["images"], settings["tokenizer"]["path"]
   what = [source.fingerprint(), tokenizer.fingerprint(), settings, batch_size, seed]
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+class Unreadable(NamedTuple):
+  """A record that cannot be read."""
+
+  index: int
+  id: str  # "" where it is not known
+  reason: str
 
 
 @dataclass(frozen=True)
@@ -182,25 +300,56 @@ class _Examples:
     return _stack([self._example(position) for position in range(start, start + self.piece)])
 
   def _example(self, position: int) -> dict[str, Any]:
+    return self._listed(position) if self.seed is None else self._drawn(position)
+
+  def _drawn(self, position: int) -> dict[str, Any]:
+    """Returns what stands at a position in training, or what stands in for it."""
+    n, own = len(self.source), getattr(self.source, "order", None)  # a mixture's, which keeps shares
+    damage: dict[int, Unreadable] = {}
+    for turn in range(TRIES):
+      seed = _seed_in_turn(self.seed, turn)
+      index = own(seed, position) if own else order(n, seed, position)
+      if index in damage:
+        continue
+      found = self._read(index, np.random.default_rng((self.seed, position)))
+      if not isinstance(found, Unreadable):
+        return found | {"damage": np.str_(json.dumps([d._asdict() for d in damage.values()]) if damage else "")}
+      damage[index] = found
+    raise UserError(f"none of {TRIES} tries gave a record that can be read; {self._line(next(iter(damage.values())))}")
+
+  def _listed(self, position: int) -> dict[str, Any]:
+    """Returns what stands at a position of a pass in order."""
     n = len(self.source) if self.indices is None else len(self.indices)
-    if self.seed is None:
-      index, rng, extra = min(position, n - 1), None, {"real": np.bool_(position < n)}
-      index = index if self.indices is None else int(self.indices[index])
-    else:
-      own = getattr(self.source, "order", None)  # a mixture's, which keeps shares
-      index = own(self.seed, position) if own else order(n, self.seed, position)
-      rng, extra = np.random.default_rng((self.seed, position)), {}
-    record = {}
+    index = min(position, n - 1)
+    index = index if self.indices is None else int(self.indices[index])
+    found = self._read(index, None)
+    if not isinstance(found, Unreadable):
+      return found | {"real": np.bool_(position < n)} | ({"damage": np.str_()} if self.damage else {})
+    if not self.damage:
+      raise UserError(self._line(found))
+    return self._blank(index) | {"real": np.bool_(False), "damage": np.str_(found.reason), "index": np.int64(index)}
+
+  def _read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any] | Unreadable:
+    """Returns what the transform gives of a record; raises UserError where anything but damage is in the way."""
+    record: dict[str, Any] = {}
     try:
       record = self.source[index]
-      if self.damage:
-        extra["damage"] = np.str_()
-      return {**self.transform(record, rng), **extra, "index": np.int64(index)}
+      return self.transform(record, rng) | {"index": np.int64(index)}
     except UserError as error:
-      if self.damage:
-        return {**self._blank(index), "real": np.bool_(False), "damage": np.str_(error), "index": np.int64(index)}
-      name = f" ({record['id']})" if record else ""
-      raise UserError(f"{type(self.source).__name__} record {index}{name}: {error}") from error
+      return Unreadable(index, str(record.get("id") or self._id(index)), str(error))
+    except Exception as error:  # a defect of the source: what is damaged is a UserError
+      raise UserError(self._line(Unreadable(index, str(record.get("id", "")), _told(error)))) from error
+
+  def _id(self, index: int) -> str:
+    """Returns the id of a record whose image cannot be read, "" if nothing of it can."""
+    try:
+      return self.source.annotation(index)["id"]
+    except UserError:
+      return ""
+
+  def _line(self, damage: Unreadable) -> str:
+    name = f" ({damage.id})" if damage.id else ""
+    return f"{type(self.source).__name__} record {damage.index}{name}: {damage.reason}"
 
   def _blank(self, index: int) -> dict[str, Any]:
     """Returns what stands in for a record: its annotation, or else the first that can be read, with a black image."""
@@ -231,8 +380,9 @@ def _batches(examples: _Examples, start: int, stop: int, workers: int, threads: 
   if workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only commands parse
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead))
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
+                                _start_worker)
   iterator = iter(ThreadPrefetchIterDataset(stream.batch(parts, batch_fn=_join), prefetch_buffer_size=prefetch))
   if prefetch:  # Grain would start even without it, and read on for ever
     iterator.start_prefetch()
-  return Batches(iterator)
+  return Batches(iterator, workers)

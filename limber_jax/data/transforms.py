@@ -19,12 +19,14 @@ Transform = Callable[[Record, np.random.Generator | None], Record]
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 20_000_000         # of an encoded image: a photo of 32 megapixels has fewer
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
+DRAFT = 2                      # times what is needed that a JPEG file has at least when it is decoded at a fraction
 RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
 CROPS = ("random", "center", "resized", "squash", "native")
 RESAMPLES = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_scale: Sequence[float]) -> Transform:
+def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_scale: Sequence[float],
+          draft: bool = False) -> Transform:
   """Returns (record, rng) -> {"image": uint8 [image_size, image_size, 3], "tokens": int32 [context]}.
 
   Args:
@@ -32,8 +34,10 @@ def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_s
     tokenizer: from `tokenizers.load`.
     context: T, tokens of a text; longer texts are cut.
     crop, crop_scale: see `ResizeCrop`.
+    draft: see `config.Data`.
   """
-  return Chain((Decode(), ResizeCrop(image_size, crop, tuple(crop_scale)), Tokenize(tokenizer, context),
+  rule = ResizeCrop(image_size, crop, tuple(crop_scale))
+  return Chain((*images({"image": rule}, draft), Tokenize(tokenizer, context),
                 Keep(("image", "tokens"))))
 
 
@@ -43,17 +47,25 @@ def evaluation(image_size: int, tokenizer: Tokenizer, context: int) -> Transform
                 Keep(("image", "tokens", "label"))))
 
 
-def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int, start: bool = False) -> Transform:
+def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int, start: bool = False,
+               draft: bool = False) -> Transform:
   """Returns (record, rng) -> {name: uint8 [size, size, 3] for each rule, "tokens", "mask" [length], "label" if any}.
 
   Args:
     rules: what becomes of the image, by the name of the result; none where only the text is wanted.
     tokenizer: from `tokenizers.load`.
     length, start: see `TokenizeCaption`.
+    draft: see `config.Data`.
   """
-  images = (Decode(), Images(tuple(rules.items()))) if rules else ()
   kept = (*rules, "tokens", "mask", "label")
-  return Chain((*images, TokenizeCaption(tokenizer, length, start), Keep(kept)))
+  return Chain((*images(rules, draft), TokenizeCaption(tokenizer, length, start), Keep(kept)))
+
+
+def images(rules: dict[str, "ResizeCrop"], draft: bool = False) -> tuple[Transform, ...]:
+  """Returns what makes {name: uint8 [size, size, 3]} of a record's image, by `rules`; see `captioning`."""
+  if not rules:
+    return ()
+  return Decode(max(rule.least for rule in rules.values()) if draft else 0), Images(tuple(rules.items()))
 
 
 @dataclass(frozen=True)
@@ -70,34 +82,50 @@ class Chain:
 
 @dataclass(frozen=True)
 class Decode:
-  """"image": encoded bytes or uint8 [h, w, 3] -> uint8 [h, w, 3], RGB.
+  """"image": encoded bytes or uint8 [h, w, 3] -> PIL's, RGB: the way to an array and back takes a tenth of the time.
 
   Other modes are converted as PIL does it (alpha dropped), before any scaling: HF's order. OpenAI's code converts after
   scaling, which differs for palettes and transparency only. The EXIF orientation is not applied; CLIP does not either.
+
+  With `least` a JPEG file may be decoded at a half, a quarter or an eighth of its sides, if they have as many pixels.
   """
+
+  least: int = 0
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     if "image" not in record:
       raise UserError("a text without an image, where images are wanted")
-    return record | {"image": decode(record["image"])}
+    return record | {"image": opened(record["image"], self.least)}
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-  """Returns uint8 [h, w, 3]; raises UserError for what is not a whole JPEG, PNG or WEBP.
+  """Returns uint8 [h, w, 3]; see `opened`."""
+  return np.asarray(opened(image))
+
+
+def opened(image: bytes | np.ndarray, least: int = 0) -> Image.Image:
+  """Returns an image in RGB, decoded; raises UserError for what is not a whole JPEG, PNG or WEBP.
 
   More than MAX_BYTES, or MAX_PIXELS by its header, are refused before anything is decoded.
+
+  Args:
+    image: the bytes of a file, or uint8 [h, w, 3].
+    least: pixels of each side that a JPEG file has at least if it is decoded at a fraction; 0 decodes all of it.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
       raise UserError(f"image: wanted uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
     _check_size(image.shape[1], image.shape[0])
-    return image
+    return Image.fromarray(image)
   check_bytes(len(image))
   try:
-    with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-      _check_size(*opened.size)
-      opened.info.pop("transparency", None)  # dropped by the conversion anyway, which would warn of it
-      return np.asarray(opened.convert("RGB"))
+    found = Image.open(io.BytesIO(image), formats=FORMATS)
+    _check_size(*found.size)
+    if least:
+      found.draft("RGB", (least, least))
+    found.info.pop("transparency", None)  # dropped by the conversion anyway, which would warn of it
+    found.load()
+    return found if found.mode == "RGB" else found.convert("RGB")
   except UserError:
     raise
   except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
@@ -118,7 +146,7 @@ def _check_size(width: int, height: int) -> None:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-  """"image": uint8 [h, w, 3] -> uint8 [size, size, 3], scaled by PIL's filter `resample` (antialiased).
+  """"image": PIL's or uint8 [h, w, 3] -> uint8 [size, size, 3], scaled by PIL's filter `resample` (antialiased).
 
   crop:
     center: the shortest side to `size`, then the middle: CLIP's preprocessing, equal to torchvision's
@@ -140,8 +168,15 @@ class ResizeCrop:
     if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise UserError(f"config.data.crop_scale={self.scale}: wanted two shares of the area, 0 < low <= high <= 1")
 
+  @property
+  def least(self) -> int:
+    """The pixels of each side, at least, of an image decoded at a fraction: DRAFT times what goes into the result."""
+    smallest = {"resized": math.sqrt(self.scale[0] * RATIO[0]), "native": 1 / MAX_PIXELS}  # box, as a share of a side
+    return math.ceil(DRAFT * self.size / smallest.get(self.crop, 1.0))
+
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image, square, resample = Image.fromarray(record["image"]), (self.size, self.size), RESAMPLES[self.resample]
+    image = record["image"] if isinstance(record["image"], Image.Image) else Image.fromarray(record["image"])
+    square, resample = (self.size, self.size), RESAMPLES[self.resample]
     if self.crop == "resized":
       box = random_box(image.width, image.height, self.scale, rng)
       image = image.crop(box).resize(square, resample)

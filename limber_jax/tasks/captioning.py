@@ -84,13 +84,13 @@ class Captioning:
     if data.features and train:
       kept = (*(part("features", name) for name in self.model.encoders), "tokens", "mask", "label")
       return transforms.Chain((transforms.TokenizeCaption(tokenizer, self.length), transforms.Keep(kept)))
-    return transforms.captioning(self._rules(data, data.crop if train else "own"), tokenizer, self.length)
+    rules = self._rules(data, data.crop if train else "own")
+    return transforms.captioning(rules, tokenizer, self.length, draft=train and data.draft)
 
   def pixels(self, data: Data) -> transforms.Transform:
     """Returns what makes the images of a record in training, {"image": uint8 [H, W, 3], …}, and nothing else of it."""
     rules = self._rules(data, data.crop)
-    return transforms.Chain((transforms.Decode(), transforms.Images(tuple(rules.items())),
-                             transforms.Keep(tuple(rules))))
+    return transforms.Chain((*transforms.images(rules, data.draft), transforms.Keep(tuple(rules))))
 
   def _rules(self, data: Data, crop: str) -> dict[str, transforms.ResizeCrop]:
     return {self.pixels_of(name): self.rule(name, crop, data.crop_scale) for name in self.model.encoders}
@@ -102,6 +102,7 @@ class Captioning:
       UserError: they would not be the same in every epoch.
     """
     out = {}
+    draft = {"draft": True} if data.draft else {}
     for name, encoder in self.model.encoders.items():
       rule = self.rule(name, data.crop, data.crop_scale)
       if rule.crop in ("random", "resized"):
@@ -109,7 +110,8 @@ class Captioning:
                         "config.data.features cannot hold; set --config.data.crop=own, or center")
       out[part("image", name)] = {
         "shape": [encoder.num_tokens, encoder.feature_dim], "dtype": self.model.lm.compute.dtype,
-        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample}, "encoder": flatten(encoder.size)}
+        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample} | draft,
+        "encoder": flatten(encoder.size)}
     return out
 
   def rule(self, name: str = "", crop: str = "own", scale: tuple[float, ...] = (0.9, 1.0)) -> transforms.ResizeCrop:

@@ -55,7 +55,7 @@ class Contrastive:
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
     side = self.model.size.image.image_size
     if train:
-      return transforms.train(side, tokenizer, self.length, data.crop, data.crop_scale)
+      return transforms.train(side, tokenizer, self.length, data.crop, data.crop_scale, data.draft)
     return transforms.evaluation(side, tokenizer, self.length)
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
