@@ -104,8 +104,8 @@ class Spike:
   """Which steps are skipped because loss or gradient norm leaps; see limber_jax.optim. Off, as in the papers."""
 
   window: int = 0            # W, the last finite losses and gradient norms that say what is usual; 0 = off
-  # k: skipped is what is more than k deviations above the median. Gradient norms have a long tail: those of healthy runs
-  # on 16 digits a batch come to 14.
+  # k: skipped is what is more than k deviations above the median. Gradient norms have a long tail: those of healthy
+  # runs on 16 digits a batch come to 14.
   factor: float = 20.0
 
 
@@ -225,8 +225,8 @@ class Config:
 
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
 RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.threads", "data.prefetch",
-           "data.damaged", "compute.attention", "compute.remat", "compute.unroll", "data.source.path", "data.source.images",
-           "data.tokenizer.path", "data.features", "decoding", "evals", "first")
+           "data.damaged", "compute.attention", "compute.remat", "compute.unroll", "data.source.path",
+           "data.source.images", "data.tokenizer.path", "data.features", "decoding", "evals", "first")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -307,7 +307,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       if in_row >= config.optim.max_skips:
         raise UserError(f"steps {step - in_row + 1} to {step} had no finite loss and gradient"
                         f"{', or a spike of them' if limits else ''} (config.optim.max_skips="
-                        f"{config.optim.max_skips}); the last checkpoint is step {checkpoints.latest()}; try a lower --config.optim.lr")
+                        f"{config.optim.max_skips}); the last checkpoint is step {checkpoints.latest()}; try a lower "
+                        "--config.optim.lr")
       return bool(stopping)
 
     def due(step: int) -> dict[str, Any]:
