@@ -1,6 +1,7 @@
 """What cannot be read is named once, others stand in by a rule, and too much ends the run; data workers that die."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -8,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from limber_jax import parallel
+from limber_jax import parallel, registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
-from limber_jax.data import damage
+from limber_jax.data import damage, transforms
 from limber_jax.data.pipeline import order, train_batches
+from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
+from limber_jax.pack import pack
 from limber_jax.train import train
 from tests import layouts
 from tests.runs import environment, losses, tiny
@@ -328,6 +333,124 @@ def test_two_processes_name_what_one_names(tmp_path):
   assert [run.returncode for run in runs] == [0, 0, 0], outputs
   pair, alone = ((tmp_path / name / damage.FILE).read_bytes() for name in ("pair", "alone"))
   assert pair == alone and sorted(line["index"] for line in lines(tmp_path / "pair")) == bad
+
+
+# Mutated files (R19)
+
+def mutated(whole, rng):
+  """Returns bytes cut off, with some changed, with some left out, or with some overwritten."""
+  data, start = bytearray(whole), int(rng.integers(len(whole)))
+  match rng.integers(4):
+    case 0:
+      del data[start:]
+    case 1:
+      for place in rng.integers(0, len(data), rng.integers(1, 20)):
+        data[place] = rng.integers(256)
+    case 2:
+      del data[start : start + int(rng.integers(1, 600))]
+    case 3:
+      data[start : start + 64] = rng.bytes(64)
+  return bytes(data)
+
+
+SMALL = RECORDS[:8]
+TRANSFORM = transforms.train(32, ByteTokenizer(), 40, "random", (0.9, 1.0))
+
+
+def write_images(folder, format):
+  """Writes a table of 8 pictures as files of a format, and returns (path of the table, that of the first picture)."""
+  folder.mkdir()
+  for i in range(8):
+    (folder / f"{i}.img").write_bytes(layouts.jpeg(90, 70, i, format, **({"lossless": i % 2} if format == "WEBP" else {})))
+  (folder / "pairs.tsv").write_text("".join(f"picture {i}\t{i}.img\n" for i in range(8)))
+  return folder / "pairs.tsv", folder / "0.img"
+
+
+def write_coco(folder):
+  """Writes COCO's layout and returns (path, path)."""
+  layouts.write_tsv(folder, SMALL)
+  table = {"images": [{"id": i, "file_name": f"{r['key']}.png"} for i, r in enumerate(SMALL)],
+           "annotations": [{"id": i, "image_id": i, "caption": r["text"]} for i, r in enumerate(SMALL)]}
+  (folder / "captions.json").write_text(json.dumps(table))
+  return folder / "captions.json", folder / "captions.json"
+
+
+def write_packed(folder):
+  """Writes packed shards and returns (their directory, the only one)."""
+  layouts.write_webdataset(folder / "tar", SMALL, suffix="png")
+  pack(Source("webdataset", str(folder / "tar")), str(folder / "packed"), log=lambda _: None)
+  return folder / "packed", folder / "packed" / "records-00000-of-00001.array_record"
+
+
+FORMATS = {
+  "jpeg": ("captions", lambda folder: write_images(folder, "JPEG")),
+  "png": ("captions", lambda folder: write_images(folder, "PNG")),
+  "webp": ("captions", lambda folder: write_images(folder, "WEBP")),
+  "tsv": ("captions", lambda folder: (layouts.write_tsv(folder, SMALL), folder / "train.tsv")),
+  "json": ("coco", write_coco), "array_record": ("packed", write_packed)}
+
+
+def readable(data):
+  """Returns whether Pillow itself reads a file to its end."""
+  try:
+    with Image.open(io.BytesIO(data), formats=transforms.FORMATS) as image:
+      image.convert("RGB")
+    return True
+  except Exception:
+    return False
+
+
+def read_mutated(name, folder, seeds):
+  """Trains on a data set of 8 records with one file mutated by each seed; returns what became of it, by kind."""
+  kind, write = FORMATS[name]
+  path, file = write(folder / name)
+  source = registry.lookup("data source", registry.SOURCES, kind)
+  open_, whole, counts = (lambda: source(Source(kind, str(path), split=""))), file.read_bytes(), Counter()
+  wanted = [open_()[i] for i in range(8)]
+  for seed in seeds:
+    data, start = mutated(whole, np.random.default_rng(seed)), time.monotonic()
+    file.write_bytes(data)
+    try:
+      found = open_()
+    except UserError as error:
+      assert "\n" not in str(error) and str(path) in str(error), error
+      counts["told at start"] += 1
+      continue
+    named = {}
+    try:
+      with train_batches(found, TRANSFORM, batch_size=len(found), rows=slice(0, len(found)), seed=seed, threads=0,
+                         prefetch=0) as batches:
+        batch = next(batches)
+      assert len(batch["image"]) == len(found)
+      for text in filter(None, batch["damage"].tolist()):
+        named |= {d["index"]: d["reason"] for d in json.loads(text)}
+    except UserError as error:  # nothing that can be read is left
+      assert str(error).startswith("none of 100 tries") and "\n" not in str(error), error
+      named = {i: "" for i in range(len(found))}
+    assert time.monotonic() < start + 10, (name, seed)
+    assert all("\n" not in reason for reason in named.values())
+    if name in ("jpeg", "png", "webp"):
+      assert named.keys() == ({0} if not readable(data) else set()), (name, seed, named)
+    if name == "array_record":  # has checksums: whatever is not named is what was written
+      assert len(found) == 8 and all(found[i] == wanted[i] for i in range(8) if i not in named), (name, seed)
+    counts["a record named" if named else "an annotation named" if getattr(found, "damage", ()) else "read"] += 1
+  return counts
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_damaged_in_a_mutated_file_is_named_and_nothing_else(tmp_path, name):
+  counts = read_mutated(name, tmp_path, range(60))
+  assert counts["told at start"] + counts["a record named"] + counts["an annotation named"] > 10
+  print(f"R19: {name}: {dict(counts)} of 60 mutated files")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FORMATS)
+def test_1700_mutated_files_of_each_format_end_no_process(tmp_path, name):
+  start = time.perf_counter()
+  counts = read_mutated(name, tmp_path, range(1000, 2700))
+  assert sum(counts.values()) == 1700
+  print(f"R19: {name}: {dict(counts)} of 1,700 mutated files, {time.perf_counter() - start:.0f} s")
 
 
 # Data workers (R18)
