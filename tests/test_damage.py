@@ -361,7 +361,8 @@ def write_images(folder, format):
   """Writes a table of 8 pictures as files of a format, and returns (path of the table, that of the first picture)."""
   folder.mkdir()
   for i in range(8):
-    (folder / f"{i}.img").write_bytes(layouts.jpeg(90, 70, i, format, **({"lossless": i % 2} if format == "WEBP" else {})))
+    options = {"lossless": i % 2} if format == "WEBP" else {}
+    (folder / f"{i}.img").write_bytes(layouts.jpeg(90, 70, i, format, **options))
   (folder / "pairs.tsv").write_text("".join(f"picture {i}\t{i}.img\n" for i in range(8)))
   return folder / "pairs.tsv", folder / "0.img"
 

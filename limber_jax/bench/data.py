@@ -6,9 +6,10 @@ random square. Plain Pillow does that with the loose files and no more. Ours als
 to this process, in the order of a permutation of all records. webdataset reads the tars one after the other, and hands
 batches over through torch's DataLoader.
 
-Rounds go in turn, each after the batches that were ready before it began, so that a machine that slows down slows all;
-a ratio is the median of the rounds'. Where other programs take a part of the cores, the time that cores worked for a
-contestant, with all of its processes, says more: the "cpu" ratios are of that (on Linux).
+Rounds go in turn, so that a machine that slows down slows all; a ratio is the median of the rounds'. A round begins
+when the others have filled their buffers and rest, and after the batches that were ready. Where other programs take a
+part of the cores, the time that cores worked for a contestant, with all of its processes, says more: the "cpu" ratios
+are of that (on Linux).
 
 At last a CLIP is trained from the tars with as many workers: "data_wait" is the share of its time, without the first
 steps, in which a step waited for its batch.
@@ -136,6 +137,7 @@ def rates(folder: str, images: list[str]) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(_REPEATS.value):
       for name, read in runs.items():
+        rest()
         read(SETTLE)
         start, used = time.perf_counter(), cpu_seconds()
         read(_ROUND.value)
@@ -158,6 +160,14 @@ def rates(folder: str, images: list[str]) -> dict[str, Any]:
   if "webdataset" in seconds:
     out["tars"] |= against("webdataset", "tars")
   return out
+
+
+def rest() -> None:
+  """Waits until all processes have nothing more to do."""
+  before = -1.0
+  while before < 0 or cpu_seconds() - before > 0.05:
+    before = cpu_seconds()
+    time.sleep(0.5)
 
 
 def cpu_seconds() -> float:

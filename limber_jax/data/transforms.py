@@ -171,8 +171,10 @@ class ResizeCrop:
   @property
   def least(self) -> int:
     """The pixels of each side, at least, of an image decoded at a fraction: DRAFT times what goes into the result."""
-    smallest = {"resized": math.sqrt(self.scale[0] * RATIO[0]), "native": 1 / MAX_PIXELS}  # box, as a share of a side
-    return math.ceil(DRAFT * self.size / smallest.get(self.crop, 1.0))
+    if self.crop == "native":
+      return MAX_PIXELS  # never
+    smallest = math.sqrt(self.scale[0] * RATIO[0]) if self.crop == "resized" else 1  # box, as a share of a side
+    return math.ceil(DRAFT * self.size / smallest)
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image = record["image"] if isinstance(record["image"], Image.Image) else Image.fromarray(record["image"])
