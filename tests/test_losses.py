@@ -339,7 +339,8 @@ def test_the_benchmark_prints_one_json_object():
 def test_an_unknown_benchmark_is_one_line():
   done = bench("los")
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr == "error: bench: no measurement 'los'; did you mean 'loss'? known: generate, loss, train\n"
+  assert done.stderr == ("error: bench: no measurement 'los'; did you mean 'loss'? known: captions, data, generate, "
+                         "loss, probe, train\n")
 
 
 # Mistakes
