@@ -1,8 +1,9 @@
 """How the commands start and end: flags, one line for a user's mistake, exit codes.
 
 Exit codes: 0 done (also when a signal stopped the run after a checkpoint), 1 done with some inputs unreadable,
-2 a user's mistake, 4 no progress (limber_jax.watchdog), 130 interrupted by a second Ctrl-C. A process of several that
-ends because another one is gone dies of SIGABRT, after one line (limber_jax.peers).
+2 a user's mistake, or a checkpoint that could not be saved, 4 no progress (limber_jax.watchdog), 130 interrupted by a
+second Ctrl-C. A process of several that ends because another one is gone dies of SIGABRT, after one line
+(limber_jax.peers).
 """
 
 import difflib

@@ -151,7 +151,7 @@ class Checkpoint:
   """When to save, and what to keep. Saving is asynchronous."""
 
   every: int = 1000          # steps
-  keep: int = 2              # the newest
+  keep: int = 2              # the newest; 2 at least are kept
   best: str = ""             # a metric of an evaluation, such as "zeroshot/top1": its best step is kept too
 
 
