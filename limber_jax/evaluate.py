@@ -6,6 +6,7 @@ each item is kept below evaluation/: the same command goes on where it was stopp
 or damaged is named, and the others go on; the exit code is then 1.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -34,7 +35,8 @@ PACKAGES = ("limber_jax", "flax", "jax", "numpy", "pillow", "pycocoevalcap", "sc
 
 
 def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: Sequence[str] = (), weights: str = "",
-            data: str = "", stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+            data: str = "", stop: Callable[[], bool] = lambda: False,
+            waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Any]:
   """Returns what results.json holds: the figures of each evaluation, and all that they rest on.
 
   Args:
@@ -45,6 +47,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
     weights: what is evaluated in place of the workdir's checkpoint: a CLIP, or of task "captioning" a map.
     data: a directory in place of "data", where the experiments' data sets are.
     stop: asked between batches.
+    waiting: entered while a batch is awaited, see `Context`.
 
   Raises:
     UserError: no such run, checkpoint, weights or evaluation, another experiment's workdir, or none of the evaluations
@@ -63,7 +66,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
                             trained(config, workdir, checkpoint))
   digests = s.digests | {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
   context = dataclasses.replace(
-    make_context(s, workdir, stop), items=os.path.join(workdir, "evaluation"), key=_key(s, digests))
+    make_context(s, workdir, stop, waiting), items=os.path.join(workdir, "evaluation"), key=_key(s, digests))
   found, failed = {}, {}
   for name in names:
     try:
@@ -186,10 +189,11 @@ if __name__ == "__main__":
     with StopRequest() as stop:
       try:
         out = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
-                      data=_data.value, stop=lambda: any(parallel.from_each(stop())))
+                      data=_data.value, stop=lambda: any(parallel.from_each(stop())),
+                      waiting=lambda: stop.interrupts(jax.process_count() == 1))
       except Stopped:
         print(f"stopped by {stop.name}; the same command goes on from there", flush=True)
-        return 0
+        parallel.leave()
     if jax.process_index() == 0:
       write(out, _workdir.value)
       rows = {f"{name}/{key}": value for name, e in out["evaluations"].items() for key, value in e["figures"].items()}

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from types import FrameType
 
 
-class Interrupted(Exception):
-  """A request to stop came while there was nothing to do but wait."""
+class Interrupted(BaseException):
+  """A request to stop came while there was nothing to do but wait.
+
+  Not an Exception, as little as KeyboardInterrupt: what is ready for anything that a damaged file or a lost worker may
+  raise would take it for that.
+  """
 
 
 class StopRequest:

@@ -159,12 +159,13 @@ def make_eval(setup: Setup, name: str, context: Context) -> Eval:
   return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
 
 
-def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False) -> Context:
-  """Returns what the evaluations of the experiment share; they keep no results of items."""
+def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False,
+                 waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Context:
+  """Returns what the evaluations of the experiment share; they keep no results of items. See `Context` of the rest."""
   config = setup.config
   transform = setup.task.transform(setup.tokenizer, config.data, train=False)
   return Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length, decoding=config.decoding,
-                 mesh=setup.mesh, workdir=workdir, stop=stop)
+                 mesh=setup.mesh, workdir=workdir, stop=stop, waiting=waiting)
 
 
 def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) -> dict[str, float]:
@@ -222,12 +223,15 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     single = jax.process_count() == 1
     alone = stop if single else lambda: False
 
+    def waiting() -> contextlib.AbstractContextManager:
+      return stop.interrupts(single)
+
     def agreed() -> bool:
       """Returns whether any process was asked to stop; all of them must ask together."""
       ledger.alive()
       return any(parallel.from_each(stop()))
 
-    context = make_context(s, workdir, agreed)
+    context = make_context(s, workdir, agreed, waiting)
     evals = {name: make_eval(s, name, context) for name, e in config.evals.items() if e.every >= 0}
     checkpoints = Checkpoints(workdir, config.checkpoint, write=True, log=log)
     with ledger("restore"):
@@ -329,7 +333,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         saved = -1
       with jax.set_mesh(s.mesh):
         while step < config.steps and not stopping:
-          with ledger("data") as wait, stop.interrupts(single):
+          with ledger("data") as wait, waiting():
             local = damage.read(step + 1, next(batches))
           out.waited(wait.seconds)
           local["stop"] = np.full(rows.stop - rows.start, stop(), np.int32)
@@ -351,6 +355,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
               saved = step
     except (Stopped, Interrupted) as reason:
       stopping = True
+      if isinstance(reason, Interrupted):
+        batches.abandon()
       if pending is not None:
         record(*pending)
       if saved != step:  # who waits for data has evaluated what was due
@@ -395,5 +401,7 @@ if __name__ == "__main__":
     with StopRequest(at_end=True) as stop, peers.named():
       parallel.start()
       train(config, _workdir.value, stop=stop, began=goodput.process_began())
+    if stop():
+      parallel.leave()
 
   cli.run(_main)

@@ -74,6 +74,14 @@ def test_a_step_of_a_clip_is_measured_beside_open_clips(open_clip):
   assert out["frozen_bytes"] == 0 and 2.8 < out["model_flops_over_forward"] <= 3
 
 
+def test_reading_is_measured_beside_plain_pillow_and_as_a_share_of_training():
+  out = measured("data", "--images=12", "--size=32", "--workers=1", "--batch_size=4", "--round=2", "--repeats=1",
+                 "--nopeer", "--steps=5", "--model=clip_vit_b32_mu", "--pairs=4")
+  assert out["images_per_second"].keys() == {"pillow", "files", "tars", "packed"}
+  assert all(len(out[name]["speed_of_each_round_against_pillow"]) == 1 for name in ("files", "tars", "packed"))
+  assert out["run"]["steps"] == 1 and 0 <= out["run"]["data_wait"] <= 1
+
+
 @pytest.mark.parametrize(("flags", "words"), [
   (("generate", "--size=gptj_6"), "--size: no size 'gptj_6'; did you mean 'gptj_6b'?"),
   (("generate", "--batch_sizes=1,x"), "--batch_sizes=1,x: expected whole numbers"),
@@ -81,6 +89,8 @@ def test_a_step_of_a_clip_is_measured_beside_open_clips(open_clip):
   (("generate", "--new_tokens=1"), "new_tokens"),
   (("generate", "--size=gptj_mu", "--prompt=60"), "max_new_tokens=32: expected"),
   (("generate", "now"), "unexpected argument 'now'"),
+  (("data", "--model=clip_vit_b3"), "--model: no CLIP 'clip_vit_b3'; did you mean 'clip_vit_b32'?"),
+  (("data", "--steps=4"), "--steps=4: wanted 0, or more than the 4"),
   (("train",), "--config is missing"),
   (("train", "--config=experiments/limber_clip.py", "--size=gptj_mu"), "no size 'gptj_mu' for task 'captioning'"),
   (("train", "--config=experiments/limber_clip.py", "--size=mu", "--batch_size=3"), "accumulate=8 does not divide"),

@@ -12,10 +12,11 @@ import pytest
 from limber_jax.config import Data, Source
 from limber_jax.config import Tokenizer as TokenizerConfig
 from limber_jax.data import transforms
-from limber_jax.data.pipeline import data_fingerprint, eval_batches, order, train_batches
+from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, order, train_batches
 from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
+from limber_jax.signals import Interrupted
 
 
 class Numbers:
@@ -254,6 +255,21 @@ def test_no_more_is_read_ahead_than_said():
     time.sleep(0.5)
     # one given out, two ready, one waiting for a place, and the pieces of one more being read
     assert 64 * 3 <= len(counted) <= 64 * 5
+
+
+class Waiting:
+  """Batches that never come: a signal does."""
+
+  def __next__(self):
+    raise Interrupted
+
+  def close(self):
+    pass
+
+
+def test_a_signal_while_a_batch_is_awaited_is_no_failure_of_a_worker():
+  with Batches(Waiting(), workers=1) as batches, pytest.raises(Interrupted):
+    next(batches)
 
 
 def test_closing_ends_threads_and_the_stream():

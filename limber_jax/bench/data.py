@@ -150,7 +150,7 @@ def rates(folder: str, images: list[str]) -> dict[str, Any]:
   def against(peer: str, layout: str) -> dict[str, Any]:
     ratio, each = measure.ratios(seconds[peer], seconds[layout])
     out = {f"speed_against_{peer}": ratio, f"speed_of_each_round_against_{peer}": each}
-    if cpu[peer][0]:
+    if all((*cpu[peer], *cpu[layout])):  # the system counts hundredths of a second
       ratio, each = measure.ratios(cpu[peer], cpu[layout])
       out |= {f"cpu_speed_against_{peer}": ratio, f"cpu_speed_of_each_round_against_{peer}": each}
     return out

@@ -106,11 +106,20 @@ class Batches(Iterator[Batch]):
       raise UserError(f"{self._watch.told() or f'a data worker failed: {_told(error)}'}; the same command goes on from "
                       "what was saved last") from error
 
+  def abandon(self) -> None:
+    """Gives them up without waiting for what is being read, which may never come: that ends with the process."""
+    self.close.detach()
+    _ABANDONED.append(self._held)
+    self._held = []
+
   def __enter__(self) -> "Batches":
     return self
 
   def __exit__(self, *error: Any) -> None:
     self.close()
+
+
+_ABANDONED: list[list[Any]] = []  # kept, because Grain's iterators wait for their threads when they are collected
 
 
 def _close(held: list[Any]) -> None:

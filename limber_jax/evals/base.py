@@ -1,5 +1,6 @@
 """What an evaluation is, how data go through a model on a mesh, and how ranks are counted."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from limber_jax.errors import UserError
 from limber_jax.evals.items import Collected, Items
 from limber_jax.parallel import from_each, global_batch, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
+from limber_jax.signals import Interrupted
 
 CHUNK = 2**24  # scores held at a time: 64 MB
 NAMED = 20     # damaged items that `Runner.facts` names
@@ -46,6 +48,8 @@ class Context:
   mesh: Mesh
   workdir: str                              # where pictures and tables go
   stop: Callable[[], bool] = lambda: False  # asked between batches; several processes must get the same answer
+  # Entered while a batch is awaited: raises signals.Interrupted when asked to stop, where one process alone decides.
+  waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
   workers: int = 0                          # Grain processes that read; 0 reads in threads
   threads: int = 8                          # reading threads a process
   name: str = ""                            # of the evaluation, in the experiment
@@ -126,7 +130,7 @@ class Runner:
           self.source, self.transform, batch_size=size, rows=self._rows, indices=np.arange(items.done, n), damage=True,
           workers=context.workers, threads=context.threads) as batches:
         while items.done < n:
-          batch = next(batches)
+          batch = self._next(batches)
           reasons = batch.pop("damage")
           batch["index"] = batch["index"].astype(np.int32)
           local = dict(zip(batch["index"].tolist(), reasons.tolist(), strict=True))
@@ -217,6 +221,15 @@ class Runner:
       batch = np.concatenate([some, np.repeat(some[:1], self._batch_size - len(some), axis=0)])
       out.append(self._call(name, embed, params, stats, batch[self._rows])[: len(some)])
     return np.concatenate(out)
+
+  def _next(self, batches: pipeline.Batches) -> pipeline.Batch:
+    """Returns the next batch; raises Stopped when asked to, also where the batch never comes."""
+    try:
+      with self.context.waiting():
+        return next(batches)
+    except Interrupted:
+      batches.abandon()
+      raise Stopped from None
 
   def _call(self, name, function, params, stats, local):
     mesh = self.context.mesh

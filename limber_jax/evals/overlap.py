@@ -165,7 +165,7 @@ class Nearest(Runner):
           self.source, self.transform, batch_size=size, rows=self._rows, indices=range(done, total), damage=True,
           workers=context.workers, threads=context.threads) as batches:
         while done < total:
-          batch = next(batches)
+          batch = self._next(batches)
           reasons, own = batch.pop("damage"), batch.pop("index")
           count = min(size, total - done)
           out = self._call("nearest", run, values, stats, batch)
