@@ -100,10 +100,10 @@ def zeroshot(every: int = 2) -> dict[str, Evaluation]:
   return {"zeroshot": Evaluation(source=Source(name="digits", split="test"), every=every, batch_size=64)}
 
 
-def losses(workdir: str) -> dict[int, str]:
-  """Returns the loss of each step in metrics.jsonl, exactly."""
+def losses(workdir: Any, torn: bool = False) -> dict[int, str]:
+  """Returns the loss of each step in metrics.jsonl, exactly; a kill may have torn the last line."""
   with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as file:
-    records = [json.loads(line) for line in file]
+    records = [json.loads(line) for line in file if line.endswith("\n") or not torn]
   return {r["step"]: float(r["loss"]).hex() for r in records if "lr" in r}
 
 

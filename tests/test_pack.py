@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,19 +183,28 @@ def alive(pid):
 
 
 def kill_and_go_on(tmp_path, count, kills):
-  """Packs `count` images by the command, killing it `kills` times; returns how often shards were there already."""
+  """Packs `count` images by the command, killing it `kills` times, anew whenever it got to its end.
+
+  Returns how often shards were there already.
+  """
   records = [r | {"key": f"{i:05d}"} for i, r in enumerate(images() * (count // 12))]
   folder = layouts.write_webdataset(tmp_path / "many", records, 100)
   pack(Source("webdataset", str(folder)), str(tmp_path / "once"), shrink=48, per_shard=6, log=quiet)
   arguments = (folder, tmp_path / "killed", "--shrink=48", "--per_shard=6", "--workers=2")
-  rng, went_on = np.random.default_rng(0), 0
-  for _ in range(kills):
+  rng, killed, went_on = np.random.default_rng(0), 0, 0
+  while killed < kills:
     process = command(*arguments)
     process.stdout.readline()  # it has begun
     time.sleep(rng.uniform(0.5, 3))
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    output, _ = process.communicate()
+    if process.returncode != -signal.SIGKILL:
+      assert process.returncode == 0, output
+      assert digests(tmp_path / "killed") == digests(tmp_path / "once")
+      shutil.rmtree(tmp_path / "killed")
+      continue
+    killed += 1
     deadline = time.monotonic() + 5
     while any(map(alive, workers)) and time.monotonic() < deadline:
       time.sleep(0.1)
