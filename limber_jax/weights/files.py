@@ -66,9 +66,9 @@ def tensors(path: str) -> dict[str, Tensor]:
       what = "msgpack"
       return _Msgpack(path).tensors()
   except SafetensorError as error:
-    raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    raise UserError(f"{path}: not a whole safetensors file ({error!s:.300})") from error
   except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-    raise UserError(f"{path}: not a whole {what} file ({error})") from error
+    raise UserError(f"{path}: not a whole {what} file ({error!s:.300})") from error  # it may quote the file
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
   raise UserError(f"{path}: none of safetensors, npz, torch.save and msgpack")
@@ -153,7 +153,7 @@ def _read_npy(path: str, member: str) -> np.ndarray:
     with zipfile.ZipFile(path) as archive, archive.open(member) as file:
       return np.lib.format.read_array(file, allow_pickle=False)
   except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-    raise UserError(f"{member} is damaged ({error})") from error
+    raise UserError(f"{member:.100} is damaged ({error!s:.300})") from error
 
 
 # Of msgpack: the first byte of a number -> how it is packed; of something with a length -> (what, bytes of the length).
