@@ -155,19 +155,32 @@ def _moved(evaluation: Evaluation, data: str) -> Evaluation:
 
 
 def write(found: dict[str, Any], workdir: str) -> None:
-  """Writes results.json, in which other evaluations of the same weights stay, report.md and its pictures."""
+  """Writes results.json, in which other evaluations of the same weights stay, report.md and its pictures.
+
+  Raises UserError if it cannot, or if the results.json there is no such file.
+  """
   path = os.path.join(workdir, "results.json")
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      earlier = json.load(file)
-    if all(earlier.get(k) == found[k] for k in ("name", "step", "seed", "weights", "versions")):
+    try:
+      with open(path, encoding="utf-8") as file:
+        earlier = json.load(file)
+      same = all(earlier.get(k) == found[k] for k in ("name", "step", "seed", "weights", "versions"))
+      if same and not all(isinstance(earlier[key], dict) for key in ("evaluations", "failed")):
+        raise TypeError("no evaluations in it")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+      raise UserError(f"{path}: not what this command writes ({error}); move it away, and start this again: what was "
+                      "computed is kept") from error
+    if same:
       for key in ("evaluations", "failed"):
         found[key] = {n: e for n, e in earlier[key].items()
                       if n not in found["evaluations"] and n not in found["failed"]} | found[key]
-  os.makedirs(workdir, exist_ok=True)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-    file.write(json.dumps(found, indent=1))
-  os.replace(f"{path}.tmp", path)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+      file.write(json.dumps(found, indent=1))
+    os.replace(f"{path}.tmp", path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written ({error.strerror})") from error
   report.write(found, workdir)
 
 

@@ -1,12 +1,16 @@
 """What a run says: progress on the terminal, metrics.jsonl, TensorBoard. Process 0 only."""
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from limber_jax.errors import UserError
 
 
 class Log:
@@ -25,6 +29,9 @@ class Log:
       start_step: the step that training goes on from.
       active: False on processes other than 0: nothing is written.
       print: where lines for the terminal go.
+
+    Raises:
+      UserError: the files cannot be written.
     """
     self._steps, self._batch, self._active, self._print = steps, batch_size, active, print
     self._mark, self._wait, self._last = time.perf_counter(), 0.0, start_step
@@ -32,9 +39,10 @@ class Log:
     if not active:
       return
     self._path = os.path.join(workdir, "metrics.jsonl")
-    _truncate(self._path, start_step)
-    self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-    self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+    with self._guarded():
+      _truncate(self._path, start_step)
+      self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+      self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1, flush_secs=10)
 
   def waited(self, seconds: float) -> None:
     """Adds time that the loop spent waiting for data."""
@@ -59,11 +67,12 @@ class Log:
               f"left {duration(left)}", replace=step < self._steps)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Writes a record of `step` to metrics.jsonl and its numbers to TensorBoard."""
+    """Writes a record of `step` to metrics.jsonl and its numbers to TensorBoard; raises UserError if it cannot."""
     if not self._active:
       return
-    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-    self._file.flush()
+    with self._guarded():
+      self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+      self._file.flush()
     for name, value in metrics.items():
       if isinstance(value, int | float):
         self._board.add_scalar(name, value, step)
@@ -81,27 +90,32 @@ class Log:
   def close(self) -> None:
     """Closes the files."""
     if self._active:
-      self._file.close()
+      with contextlib.suppress(OSError):  # all was flushed as it was written; where that failed, a UserError said so
+        self._file.close()
       self._board.close()
+
+  @contextlib.contextmanager
+  def _guarded(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on from the last "
+                      "checkpoint") from error
 
 
 _builtin_print = print
 
 
 def _truncate(path: str, step: int) -> None:
-  """Keeps the records up to `step`; a line cut short by a kill goes too."""
+  """Keeps the records up to `step`; a line cut short by a kill goes too, and one that is damaged."""
   if not os.path.exists(path):
     return
   kept = []
-  with open(path, encoding="utf-8") as file:
+  with open(path, encoding="utf-8", errors="replace") as file:
     for line in file:
-      try:
-        record = json.loads(line)
-      except ValueError:
-        break
-      if not line.endswith("\n") or record["step"] > step:
-        break
-      kept.append(line)
+      with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+          kept.append(line)
   with open(f"{path}.tmp", "w", encoding="utf-8") as file:
     file.writelines(kept)
   os.replace(f"{path}.tmp", path)

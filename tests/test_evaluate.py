@@ -233,3 +233,13 @@ def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
   found = evaluate.results(config, str(tmp_path / "imported"), weights=str(tmp_path / "workdir"), data=str(data))
   assert found["evaluations"]["awa2"]["figures"]["right"] == trained["evaluations"]["awa2"]["figures"]["right"]
   assert found["weights"]["prompt"] == trained["weights"]["prompt"]
+
+
+@pytest.mark.parametrize("text", [
+  "", "[]", '{"name": "x"', '{"name": "x", "step": 1, "seed": 0, "weights": {}, "versions": {}}'])
+def test_results_that_are_no_results_are_never_written_over(text, tmp_path):
+  found = {"name": "x", "step": 1, "seed": 0, "weights": {}, "versions": {}, "evaluations": {}, "failed": {}}
+  (tmp_path / "results.json").write_text(text)
+  with pytest.raises(UserError, match=r"results.json: not what this command writes \(.*move it away"):
+    evaluate.write(found, str(tmp_path))
+  assert (tmp_path / "results.json").read_text() == text

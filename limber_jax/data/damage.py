@@ -155,7 +155,7 @@ def _lines(path: str) -> list[Line]:
   """Returns the lines of the file; one that a kill cut short is the last, and left out."""
   lines = []
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
       for text in file:
         try:
           line = json.loads(text)
