@@ -107,13 +107,13 @@ def flips(workdir, count):
 
 def test_every_flipped_bit_is_found_and_its_file_named(tmp_path):
   found, size = flips(tmp_path, 60)
-  print(f"{found} of {found} bits flipped in what is read, of {size} bytes, were found")
+  print(f"R10: {found} of {found} bits flipped in what is read, of {size} bytes, were found")
 
 
 @pytest.mark.long
 def test_a_thousand_flipped_bits_are_found(tmp_path):
   found, size = flips(tmp_path, 1100)  # some fall into the two files that nothing reads
-  print(f"{found} of {found} bits flipped in what is read, of {size} bytes, were found")
+  print(f"R10: {found} of {found} bits flipped in what is read, of {size} bytes, were found")
   assert found >= 1000
 
 
@@ -409,7 +409,7 @@ def killed(workdir, trials):
                         env=environment(workdir / "cache"), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   out = json.loads(done.stdout.splitlines()[-1])
-  print(f"{trials} kills, the newest checkpoint of step {out[-1][3]}: never fewer than "
+  print(f"R14: {trials} kills, the newest checkpoint of step {out[-1][3]}: never fewer than "
         f"{min(whole for *_, whole, _ in out)} whole ones, nothing else by their side")
   return out
 
@@ -469,5 +469,6 @@ def test_a_save_takes_less_memory_than_half_as_much_again_as_the_state(tmp_path)
                         env=environment(tmp_path / "cache"), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   size, more = map(int, done.stdout.split()[-2:])
-  print(f"state {size / 2**20:.0f} MiB: the peak of a save is {more / size:.2f} × the state above what is held anyway")
+  print(f"R23: state {size / 2**20:.0f} MiB: the peak of a save is {more / size:.2f} × the state above what is "
+        "held anyway")
   assert more <= 1.5 * size

@@ -337,7 +337,8 @@ def test_signals_at_every_moment(moment, numbers, processes, experiment, togethe
   assert saved[-1:] == ([step] if step else []) and all(checkpoint_lib.compare(run / "checkpoints" / str(s)) is None
                                                         for s in saved)
   if step:
-    print(f"{moment}, {'+'.join(numbers)}, {processes} processes: exit {took:.1f} s after the signal, at step {step}")
+    print(f"R3, R4: {moment}, {'+'.join(numbers)}, {processes} processes: exit {took:.1f} s after the signal, "
+          f"at step {step}")
     assert took < 10 + 20 * (moment == "compile")  # the first step is waited for
   resumed = start(run)
   outputs = end(resumed)
@@ -384,7 +385,7 @@ def test_a_dead_process_ends_the_other_with_one_line_that_names_it(number, gone,
   took = time.monotonic() - began
   pair[gone].kill()
   end(pair)
-  print(f"{signal.Signals(number).name} of process {gone}: the other ended after {took:.1f} s")
+  print(f"R5: {signal.Signals(number).name} of process {gone}: the other ended after {took:.1f} s")
   assert took < 15
   assert pair[1 - gone].returncode not in (0, None)
   lines = [line for line in output.splitlines() if not line.startswith("step ")]
@@ -428,7 +429,7 @@ train.damage_lib.Damage.read = is_stuck
 """)
   outputs = end(pair)
   took = time.time() - float(file.read_text())
-  print(f"a stuck process: both ended {took:.1f} s after it hung, at a limit of 3 s")
+  print(f"R6: a stuck process: both ended {took:.1f} s after it hung, at a limit of 3 s")
   assert took < 3 + 5
   assert pair[1].returncode == 4, outputs[1]
   assert "no progress for 3 s in phase 'data' of process 1" in outputs[1] and "in is_stuck" in outputs[1]
@@ -484,7 +485,8 @@ def test_after_a_death_1_2_or_4_processes_go_on_with_the_same_samples(experiment
     got = [float.fromhex(v) for v in losses(str(tmp_path / f"by{count}")).values()]
     np.testing.assert_allclose(got, want, rtol=1e-6)
     found[count] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12], np.abs(np.divide(got, want) - 1).max()
-  print(*(f"{n} processes: samples {sha}, losses within {apart:.1e}" for n, (sha, apart) in found.items()), sep="\n")
+  print(*(f"R7: {n} processes: samples {sha}, losses within {apart:.1e}" for n, (sha, apart) in found.items()),
+        sep="\n")
   assert len({sha for sha, _ in found.values()}) == 1
 
 
@@ -645,7 +647,7 @@ def test_ten_thousand_steps_and_five_hundred_checkpoints_leak_nothing(tmp_path):
   # A save may be under way at the moment of looking, so the least of each time counts.
   fds, threads = (min(v[i] for v in early) for i in (1, 2))
   fds_after, threads_after = (min(v[i] for v in late[-8:]) for i in (1, 2))
-  print(f"memory {before / 2**20:.0f} MiB at step 2,000, {after / 2**20:.0f} MiB at most until step 10,000 "
+  print(f"R22: memory {before / 2**20:.0f} MiB at step 2,000, {after / 2**20:.0f} MiB at most until step 10,000 "
         f"({after / before - 1:+.1%}); descriptors {fds}, {fds_after}; threads {threads}, {threads_after}")
   assert after < 1.05 * before
   assert fds_after <= fds and threads_after <= threads

@@ -213,7 +213,7 @@ def test_after_a_spike_the_loss_is_that_of_the_clean_run():
     metrics, _ = run(config, spike + data[position + 1 : position + 51], Scaled, start=states[position - 1])
     assert [m["skipped"] for m in metrics] == [1] + [0] * 50
     worst = max(worst, abs(metrics[-1]["loss"] / clean[position + 50]["loss"] - 1))
-  print(f"20 spikes, one step skipped for each; 50 steps later the loss is within {worst:.2%} of the clean run's")
+  print(f"R16: 20 spikes, one step skipped for each; 50 steps later the loss is within {worst:.2%} of the clean run's")
   assert worst < 0.01
 
 
