@@ -37,7 +37,7 @@ from limber_jax.config import Source
 from limber_jax.data import sources
 from limber_jax.data.features import ShardWriter
 from limber_jax.data.sources import annotations, packed
-from limber_jax.data.transforms import decode, resize_shortest
+from limber_jax.data.transforms import decode, shortest
 from limber_jax.errors import UserError
 from limber_jax.signals import StopRequest
 
@@ -138,7 +138,7 @@ def prepared(record: dict[str, Any], shrink: int, quality: int) -> dict[str, Any
     return record
   picture = Image.fromarray(pixels)
   if shrunk:
-    picture = resize_shortest(picture, shrink, Image.Resampling.BICUBIC)
+    picture = picture.resize(shortest(picture, shrink), Image.Resampling.BICUBIC)
   out = io.BytesIO()
   if isinstance(image, np.ndarray) or image.startswith(_PNG):
     picture.save(out, "PNG")

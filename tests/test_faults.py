@@ -21,7 +21,7 @@ import pytest
 from runs import environment, losses, tiny, zeroshot
 
 from limber_jax import checkpoint as checkpoint_lib
-from limber_jax import parallel
+from limber_jax import optim, parallel
 from limber_jax import train as train_lib
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Checkpoint, Optim, Spike
@@ -170,12 +170,14 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
   Where the moment is "data" or "evaluation's data" no record is read until `wait` seconds later, or until the event
   returned is set.
   """
-  released = threading.Event()
+  released, sent = threading.Event(), []
 
   def send():
-    told()
-    for number in numbers:
-      os.kill(os.getpid(), number)
+    if not sent:  # a second SIGINT interrupts at once
+      sent.append(True)
+      told()
+      for number in numbers:
+        os.kill(os.getpid(), number)
 
   if moment == "step":
     record = train_lib.Log.train
@@ -209,8 +211,8 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
     monkeypatch.setattr(Ledger, "__init__", lambda self, *a, **k: (ledgers.append(self), make(self, *a, **k))[1])
     monkeypatch.setattr(Digits, "__getitem__", stuck)
   elif moment == "start":
-    make = train_lib.setup
-    monkeypatch.setattr(train_lib, "setup", lambda *a: (send(), make(*a))[1])
+    make = optim.make
+    monkeypatch.setattr(optim, "make", lambda *a: (send(), make(*a))[1])
   elif moment == "compile":
     loss = Contrastive.loss
     monkeypatch.setattr(Contrastive, "loss", lambda *a: (send(), loss(*a))[1])  # traced once, to be compiled

@@ -12,7 +12,17 @@ from sklearn.datasets import load_sample_image
 
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
-from limber_jax.data.transforms import CROPS, MAX_BYTES, MAX_PIXELS, RATIO, ResizeCrop, Tokenize, decode, random_box
+from limber_jax.data.transforms import (
+  CROPS,
+  MAX_BYTES,
+  MAX_PIXELS,
+  RATIO,
+  RESAMPLES,
+  ResizeCrop,
+  Tokenize,
+  decode,
+  random_box,
+)
 from limber_jax.errors import UserError
 
 
@@ -66,6 +76,20 @@ class TestResizeCrop:
     seen = {ResizeCrop(24, "random")({"image": image}, rng)["image"].tobytes() for _ in range(60)}
     assert seen <= windows
     assert len(seen) >= min(len(windows), 10) / 2
+
+  def test_columns_that_are_cut_off_change_none_that_are_kept(self):
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+      width, height, size = (int(n) for n in rng.integers(8, 90, 3))
+      image = Image.fromarray(picture(width, height))
+      for name, filter_ in RESAMPLES.items():
+        short = min(width, height)
+        scaled = image.resize((int(size * width / short), int(size * height / short)), filter_)
+        draw = np.random.default_rng(seed)
+        left, top = (int(draw.integers(side - size + 1)) for side in scaled.size)
+        want = np.asarray(scaled)[top : top + size, left : left + size]
+        ours = ResizeCrop(size, "random", resample=name)({"image": image}, np.random.default_rng(seed))["image"]
+        np.testing.assert_array_equal(ours, want)
 
   def test_random_reaches_both_ends(self):
     image = picture(24, 26)

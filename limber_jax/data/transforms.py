@@ -185,24 +185,29 @@ class ResizeCrop:
     elif self.crop == "squash":
       image = image.resize(square, resample)
     else:
-      if self.crop != "native":
-        image = resize_shortest(image, self.size, resample)
-      slack = image.width - self.size, image.height - self.size
+      width, height = image.size if self.crop == "native" else shortest(image, self.size)
+      slack = width - self.size, height - self.size
       # round() as torchvision does it: half to even
       left, top = (int(rng.integers(s + 1)) if self.crop == "random" else round(s / 2) for s in slack)
+      if width > self.size and (width, height) != image.size:
+        # PIL scales rows, rounds to whole numbers, and then scales columns: only of those that are wanted here.
+        image = image.resize((width, image.height), resample).crop((left, 0, left + self.size, image.height))
+        width, left = self.size, 0
+      if (width, height) != image.size:
+        image = image.resize((width, height), resample)
       image = image.crop((left, top, left + self.size, top + self.size))
     return record | {"image": np.asarray(image)}
 
 
-def resize_shortest(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-  """Returns the image with its shortest side `size` pixels long; raises UserError if the other is beyond measure."""
+def shortest(image: Image.Image, size: int) -> tuple[int, int]:
+  """Returns (width, height) with the shortest side `size` pixels; raises UserError if the other is beyond measure."""
   width, height = image.size
   short = min(width, height)
   width, height = int(size * width / short), int(size * height / short)
   if width * height > MAX_PIXELS:
     raise UserError(f"image of {image.width} × {image.height} pixels would be scaled to {width} × {height}; "
                     f"at most {MAX_PIXELS:,} pixels are handled")
-  return image.resize((width, height), resample)
+  return width, height
 
 
 def random_box(width: int, height: int, scale: Sequence[float], rng: np.random.Generator) -> tuple[int, int, int, int]:
