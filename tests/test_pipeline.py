@@ -13,6 +13,7 @@ from limber_jax.config import Data, Source
 from limber_jax.config import Tokenizer as TokenizerConfig
 from limber_jax.data import transforms
 from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, order, train_batches
+from limber_jax.data.slots import Receiver
 from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
@@ -268,7 +269,7 @@ class Waiting:
 
 
 def test_a_signal_while_a_batch_is_awaited_is_no_failure_of_a_worker():
-  with Batches(Waiting(), workers=1) as batches, pytest.raises(Interrupted):
+  with Batches(Waiting(), Receiver(), workers=1) as batches, pytest.raises(Interrupted):
     next(batches)
 
 

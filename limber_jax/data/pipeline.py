@@ -28,6 +28,7 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from limber_jax.config import Data
+from limber_jax.data import slots
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
@@ -87,9 +88,9 @@ class Batches(Iterator[Batch]):
   A worker that was killed, or stopped for STOPPED seconds, is a UserError from next() within 30 s.
   """
 
-  def __init__(self, iterator: Any, workers: int = 0):
+  def __init__(self, iterator: Any, join: slots.Receiver, workers: int = 0):
     self._watch = _Watch() if workers else None
-    self._held = [iterator, *([self._watch] if workers else [])]
+    self._held = [iterator, join, *([self._watch] if workers else [])]
     # Also when the interpreter ends: Grain's own iterators then fail to close themselves, and say so on the terminal.
     self.close = weakref.finalize(self, _close, self._held)
 
@@ -175,9 +176,14 @@ def _is_stopped(pid: int) -> bool:
     return False
 
 
-def _start_worker(index: int, count: int) -> None:
+_sender: slots.Sender | None = None  # of a worker
+
+
+def _start_worker(index: int, count: int, slots_: int) -> None:
   """Runs first in a worker: signals that go to all processes of a run are its parent's to answer."""
+  global _sender
   del index, count
+  _sender = slots.Sender(slots_)
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
   end_with_parent()
@@ -374,24 +380,27 @@ def _stack(examples: Sequence[dict[str, Any]]) -> Batch:
   return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def _join(pieces: Sequence[Batch]) -> Batch:
-  return {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]}
+def _sent(piece: Batch) -> dict[str, np.ndarray | slots.Parcel]:
+  return _sender(piece) if _sender else piece
 
 
 def _batches(examples: _Examples, start: int, stop: int, workers: int, threads: int, prefetch: int) -> Batches:
   """Reads pieces in parallel and joins them: whole batches would let a thread hold one each, single examples would
   each cross from a worker on its own."""
   parts = examples.parts
-  pieces = grain.MapDataset.range(start * parts, stop * parts).map(examples)
+  pieces = grain.MapDataset.range(start * parts, stop * parts).map(examples).map(_sent)
   ahead = -(-parts // max(workers, 1))  # in all processes together one batch, besides those in `prefetch`
-  stream = pieces.to_iter_dataset(grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=max(threads, ahead) if threads else 0))
+  read = max(threads, ahead) if threads else 0
+  stream = pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read))
   if workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only commands parse
+    # For what was read, is on its way, and is being joined.
+    start_worker = functools.partial(_start_worker, slots_=read + 2 * ahead + 2)
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
-                                _start_worker)
-  iterator = iter(ThreadPrefetchIterDataset(stream.batch(parts, batch_fn=_join), prefetch_buffer_size=prefetch))
+                                start_worker)
+  join = slots.Receiver()
+  iterator = iter(ThreadPrefetchIterDataset(stream.batch(parts, batch_fn=join), prefetch_buffer_size=prefetch))
   if prefetch:  # Grain would start even without it, and read on for ever
     iterator.start_prefetch()
-  return Batches(iterator, workers)
+  return Batches(iterator, join, workers)
