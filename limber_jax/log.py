@@ -12,6 +12,8 @@ from tensorboardX import SummaryWriter
 
 from limber_jax.errors import UserError
 
+_GOES_ON = "the same command goes on from the last checkpoint"
+
 
 class Log:
   """Writes metrics by step.
@@ -73,6 +75,8 @@ class Log:
     with self._guarded():
       self._file.write(json.dumps({"step": step, **metrics}) + "\n")
       self._file.flush()
+    if not self._board_is_written():  # it would wait for ever to take the next records
+      raise UserError(f"{os.path.dirname(self._path)}/tensorboard: cannot be written; is the disk full? {_GOES_ON}")
     for name, value in metrics.items():
       if isinstance(value, int | float):
         self._board.add_scalar(name, value, step)
@@ -92,15 +96,20 @@ class Log:
     if self._active:
       with contextlib.suppress(OSError):  # all was flushed as it was written; where that failed, a UserError said so
         self._file.close()
-      self._board.close()
+        if self._board_is_written():
+          self._board.close()
+
+  def _board_is_written(self) -> bool:
+    """Returns whether the thread of tensorboardX lives; it ends at the first error, and everyone waits for it."""
+    worker = getattr(self._board.file_writer.event_writer, "_worker", None)
+    return worker is None or worker.is_alive()
 
   @contextlib.contextmanager
   def _guarded(self) -> Iterator[None]:
     try:
       yield
     except OSError as error:
-      raise UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on from the last "
-                      "checkpoint") from error
+      raise UserError(f"{self._path}: cannot be written ({error.strerror}); {_GOES_ON}") from error
 
 
 _builtin_print = print

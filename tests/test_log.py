@@ -1,6 +1,7 @@
 """What a run writes down: records by step, whole after kills and damage, and one line where a disk is full."""
 
 import json
+import time
 
 import pytest
 
@@ -51,3 +52,18 @@ def test_a_place_where_nothing_can_be_written_is_one_line(tmp_path):
   (tmp_path / "metrics.jsonl").mkdir()
   with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
     make(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_files_for_tensorboard_that_cannot_be_written_hold_nothing_up(tmp_path, monkeypatch):
+  log = make(tmp_path)
+
+  def full(event):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(log._board.file_writer.event_writer._ev_writer, "write_event", full)
+  with pytest.raises(UserError, match=r"tensorboard: cannot be written; is the disk full\? the same"):
+    for step in range(1, 100):
+      log.write(step, {"event": "nothing"} if step > 1 else {"loss": 1.0})
+      time.sleep(0.05)
+  log.close()

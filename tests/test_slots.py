@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -57,6 +58,23 @@ def test_what_finds_no_slot_goes_as_it_is(ends):
   for i, value in ((0, parcels[0][0]), (2, parcels[2][0]), (5, again)):
     np.testing.assert_array_equal(receiver([value])["features"], piece(i)["features"])
   np.testing.assert_array_equal(receiver([larger])["image"], piece(6, rows=5)["image"])
+
+
+def test_a_slot_is_given_back_once_whatever_lies_in_it():
+  """A second time could take it from the piece that its sender has put there since."""
+  sender, receiver, given = Sender(3), Receiver(), []
+
+  class Watched(np.ndarray):
+    def __setitem__(self, key, value):
+      given.append((key, value))
+
+  pieces = [sent(sender, piece(i))[0] for i in range(2)]
+  memory = np.frombuffer(sender._memory.buf, np.uint8).view(Watched)
+  receiver._memory[sender._memory.name] = types.SimpleNamespace(buf=memory)
+  receiver(pieces)
+  assert sorted(given) == [(0, 0), (1, 0)]
+  del memory, receiver
+  sender._memory.unlink()
 
 
 def test_small_arrays_take_no_memory():

@@ -1,5 +1,6 @@
 """What of its data a run could not read: named in damage.jsonl, counted, and past a share the end of the run."""
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -152,16 +153,13 @@ def told(line: Line) -> str:
 
 
 def _lines(path: str) -> list[Line]:
-  """Returns the lines of the file; one that a kill cut short is the last, and left out."""
+  """Returns the lines of the file; one that a kill cut short, or that is damaged, is left out."""
   lines = []
   if os.path.exists(path):
     with open(path, encoding="utf-8", errors="replace") as file:
       for text in file:
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
           line = json.loads(text)
-          if not text.endswith("\n") or not isinstance(line["step"], int):
-            break
-        except (ValueError, TypeError, KeyError):
-          break
-        lines.append(line)
+          if text.endswith("\n") and isinstance(line["step"], int):
+            lines.append(line)
   return lines

@@ -70,8 +70,9 @@ class Receiver:
 
   def __call__(self, pieces: Sequence[dict[str, np.ndarray | Parcel]]) -> dict[str, np.ndarray]:
     out = {k: np.concatenate([self._view(piece[k]) for piece in pieces]) for k in pieces[0]}
-    for parcel in (value for piece in pieces for value in piece.values() if isinstance(value, Parcel)):
-      self._memory[parcel.name].buf[parcel.slot] = 0
+    # Each slot once, whatever lies in it: its sender may take it again at once.
+    for name, slot in {(v.name, v.slot) for piece in pieces for v in piece.values() if isinstance(v, Parcel)}:
+      self._memory[name].buf[slot] = 0
     return out
 
   def close(self) -> None:
