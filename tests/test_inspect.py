@@ -13,7 +13,7 @@ from limber_jax.config import Source
 from limber_jax.errors import UserError
 from limber_jax.inspect import contact_sheet, inspect, lines
 from limber_jax.pack import pack
-from tests import layouts
+from tests import layouts, standins
 
 
 @pytest.fixture
@@ -111,3 +111,64 @@ def test_the_command_prints_figures_and_exits_1_where_there_is_damage(tmp_path, 
   assert "2 of 11 records" in done.stdout and (tmp_path / "sheet.png").stat().st_size > 1000
   done = run("digits", "--json", "--out=", "--sample=20")
   assert done.returncode == 0 and json.loads(done.stdout)["looked_at"] == 20
+
+
+RECORDS = layouts.digits(60)
+
+
+def packed(folder):
+  layouts.write_webdataset(folder / "tars", RECORDS, 25, "png")
+  pack(Source("webdataset", str(folder / "tars")), str(folder / "packed"), per_shard=25, log=lambda _: None)
+  return folder / "packed"
+
+
+def mixture(folder):
+  layouts.write_tsv(folder / "a", RECORDS[:20])
+  layouts.write_jsonl(folder / "b", RECORDS[20:])
+  sources = [{"weight": 3, "name": "captions", "path": "a/train.tsv"},
+             {"weight": 1, "name": "jsonl", "path": "b/train.jsonl"}]
+  (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
+  return folder / "mixture.json"
+
+
+def texts(folder):
+  (folder / "texts.jsonl").write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in RECORDS))
+  return folder / "texts.jsonl"
+
+
+def standin(write, **options):
+  def written(folder):
+    out = write(folder, **options)
+    return out.path, f"--images={out.images}" if out.images else ""
+
+  return written
+
+
+# To (source, writer of 60 records; flags that the command needs).
+LAYOUTS = {
+  "img2dataset tars": ("webdataset", lambda f: layouts.write_webdataset(f / "t", RECORDS, 25, "png"), ""),
+  "img2dataset parquet": ("parquet", lambda f: layouts.write_img2dataset_parquet(f / "p", RECORDS, 25), ""),
+  "hub parquet": ("parquet", lambda f: layouts.write_hub_parquet(f / "h", {"train": RECORDS}, 2), ""),
+  "datasets": ("huggingface", lambda f: layouts.write_saved(f / "s", RECORDS, shards=3, batch=7), ""),
+  "table": ("captions", lambda f: layouts.write_tsv(f / "t", RECORDS), ""),
+  "json lines": ("jsonl", lambda f: layouts.write_jsonl(f / "j", RECORDS), ""),
+  "texts": ("jsonl", texts, ""), "packed": ("packed", packed, ""), "mixture": ("mixture", mixture, ""),
+  "coco": ("coco", standin(standins.write_coco, count=60), ""),
+  "karpathy": ("coco", standin(standins.write_karpathy, counts={"train": 6, "test": 60}), "--split=test"),
+  "folders": ("folder", standin(standins.write_imagenet_folders, wnids=[f"n{i:08}" for i in range(15)]), ""),
+  "tfds": ("tfds", standin(standins.write_tfds, count=60), "--split=test"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_command_counts_each_layout_exactly(layout, tmp_path):
+  name, write, more = LAYOUTS[layout]
+  path = write(tmp_path)
+  path, images = path if isinstance(path, tuple) else (path, "")
+  done = subprocess.run([sys.executable, "-m", "limber_jax.inspect", str(path), f"--source={name}", "--json", "--out=",
+                         *filter(None, (images, more))], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert {k: found[k] for k in ("records", "looked_at", "unreadable", "found_at_opening")} == {
+    "records": 60, "looked_at": 60, "unreadable": 0, "found_at_opening": 0}
