@@ -14,10 +14,12 @@ Beside them workdir/frozen/<part> holds, once, what was drawn at random and is n
 release of JAX would draw other bits.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -25,6 +27,7 @@ import re
 import shutil
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +70,7 @@ class Checkpoints:
     self._metric = config.best
     self._log = log or (lambda line: print(line, file=sys.stderr, flush=True))
     self._whole: set[int] = set()  # what was compared with its manifest
-    self._manager, self._saving, self._step = None, None, -1
+    self._manager, self._saving, self._step, self._broken = None, None, -1, False
     if write:
       parallel.from_first(self._recover)
       self._quiet = contextlib.ExitStack()
@@ -171,6 +174,8 @@ class Checkpoints:
         for end in (self._manager.wait_until_finished, self._manager.close):
           with contextlib.suppress(Exception):  # each thread of a save that failed raises; `wait` has told the first
             end()
+        if self._broken:
+          _settle()
         gc.collect()  # or what is left of such a save speaks up later
         self._manager = None
         self._quiet.close()
@@ -296,6 +301,7 @@ class Checkpoints:
       shutil.rmtree(deleted)
 
   def _failed(self, error: Exception) -> UserError:
+    self._broken = True
     steps = [step for step in self._steps() if step != self._step]
     return UserError(f"{self.directory}: step {self._step} could not be saved: {_reason(error)}; "
                      + (f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"))
@@ -327,6 +333,19 @@ def _one_line_a_failure():
     for logger in loggers:
       logger.removeFilter(_not_of_orbax)
     sys.unraisablehook = show
+
+
+def _settle() -> None:
+  """Asks all that is left of Orbax's writes for its error, and closes what never began.
+
+  Else each of them speaks up when it is collected, some at the very end of the process, behind the error that was told.
+  """
+  for found in gc.get_objects():
+    if issubclass(type(found), asyncio.Future) and found.done() and not found.cancelled():
+      found.exception()
+    elif type(found) is types.CoroutineType and "orbax" in found.cr_code.co_filename and (
+        inspect.getcoroutinestate(found) == inspect.CORO_CREATED):
+      found.close()
 
 
 def write_manifest(directory: str) -> None:

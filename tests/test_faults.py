@@ -130,7 +130,7 @@ def whole_checkpoints(workdir):
   return steps
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(8, 20), pytest.param(200, 60, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "steps"), [(5, 20), pytest.param(200, 60, marks=pytest.mark.long)])
 def test_runs_killed_at_random_equal_one_uninterrupted(kills, steps, experiment, tmp_path):
   """Runs one after the other, each killed again and again until it is at its end."""
   whole, rng, killed, runs, most = tmp_path / "whole", random.Random(0), 0, 0, 0
