@@ -154,5 +154,5 @@ def _read(path: str) -> tuple[dict[str, float], int, int]:
     if all(math.isfinite(s) and s >= 0 for s in seconds.values()) and min(starts, reached) >= 0:
       return seconds, starts, reached
   except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-    pass
+    pass  # as the docstring says
   return dict.fromkeys(PHASES, 0.0), 0, 0

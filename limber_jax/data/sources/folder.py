@@ -201,7 +201,7 @@ class _Directory:
           if not entry.name.startswith("."):
             (folders if entry.is_dir() else files).append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
-      pass
+      pass  # no folder of this name: an empty one
     except OSError as error:
       self.refused[folder] = f"cannot be read ({error.strerror or error})"
     return sorted(folders), sorted(files)
