@@ -20,12 +20,12 @@ GPT-J Flax's msgpack. A state dict has no configuration: the sizes of a CLIP are
 64 wide and QuickGELU, as all of OpenAI's models have. A further format of CLIP is one function in `FORMATS`.
 """
 
-import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,12 @@ from limber_jax.models.beit import BeitSize
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.encoders import Encoder, EncoderSize
 from limber_jax.models.gptj import GPTJSize
-from limber_jax.models.layers import ACTIVATIONS, Rows
+from limber_jax.models.layers import Rows
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.weights import files
+from limber_jax.weights import configs, files
+from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.convert import convert, identity, pattern, stream
 
 
@@ -77,7 +78,7 @@ def load(path: str) -> Loaded:
       exactly.
   """
   opened = open_model(path)
-  with _naming(path):
+  with naming(path):
     like = shapes(opened.size, "logit_bias" in opened.source)
     params = convert(opened.rows, opened.source, like, opened.ignored)
   stats = params.pop("stats", {})
@@ -99,7 +100,7 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
     UserError: as of `load`, or a leaf has another shape; the message names it.
   """
   opened = open_model(path)
-  with _naming(path):
+  with naming(path):
     tree = convert(opened.rows, opened.source, {part: params} | ({"stats": {part: stats}} if stats else {}),
                    _ignored_beside(opened, part))
   _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads,
@@ -128,7 +129,7 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
   if part not in readers:
     raise UserError(f"{path}: a part {part!r} is read from a workdir of limber_jax.train only")
   source = readers[part](path, size, like)
-  with _naming(path):
+  with naming(path):
     tree = stream(source.rows, source.source, like | ({"stats": stats} if stats else {}), source.ignored)
   return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
 
@@ -196,8 +197,8 @@ def _limber(path: str) -> Opened | None:
   config = os.path.join(path, "limber_config.json")
   if not os.path.isfile(config):
     return None
-  with _naming(config):
-    size = clip.size_from_dict(_json(config))
+  with naming(config):
+    size = clip.size_from_dict(read_json(config))
   source = files.tensors(os.path.join(path, "params.safetensors"))
   return Opened(size, source, identity(shapes(size, "logit_bias" in source)))
 
@@ -206,8 +207,8 @@ def _run(path: str) -> Opened | None:
   if not os.path.isdir(os.path.join(path, "checkpoints")):
     return None
   config = os.path.join(path, "config.json")
-  with _naming(config):
-    values = _json(config)
+  with naming(config):
+    values = read_json(config)
     size = clip.size_from_dict({k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")})
   like = shapes(size, values["loss.kind"] == "sigmoid")
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -228,18 +229,6 @@ def _run(path: str) -> Opened | None:
   return Opened(size, flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/"), identity(tree))
 
 
-# open_clip's defaults, of the settings that we have too.
-_OPEN_CLIP_IMAGE = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64}
-_OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "layers": 12, "heads": 8}
-_OPEN_CLIP_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
-# Of its other settings, those that change nothing here: values that say what we do anyway, and settings of a tokenizer,
-# of training, or of a kind of tower that another setting would have to choose.
-_OPEN_CLIP_SAME = {"vision_cfg.pool_type": "tok", "vision_cfg.pos_embed_type": "learnable", "vision_cfg.mlp_ratio": 4,
-                   "text_cfg.pool_type": "argmax", "text_cfg.proj_type": "linear", "text_cfg.mlp_ratio": 4}
-_OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_pooler_.*|tokenizer_.*|pad_id|eos_id|"
-                              r"patch_dropout|output_tokens")
-
-
 def _open_clip(path: str) -> Opened | None:
   config = os.path.join(path, "open_clip_config.json")
   if not os.path.isfile(config):
@@ -250,71 +239,19 @@ def _open_clip(path: str) -> Opened | None:
     return None
   if "vision_model.embeddings.class_embedding" in source:
     return None  # a directory for both libraries, whose weights are in transformers' names
-  with _naming(config):
-    values = _json(config)
-    model, preprocess = values["model_cfg"], values.get("preprocess_cfg") or {}
-    for where, given, known in (("model_cfg", model, _OPEN_CLIP_MODEL),
-                                ("vision_cfg", model["vision_cfg"], _OPEN_CLIP_IMAGE),
-                                ("text_cfg", model["text_cfg"], _OPEN_CLIP_TEXT)):
-      for name, value in given.items():
-        if not (name in known or not value or value == _OPEN_CLIP_SAME.get(f"{where}.{name}")
-                or _OPEN_CLIP_INERT.fullmatch(name)):
-          raise UserError(f"{where}.{name}={value!r}: the models here have no such setting")
-    v, t = _OPEN_CLIP_IMAGE | model["vision_cfg"], _OPEN_CLIP_TEXT | model["text_cfg"]
-    side = _side(v["image_size"])
-    if isinstance(v["layers"], list):
-      image = ResNetSize(image_size=side, layers=tuple(v["layers"]), width=v["width"],
-                         heads=32 * v["width"] // v["head_width"])
-    else:
-      image = ViTSize(image_size=side, patch=_side(v["patch_size"]), width=v["width"], layers=v["layers"],
-                      heads=v["width"] // v["head_width"])
-    text = TextSize(t["context_length"], t["vocab_size"], t["width"], t["layers"], t["heads"])
-    size = ClipSize(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu",
-                    tuple(preprocess.get("mean") or clip.MEAN), tuple(preprocess.get("std") or clip.STD))
-    return Opened(size, source, clip.OPENAI_WEIGHTS[image.kind], clip.OPENAI_IGNORED)
+  with naming(config):
+    size = configs.open_clip_size(read_json(config))
+  return Opened(size, source, clip.OPENAI_WEIGHTS[size.image.kind], clip.OPENAI_IGNORED)
 
 
 def _hf(path: str) -> Opened | None:
   config = os.path.join(path, "config.json")
   if not os.path.isfile(config) or not any(os.path.isfile(os.path.join(path, name)) for name in _HF_FILES):
     return None
-  # Only here, because it takes seconds; the defaults and older spellings of its configurations are its own matter.
-  from huggingface_hub.errors import StrictDataclassError
-  from transformers import CLIPConfig
-
-  with _naming(config):
-    values = _json(config)
-    if values.get("model_type") != "clip":
-      raise UserError(f"model_type is {values.get('model_type')!r}, expected 'clip'")
-    try:
-      hf = CLIPConfig.from_dict(values)
-    except StrictDataclassError as error:
-      raise UserError(" ".join(str(error).split())) from error
-    v, t = hf.vision_config, hf.text_config
-    if v.hidden_act != t.hidden_act or t.hidden_act not in ACTIVATIONS:
-      raise UserError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)} for both towers, got {v.hidden_act!r} and "
-                      f"{t.hidden_act!r}")
-    if (v.layer_norm_eps, t.layer_norm_eps) != (1e-5, 1e-5):
-      raise UserError(f"layer_norm_eps: expected 1e-05, got {v.layer_norm_eps} and {t.layer_norm_eps}")
-    if t.eos_token_id not in (2, t.vocab_size - 1):  # 2 stands for the highest id of a text
-      raise UserError(f"text_config.eos_token_id is {t.eos_token_id}, but the text tower here is pooled at the highest "
-                      f"id of a text; set it to 2 if no text of yours holds an id above {t.eos_token_id}")
-    image = ViTSize(image_size=_side(v.image_size), patch=_side(v.patch_size), width=v.hidden_size,
-                    layers=v.num_hidden_layers, heads=v.num_attention_heads)
-    text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads)
-  size = ClipSize(hf.projection_dim, image, text, t.hidden_act, *_hf_mean_std(path))
+  with naming(config):
+    size = configs.hf_size(read_json(config))
+  size = dataclasses.replace(size, **dict(zip(("mean", "std"), configs.hf_mean_std(path), strict=True)))
   return Opened(size, _weights(path, _HF_FILES), clip.HF_WEIGHTS["vit"], clip.HF_IGNORED)
-
-
-def _hf_mean_std(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Returns what the image processor beside a CLIPModel says; without one, CLIP's, as transformers does."""
-  for name in ("preprocessor_config.json", "processor_config.json"):
-    if os.path.isfile(file := os.path.join(path, name)):
-      with _naming(file):
-        values = _json(file)
-        values = values.get("image_processor", values)
-        return tuple(values.get("image_mean", clip.MEAN)), tuple(values.get("image_std", clip.STD))
-  return clip.MEAN, clip.STD
 
 
 _HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -329,8 +266,8 @@ def _weights(path: str, names: tuple[str, ...]) -> dict[str, files.Tensor] | Non
 
 
 def _shards(path: str, index: str) -> dict[str, files.Tensor]:
-  with _naming(index):
-    where = dict(_json(index)["weight_map"])
+  with naming(index):
+    where = dict(read_json(index)["weight_map"])
     for file in set(where.values()):
       if os.path.basename(file) != file:
         raise UserError(f"weight_map points outside of the directory: {file!r}")
@@ -355,7 +292,7 @@ def _openai(path: str) -> Opened | None:
   def count(start: str) -> int:
     return len({match[1] for name in source if (match := re.match(rf"{re.escape(start)}(\d+)\.", name))})
 
-  with _naming(path):
+  with naming(path):
     if "visual.proj" in source:
       width, _, _, patch = shape("visual.conv1.weight")
       grid = math.isqrt(shape("visual.positional_embedding")[0])
@@ -406,8 +343,8 @@ _GPTJ_SAME = {"activation_function": ("gelu_new",), "layer_norm_epsilon": (1e-5,
 def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
   if os.path.isdir(path):
     config = os.path.join(path, "config.json")
-    with _naming(config):
-      values = _json(config)
+    with naming(config):
+      values = read_json(config)
       if values.get("model_type") != "gptj":
         raise UserError(f"model_type is {values.get('model_type')!r}, expected 'gptj'")
       for theirs, (ours, default) in _GPTJ.items():
@@ -450,14 +387,14 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
   else:
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
-      with _naming(config):
-        (_check_beit if isinstance(tower, BeitSize) else _check_timm)(_json(config), tower)
+      with naming(config):
+        (_check_beit if isinstance(tower, BeitSize) else _check_timm)(read_json(config), tower)
     if tower.kind == "beit":
       _check_pixels(path, size)
     source = _weights(path, _HF_FILES)
     if source is None:
       raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)}")
-  with _naming(path):
+  with naming(path):
     return _Part(source, encoder.rows(source), encoder.ignored)
 
 
@@ -493,8 +430,8 @@ def _check_pixels(path: str, size: EncoderSize) -> None:
   """Raises if the image processor beside the weights normalises by other numbers than the encoder here."""
   file = os.path.join(path, "preprocessor_config.json")
   if os.path.isfile(file):
-    with _naming(file):
-      values = _json(file)
+    with naming(file):
+      values = read_json(file)
       for name, ours in (("image_mean", size.mean), ("image_std", size.std)):
         if name in values and list(values[name]) != list(ours):
           raise UserError(f"{name} is {values[name]}, but this config's encoder has {list(ours)}")
@@ -506,14 +443,14 @@ def _is_clip_run(path: str) -> bool:
 
 def _run_config(path: str) -> dict[str, Any]:
   config = os.path.join(path, "config.json")
-  with _naming(config):
-    return _json(config)
+  with naming(config):
+    return read_json(config)
 
 
 def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: dict[str, Any]
                  ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns what `load_part` does, from the best checkpoint of a workdir; what was frozen there from where it was."""
-  with _naming(os.path.join(path, "config.json")):
+  with naming(os.path.join(path, "config.json")):
     values = _run_config(path)
     if size is not None:
       _check_run_size(values, part, size)
@@ -562,30 +499,3 @@ def _check_run_size(values: dict[str, Any], part: str, size: Any) -> None:
     theirs = values.get(starts[0] + name)
     if theirs != ours:
       raise UserError(f"{starts[0]}{name} is {theirs!r}, but this config's part {part!r} has {ours!r}")
-
-
-def _json(path: str) -> dict[str, Any]:
-  with open(path, encoding="utf-8") as file:
-    values = json.load(file)
-  if not isinstance(values, dict):
-    raise UserError("expected a JSON object")
-  return values
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-  """Puts the file's name before what is found wrong with its content inside the block."""
-  try:
-    yield
-  except KeyError as error:
-    raise UserError(f"{path}: {error} is missing") from error
-  except (UserError, ArithmeticError, AttributeError, OSError, TypeError, ValueError) as error:
-    raise UserError(f"{path}: {error}") from error
-
-
-def _side(value: Any) -> int:
-  """Returns n of n or of [n, n]: squares are written both ways."""
-  sides = value if isinstance(value, list | tuple) else [value]
-  if len(set(sides)) != 1 or type(sides[0]) is not int or sides[0] < 1:
-    raise UserError(f"expected a square, a positive number of pixels a side, got {value!r}")
-  return sides[0]

@@ -1,0 +1,116 @@
+"""What other libraries' configurations say of a model, as sizes of ours; what these models lack is refused by name."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from limber_jax.errors import UserError
+from limber_jax.models import clip
+from limber_jax.models.clip import ClipSize
+from limber_jax.models.layers import ACTIVATIONS
+from limber_jax.models.resnet import ResNetSize
+from limber_jax.models.text import TextSize
+from limber_jax.models.vit import ViTSize
+
+# open_clip's defaults, of the settings that we have too.
+_OPEN_CLIP_IMAGE = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64}
+_OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "layers": 12, "heads": 8}
+_OPEN_CLIP_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
+# Of its other settings, those that change nothing here: values that say what we do anyway, and settings of a tokenizer,
+# of training, or of a kind of tower that another setting would have to choose.
+_OPEN_CLIP_SAME = {"vision_cfg.pool_type": "tok", "vision_cfg.pos_embed_type": "learnable", "vision_cfg.mlp_ratio": 4,
+                   "text_cfg.pool_type": "argmax", "text_cfg.proj_type": "linear", "text_cfg.mlp_ratio": 4}
+_OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_pooler_.*|tokenizer_.*|pad_id|eos_id|"
+                              r"patch_dropout|output_tokens")
+
+
+def open_clip_size(values: dict[str, Any]) -> ClipSize:
+  """Returns the size of a CLIP of open_clip's, from its open_clip_config.json; to be called inside of `naming`."""
+  model, preprocess = values["model_cfg"], values.get("preprocess_cfg") or {}
+  for where, given, known in (("model_cfg", model, _OPEN_CLIP_MODEL),
+                              ("vision_cfg", model["vision_cfg"], _OPEN_CLIP_IMAGE),
+                              ("text_cfg", model["text_cfg"], _OPEN_CLIP_TEXT)):
+    for name, value in given.items():
+      if not (name in known or not value or value == _OPEN_CLIP_SAME.get(f"{where}.{name}")
+              or _OPEN_CLIP_INERT.fullmatch(name)):
+        raise UserError(f"{where}.{name}={value!r}: the models here have no such setting")
+  v, t = _OPEN_CLIP_IMAGE | model["vision_cfg"], _OPEN_CLIP_TEXT | model["text_cfg"]
+  side = _side(v["image_size"])
+  if isinstance(v["layers"], list):
+    image = ResNetSize(image_size=side, layers=tuple(v["layers"]), width=v["width"],
+                       heads=32 * v["width"] // v["head_width"])
+  else:
+    image = ViTSize(image_size=side, patch=_side(v["patch_size"]), width=v["width"], layers=v["layers"],
+                    heads=v["width"] // v["head_width"])
+  text = TextSize(t["context_length"], t["vocab_size"], t["width"], t["layers"], t["heads"])
+  return ClipSize(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu",
+                  tuple(preprocess.get("mean") or clip.MEAN), tuple(preprocess.get("std") or clip.STD))
+
+
+def hf_size(values: dict[str, Any]) -> ClipSize:
+  """Returns the size of a CLIPModel of transformers, from its config.json, with CLIP's own mean and std."""
+  if values.get("model_type") != "clip":
+    raise UserError(f"model_type is {values.get('model_type')!r}, expected 'clip'")
+  # Only here, because it takes seconds; the defaults and older spellings of its configurations are its own matter.
+  from huggingface_hub.errors import StrictDataclassError
+  from transformers import CLIPConfig
+
+  try:
+    hf = CLIPConfig.from_dict(values)
+  except StrictDataclassError as error:
+    raise UserError(" ".join(str(error).split())) from error
+  v, t = hf.vision_config, hf.text_config
+  if v.hidden_act != t.hidden_act or t.hidden_act not in ACTIVATIONS:
+    raise UserError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)} for both towers, got {v.hidden_act!r} and "
+                    f"{t.hidden_act!r}")
+  if (v.layer_norm_eps, t.layer_norm_eps) != (1e-5, 1e-5):
+    raise UserError(f"layer_norm_eps: expected 1e-05, got {v.layer_norm_eps} and {t.layer_norm_eps}")
+  if t.eos_token_id not in (2, t.vocab_size - 1):  # 2 stands for the highest id of a text
+    raise UserError(f"text_config.eos_token_id is {t.eos_token_id}, but the text tower here is pooled at the highest "
+                    f"id of a text; set it to 2 if no text of yours holds an id above {t.eos_token_id}")
+  image = ViTSize(image_size=_side(v.image_size), patch=_side(v.patch_size), width=v.hidden_size,
+                  layers=v.num_hidden_layers, heads=v.num_attention_heads)
+  text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads)
+  return ClipSize(hf.projection_dim, image, text, t.hidden_act)
+
+
+def hf_mean_std(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns what the image processor beside a CLIPModel says; without one, CLIP's, as transformers does."""
+  for name in ("preprocessor_config.json", "processor_config.json"):
+    if os.path.isfile(file := os.path.join(path, name)):
+      with naming(file):
+        values = read_json(file)
+        values = values.get("image_processor", values)
+        return tuple(values.get("image_mean", clip.MEAN)), tuple(values.get("image_std", clip.STD))
+  return clip.MEAN, clip.STD
+
+
+def read_json(path: str) -> dict[str, Any]:
+  """Returns the JSON object in a file; to be called inside of `naming`."""
+  with open(path, encoding="utf-8") as file:
+    values = json.load(file)
+  if not isinstance(values, dict):
+    raise UserError("expected a JSON object")
+  return values
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+  """Puts the file's name before what is found wrong with its content inside the block."""
+  try:
+    yield
+  except KeyError as error:
+    raise UserError(f"{path}: {error} is missing") from error
+  except (UserError, ArithmeticError, AttributeError, OSError, TypeError, ValueError) as error:
+    raise UserError(f"{path}: {error}") from error
+
+
+def _side(value: Any) -> int:
+  """Returns n of n or of [n, n]: squares are written both ways."""
+  sides = value if isinstance(value, list | tuple) else [value]
+  if len(set(sides)) != 1 or type(sides[0]) is not int or sides[0] < 1:
+    raise UserError(f"expected a square, a positive number of pixels a side, got {value!r}")
+  return sides[0]
