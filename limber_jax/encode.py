@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from limber_jax import cli, parallel, registry
+from limber_jax import cli, lock, parallel, registry
 from limber_jax.config import Config
 from limber_jax.data import features, pipeline
 from limber_jax.errors import UserError
@@ -46,14 +46,16 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
 
   Raises:
     UserError: settings under which an image's features change during training, features of something else in `out`, or
-      no room for them.
+      no room for them, or another process that writes there.
   """
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=out))
   for directory, file in config.first.items():
     if directory in (config.init.image, *config.init.others.values()) and not os.path.exists(directory):
       raise UserError(f"the encoder is trained first, in {directory}: python -m limber_jax.train --config={file} "
                       f"--workdir={directory}")
-  with StopRequest() as stop:
+  held = lock.Lock(os.path.join(out, lock.NAME), what=f"--out={out}", otherwise="choose another directory",
+                   first=parallel.from_first)
+  with held, StopRequest() as stop:
     s = setup(config, only="image")
     main = jax.process_index() == 0
     log = log if main else lambda _: None

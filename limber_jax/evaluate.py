@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from limber_jax import cli, parallel, report
+from limber_jax import cli, lock, parallel, report
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Config, Evaluation
@@ -30,6 +30,7 @@ from limber_jax.train import Setup, check_frozen, evaluate, make_context, make_e
 from limber_jax.weights import load
 from limber_jax.weights.digest import digest
 
+WAIT = 60.0          # seconds, until others have written their results
 DATA = "data/"       # what the paths of the experiments' data sets start with
 PACKAGES = ("limber_jax", "flax", "jax", "numpy", "pillow", "pycocoevalcap", "scikit-learn", "transformers")
 
@@ -50,16 +51,32 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
     waiting: entered while a batch is awaited, see `Context`.
 
   Raises:
-    UserError: no such run, checkpoint, weights or evaluation, another experiment's workdir, or none of the evaluations
-      could be run.
+    UserError: no such run, checkpoint, weights or evaluation, another experiment's workdir, another process that runs
+      one of the evaluations there, or none of them could be run.
     Stopped: the run was asked to end.
   """
+  names = _names(config, only)
+  items = os.path.join(workdir, "evaluation")
+  if not weights:
+    _check_run(config, workdir)
+  # One for each: others of the same workdir may run beside, and so may its training.
+  with lock.Lock(*(os.path.join(items, f"{name}{lock.NAME}") for name in names), first=parallel.from_first,
+                 otherwise="name other evaluations with --only"):
+    return _results(config, workdir, names, checkpoint, weights, data, stop, waiting)
+
+
+def _names(config: Config, only: Sequence[str]) -> list[str]:
+  """Returns the names of the evaluations to run."""
   for name in only:
     if name not in config.evals:
       raise UserError(f"--only: no evaluation {name!r} in this experiment{did_you_mean(name, config.evals)}")
   names = [name for name in config.evals if name in only or not only]
   if not names:
     raise UserError(f"experiment {config.name!r} has no evaluations; its config.evals is empty")
+  return names
+
+
+def _results(config, workdir, names, checkpoint, weights, data, stop, waiting) -> dict[str, Any]:
   if data:
     config.evals = {name: _moved(e, data) for name, e in config.evals.items()}
   s, params, stats, step = (imported(config, workdir, weights) if weights else
@@ -83,14 +100,18 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
           "evaluations": found, "failed": failed}
 
 
-def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict, dict, int]:
-  """Returns (setup, params, stats, step) of a checkpoint in a workdir; raises UserError as `results` does."""
+def _check_run(config: Config, workdir: str) -> None:
+  """Raises UserError if there is no run in a workdir, or one of another experiment."""
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     raise UserError(f"--workdir={workdir}: no run there (no config.json); train one with python -m limber_jax.train "
                     f"--config=… --workdir={workdir}, or evaluate weights from elsewhere with --weights=…")
   with open(path, encoding="utf-8") as file:
     config_lib.check_same(config, file.read(), workdir)
+
+
+def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict, dict, int]:
+  """Returns (setup, params, stats, step) of a checkpoint in a workdir; raises UserError as `results` does."""
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     step = checkpoints.find(checkpoint)
@@ -160,6 +181,11 @@ def write(found: dict[str, Any], workdir: str) -> None:
   Raises UserError if it cannot, or if the results.json there is no such file.
   """
   path = os.path.join(workdir, "results.json")
+  with lock.Lock(f"{path}{lock.NAME}", wait=WAIT):  # another evaluation may end at this moment
+    _write(found, workdir, path)
+
+
+def _write(found: dict[str, Any], workdir: str, path: str) -> None:
   if os.path.exists(path):
     try:
       with open(path, encoding="utf-8") as file:
@@ -175,7 +201,6 @@ def write(found: dict[str, Any], workdir: str) -> None:
         found[key] = {n: e for n, e in earlier[key].items()
                       if n not in found["evaluations"] and n not in found["failed"]} | found[key]
   try:
-    os.makedirs(workdir, exist_ok=True)
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
       file.write(json.dumps(found, indent=1))
     os.replace(f"{path}.tmp", path)

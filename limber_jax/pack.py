@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from limber_jax import cli, registry
+from limber_jax import cli, lock, registry
 from limber_jax.config import Source
 from limber_jax.data import sources
 from limber_jax.data.features import ShardWriter
@@ -203,14 +203,16 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
     The manifest; None if a signal stopped it.
 
   Raises:
-    UserError: too much damage, something else in `out`, no room, or a worker that died.
+    UserError: too much damage, something else in `out`, another process that packs there, no room, or a worker that
+      died.
   """
   for name, value, low, high in (("shrink", shrink, 0, 10_000), ("quality", quality, 1, 100),
                                  ("damaged", damaged, 0, 1), ("per_shard", per_shard, 1, 10**9),
                                  ("workers", workers, 0, 1024)):
     if not low <= value <= high:
       raise UserError(f"--{name}={value}: wanted {low} to {high:,}")
-  with StopRequest() as stop:
+  held = lock.Lock(os.path.join(out, lock.NAME), what=out, otherwise="choose another directory")
+  with held, StopRequest() as stop:
     source = registry.lookup("data source", registry.SOURCES, config.name)(config)
     packing = Packing(out, len(source), per_shard, shrink, quality, int(damaged * len(source)))
     what = {"kind": packed.KIND, "version": packed.VERSION, "source": config.name, "fingerprint": source.fingerprint(),
@@ -271,7 +273,7 @@ def _claim(out: str, what: dict[str, Any]) -> dict[str, Any] | None:
           return packed.load(out)
         _clear(out, keep=".json")
         return None
-    if there := sorted(os.listdir(out)):
+    if there := sorted(name for name in os.listdir(out) if not name.startswith(lock.NAME)):
       raise UserError(f"{out} is not empty, it has {there[0]}; choose another directory")
     _write(os.path.join(out, packed.UNFINISHED), [what])
   except OSError as error:

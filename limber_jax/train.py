@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from limber_jax import cli, goodput, optim, parallel, peers, registry
+from limber_jax import cli, goodput, lock, optim, parallel, peers, registry
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
@@ -189,20 +189,24 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     began: when the command did, of time.monotonic(), for the ledger; None is now.
 
   Raises:
-    UserError: settings or data that do not fit, a workdir of another experiment, no checkpoint there that is whole,
+    UserError: a workdir in which another process trains, settings or data that do not fit, a workdir of another
+      experiment, no checkpoint there that is whole,
       optim.max_skips steps in a row without a finite and usual loss and gradient, more damaged records than
       config.data.damaged allows, a data worker that is gone, or a checkpoint that could not be saved: the run ends
       there rather than take steps that the next fault would lose.
   """
-  for directory, file in config.first.items():
-    experiment = cli.load_experiment(file)
-    if not os.path.isdir(os.path.join(directory, "checkpoints", str(experiment.steps))):
-      log(f"first {file}, in {directory}")
-      state, began = train(experiment, directory, log=log, stop=stop, began=began), None
-      if int(state.step) < experiment.steps:
-        return state  # a signal came; the same command goes on with it
-
   with contextlib.ExitStack() as until_end:
+    held = until_end.enter_context(lock.Lock(
+      os.path.join(workdir, lock.NAME), what=workdir, otherwise="choose another --workdir", first=parallel.from_first,
+      log=log))
+    for directory, file in config.first.items():
+      experiment = cli.load_experiment(file)
+      if not os.path.isdir(os.path.join(directory, "checkpoints", str(experiment.steps))):
+        log(f"first {file}, in {directory}")
+        state, began = train(experiment, directory, log=log, stop=stop, began=began), None
+        if int(state.step) < experiment.steps:
+          return state  # a signal came; the same command goes on with it
+
     stop = stop or until_end.enter_context(StopRequest())
     main = jax.process_index() == 0
     ledger = Ledger(workdir, active=main, began=began)
@@ -322,6 +326,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
 
     def save(step: int, metrics: dict[str, float], *, evaluated: bool) -> None:
       name_damage(step)
+      held.check()
       with ledger("save"):
         checkpoints.save(state, {"data": fingerprint, "evaluated": evaluated, "frozen": s.digests}, metrics or None)
 

@@ -26,6 +26,7 @@ from limber_jax.data import features
 from limber_jax.data.sources.digits import Digits
 from limber_jax.encode import encode
 from limber_jax.errors import UserError
+from limber_jax.lock import Lock
 from limber_jax.models import encoders, gptj
 from limber_jax.models.limber import LimberSize, Map
 from limber_jax.train import cached, setup, train
@@ -381,6 +382,14 @@ def test_two_processes_write_what_one_does_also_after_a_kill(command, tmp_path):
   output, _ = alone.communicate(timeout=240)
   assert alone.returncode == 0, output
   assert contents(tmp_path / "pair") == contents(tmp_path / "alone")
+
+
+def test_two_do_not_encode_into_one_directory(tmp_path):
+  with Lock(tmp_path / "out" / ".lock"):
+    with pytest.raises(UserError, match=f"--out=.*/out is in use by process {os.getpid()} on host"):
+      quiet(limber(), tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == [".lock"]
+  assert not (tmp_path / "out").exists()
 
 
 def test_the_command_tells_a_mistake_in_one_line_and_exits_2(command, tmp_path):

@@ -24,6 +24,7 @@ from standins import (
 
 from limber_jax import cli, evaluate
 from limber_jax.errors import UserError
+from limber_jax.lock import Lock
 
 TESTS = os.path.dirname(__file__)
 EXPERIMENT = """
@@ -196,6 +197,16 @@ def test_a_file_cut_in_half_fails_its_evaluation_alone(clip, data, tmp_path):
   found = evaluate.results(config, str(workdir), data=str(data))
   assert found["evaluations"].keys() == {"digits"}
   assert "cut.json" in found["failed"]["retrieval"] and "byte" in found["failed"]["retrieval"]
+
+
+def test_two_commands_do_not_run_one_evaluation_in_one_workdir_but_others_may(clip, data):
+  config, workdir = clip
+  config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
+  with Lock(workdir / "evaluation" / "retrieval.lock"), Lock(workdir / ".lock"):  # one is trained further beside
+    with pytest.raises(UserError, match=rf"evaluation/retrieval is in use by process {os.getpid()} on host .*--only"):
+      evaluate.results(config, str(workdir), data=str(data))
+    assert evaluate.results(config, str(workdir), data=str(data), only=("digits",))["evaluations"].keys() == {"digits"}
+  assert not list(workdir.rglob("*.lock"))
 
 
 def test_mistakes_are_one_line(clip, data, tmp_path):

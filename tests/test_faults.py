@@ -263,14 +263,25 @@ def test_sigterm_saves_and_the_next_start_goes_on(moment, tmp_path, monkeypatch)
       assert [r["step"] for r in map(json.loads, file) if "zeroshot/top1" in r] == [4, 6]
 
 
-def test_the_command_exits_0_after_sigterm(experiment, tmp_path):
+def test_the_command_refuses_a_second_one_and_exits_0_after_sigterm(experiment, tmp_path):
   process = experiment(str(tmp_path / "run"), steps=100_000)
   for _ in range(4):
     process.stdout.readline()
+  began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+  second = experiment(str(tmp_path / "run"), steps=100_000)
+  refused, _ = second.communicate(timeout=120)
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  print(f"a second command in the workdir was refused after {time.monotonic() - began:.1f} s, {used:.1f} s of a "
+        f"processor: {refused}")
+  assert second.returncode == 2 and used < 10  # on an idle machine it takes no longer than its processor does
+  assert re.fullmatch(rf"error: \S+ is in use by process {process.pid} on host \S+ since [\d :UTC-]+; wait until it "
+                      r"has ended, or choose another --workdir\n", refused)
   process.terminate()
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 0, output
   assert "stopped by SIGTERM at step" in output and "Traceback" not in output
+  assert not os.path.exists(tmp_path / "run" / ".lock")
 
 
 def free_port() -> int:

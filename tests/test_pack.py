@@ -19,6 +19,7 @@ from limber_jax.config import Source
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
+from limber_jax.lock import Lock
 from limber_jax.pack import guess, pack
 from tests import layouts
 
@@ -121,6 +122,15 @@ def test_past_the_share_of_damage_it_stops_and_goes_on_with_a_larger_one(tmp_pat
   pack(damaged, str(tmp_path / "out"), per_shard=16, damaged=0.1, log=quiet)
   pack(damaged, str(tmp_path / "once"), per_shard=16, damaged=0.1, log=quiet)
   assert digests(tmp_path / "out") == digests(tmp_path / "once")
+
+
+def test_two_do_not_pack_into_one_directory(tmp_path, tars):
+  with Lock(tmp_path / "out" / ".lock", what="it"):
+    with pytest.raises(UserError, match=f"out is in use by process {os.getpid()} on host .*choose another directory"):
+      pack(tars, str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == [".lock"]
+  assert pack(tars, str(tmp_path / "out"))["records"] > 0
+  assert ".lock" not in os.listdir(tmp_path / "out")
 
 
 def test_a_directory_of_something_else_is_refused_and_a_finished_one_is_left(tmp_path, tars):

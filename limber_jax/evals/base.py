@@ -118,7 +118,7 @@ class Runner:
     """
     n, size, context = len(self.source), self._batch_size, self.context
     key = self._key(name, shared)
-    items = Items(self._path(name, key, shared), key, size, n, keep)
+    items = Items(self._path(name, key, shared), key, size, n, keep, shared=shared)
     for line in items.collected().damage:
       self._found(line)
 

@@ -4,6 +4,7 @@ NAME.jsonl has a line {"key": …, "shapes": …} that says what the results dep
 order of the data. Arrays lie beside it, rows of little-endian float32 in NAME.ARRAY.f32, one an item not damaged.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from limber_jax.errors import UserError
+from limber_jax.lock import NAME, Lock
 from limber_jax.parallel import from_first
 
 
@@ -36,7 +38,8 @@ class Collected:
 class Items:
   """Results as they come in: in memory, and in files if there is a path. Only process 0 reads and writes these."""
 
-  def __init__(self, path: str, key: dict[str, Any], batch_size: int, total: int, arrays: Sequence[str] = ()):
+  def __init__(self, path: str, key: dict[str, Any], batch_size: int, total: int, arrays: Sequence[str] = (), *,
+               shared: bool = False):
     """Reads the results that are there, and throws away those of another key or of a part of a batch.
 
     Args:
@@ -45,17 +48,23 @@ class Items:
       batch_size: the batches that follow are those of a run that never stopped.
       total: number of items.
       arrays: names of the arrays of each item.
+      shared: other commands may write the same files, with whom `Lock` is for.
 
     Raises:
-      UserError: the files cannot be read or written.
+      UserError: the files cannot be read or written, or another process writes them.
     """
     self._path, self._key, self._names = path, json.loads(json.dumps(key)), tuple(arrays)
     self._records: list[dict] = []
     self._damage: list[dict] = []
     self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in arrays}
     self._files: dict[str, Any] = {}
+    self._held = contextlib.ExitStack()
     if path:
-      shapes, lines = from_first(lambda: self._guarded(self._read, batch_size, total))
+      with contextlib.ExitStack() as held:
+        if shared:
+          held.enter_context(Lock(f"{path}{NAME}", first=from_first))
+        shapes, lines = from_first(lambda: self._guarded(self._read, batch_size, total))
+        self._held = held.pop_all()
       self._sort(lines)
       for name, shape in shapes.items():
         self._arrays[name].append(self._rows(name, shape))
@@ -88,6 +97,7 @@ class Items:
     """Closes the files."""
     for file in self._files.values():
       file.close()
+    self._held.close()
 
   def _sort(self, lines) -> None:
     for line in lines:
