@@ -194,10 +194,14 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
   check_map(config, name)
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
-    step = checkpoints.find(checkpoint)
+    checkpoints.find(checkpoint)  # before the frozen parts are loaded, which may take long
     s = setup(config, workdir)
-    check_frozen(checkpoints.meta(step), s.digests, workdir, step)
-    return Captioner(s, *checkpoints.restore_params(step, s.like.params, s.like.stats), name, blind=blind)
+
+    def read(step):
+      check_frozen(checkpoints.meta(step), s.digests, workdir, step)
+      return checkpoints.restore_params(step, s.like.params, s.like.stats)
+
+    return Captioner(s, *checkpoints.read(checkpoint, read), name, blind=blind)
   finally:
     checkpoints.close()
 
@@ -258,8 +262,8 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "best", name
           for tree in (split(params, config.trainable)[0], split(stats, config.trainable)[0])]
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
-    step = checkpoints.find(checkpoint)
-    frozen, trained = checkpoints.meta(step)["frozen"], checkpoints.restore_params(step, *like)[0]
+    step, frozen, trained = checkpoints.read(checkpoint, lambda step: (
+      step, checkpoints.meta(step)["frozen"], checkpoints.restore_params(step, *like)[0]))
   finally:
     checkpoints.close()
   encoder = task.model.encoders[task.model.encoder_of(name)].size

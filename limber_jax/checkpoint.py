@@ -8,7 +8,8 @@ once all of that is there, so a killed save leaves nothing that counts.
 
 A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
 before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
-damaged to workdir/damaged/<step>. Checkpoints of before there were manifests are used unchecked, and one line says so.
+damaged to workdir/damaged/<step>. One that trains beside may delete the checkpoint that is being read: then another is
+chosen, see `Checkpoints.read`. Checkpoints of before there were manifests are used unchecked, and one line says so.
 
 Beside them workdir/frozen/<part> holds, once, what was drawn at random and is not trained: another machine or another
 release of JAX would draw other bits.
@@ -29,21 +30,24 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from limber_jax import parallel
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
 from limber_jax.state import TrainState
 
+T = TypeVar("T")
 _POLICIES = ocp.checkpoint_managers
 _MANIFEST = "manifest.json"
 # Orbax writes these two after the manifest, while it commits. No restore reads them.
 _OF_THE_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_TRIES = 50           # to read a checkpoint before a run that trains beside deletes it
 _DELETED = "deleted"  # where a checkpoint goes, by a rename, before its files are deleted: none is ever half there
 
 
@@ -103,6 +107,31 @@ class Checkpoints:
       UserError: there is none, or the best or the number's is damaged.
     """
     return parallel.from_first(lambda: self._find(which))
+
+  def read(self, which: str, reader: Callable[[int], T]) -> T:
+    """Returns reader(step) of the step that `which` names, as `find` has it.
+
+    Where a run that trains beside deletes that checkpoint while it is read, `which` is looked up again, except where it
+    is a number.
+
+    Args:
+      which: "latest", "best" or a number.
+      reader: reads a step by `restore`, `restore_params` and `meta`, as far as it reads at all.
+
+    Raises:
+      UserError: as `find` and `reader` do; the number's was deleted meanwhile.
+    """
+    for _ in range(_TRIES):
+      step = self.find(which)
+      try:
+        return reader(step)
+      except Exception as error:
+        if not parallel.from_first(lambda step=step: self._is_gone(step)):
+          raise
+        if which.isdigit():
+          raise self._deleted(step) from error
+    raise UserError(f"{self.directory}: {_TRIES} times a checkpoint was deleted while it was read, by the run that "
+                    "trains there; wait until it has ended, or let it keep more, with --config.checkpoint.keep")
 
   def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
     """Starts to save `state` in the background, under its own step; returns once the arrays are copied.
@@ -185,6 +214,15 @@ class Checkpoints:
     with os.scandir(self.directory) if os.path.isdir(self.directory) else contextlib.nullcontext(()) as entries:
       return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
 
+  def _is_gone(self, step: int) -> bool:
+    return not os.path.isdir(os.path.join(self.directory, str(step)))
+
+  def _deleted(self, step: int) -> UserError:
+    others = ", ".join(map(str, self._steps())) or "none"
+    return UserError(f"{self.directory}: the run that trains there deleted checkpoint {step} while it was read; there "
+                     f"are now {others}: name one of them, latest or best, or let it keep more, with "
+                     "--config.checkpoint.keep")
+
   def _damage(self, step: int) -> str | None:
     """Returns what is wrong with the files of a step, or None; reads each of them once for each of these objects."""
     if step in self._whole:
@@ -206,11 +244,23 @@ class Checkpoints:
       damage = self._damage(step)
       if damage is None:
         return step, damaged
-      damaged[step] = damage
+      if not self._is_gone(step):
+        damaged[step] = damage
     return None, damaged
 
   def _find(self, which: str) -> int:
-    steps = self._steps()
+    while True:
+      steps = self._steps()
+      try:
+        return self._find_among(steps, which)
+      except UserError as error:
+        deleted = sorted(set(steps) - set(self._steps()))
+        if which.isdigit() and int(which) in deleted:
+          raise self._deleted(int(which)) from error
+        if which.isdigit() or not deleted:
+          raise
+
+  def _find_among(self, steps: list[int], which: str) -> int:
     if not steps:
       raise UserError(f"{self.directory}: no checkpoint there yet")
     others = ", ".join(map(str, steps))
@@ -275,15 +325,21 @@ class Checkpoints:
         raise UserError(f"{path} is damaged: {damage}")
 
     parallel.from_first(check)
-    for item, want in like.items():
-      _check_fits(os.path.join(path, item), want, f"{path} does not fit this config: ", cast="optimizer" not in like)
+    where = f"{path} does not fit this config: "
     args = {item: ocp.args.StandardRestore(want) for item, want in like.items()}
+    items, problem = {}, None
     try:
-      with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        items = dict(reader.restore(path, args=ocp.args.Composite(
+      for item, want in like.items():
+        _check_fits(os.path.join(path, item), want, where, cast="optimizer" not in like)
+      # Not by ocp.Checkpointer: its processes wait for each other, also for one that cannot read.
+      with contextlib.closing(ocp.CompositeCheckpointHandler()) as reader:
+        items = dict(reader.restore(epath.Path(path), args=ocp.args.Composite(
           **args, **({"meta": ocp.args.JsonRestore()} if meta else {}))).items())
+    except UserError as error:
+      problem = str(error)
     except (ValueError, OSError) as error:
-      raise UserError(f"{path} does not fit this config: {_first_line(error)}") from error
+      problem = f"{where}{_first_line(error)}"
+    parallel.fail_together(problem)
     if meta:
       items["meta"].pop("manifest", None)
     return items

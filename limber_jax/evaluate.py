@@ -114,10 +114,14 @@ def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict,
   """Returns (setup, params, stats, step) of a checkpoint in a workdir; raises UserError as `results` does."""
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
-    step = checkpoints.find(checkpoint)
+    checkpoints.find(checkpoint)  # before the frozen parts are loaded, which may take long
     s = setup(config, workdir)
-    check_frozen(checkpoints.meta(step), s.digests, workdir, step)
-    return s, *checkpoints.restore_params(step, s.like.params, s.like.stats), step
+
+    def read(step):
+      check_frozen(checkpoints.meta(step), s.digests, workdir, step)
+      return *checkpoints.restore_params(step, s.like.params, s.like.stats), step
+
+    return s, *checkpoints.read(checkpoint, read)
   finally:
     checkpoints.close()
 
@@ -145,8 +149,7 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
     run = make_eval(s, name, context)
   except UserError as error:
     problem = str(error)
-  if problem := next(filter(None, parallel.from_each(problem)), None):
-    raise UserError(problem)
+  parallel.fail_together(problem)
   figures = evaluate(s, {name: run}, params, stats)
   return {"evaluation": s.config.evals[name].name, "figures": {k.split("/", 1)[1]: v for k, v in figures.items()},
           "protocol": config_lib.flatten(s.config.evals[name]), "facts": run.facts()}

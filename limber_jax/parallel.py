@@ -251,6 +251,15 @@ def from_each(value: Any) -> list[Any]:
   return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
 
 
+def fail_together(problem: str | None) -> None:
+  """Raises UserError in every process if there is a problem in one; all call this, each when it gets there."""
+  if jax.process_count() > 1:
+    _meet()
+  for index, other in enumerate(from_each(problem)):
+    if other is not None:
+      raise UserError(problem or f"process {index}: {other}")
+
+
 def _from_first(data: bytes) -> np.ndarray:
   """Returns the bytes of process 0 as uint8 [n]; those of the others are not looked at."""
   length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))

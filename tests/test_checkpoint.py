@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from runs import environment
 
@@ -472,3 +473,62 @@ def test_a_save_takes_less_memory_than_half_as_much_again_as_the_state(tmp_path)
   print(f"R23: state {size / 2**20:.0f} MiB: the peak of a save is {more / size:.2f} × the state above what is "
         "held anyway")
   assert more <= 1.5 * size
+
+
+def pruned_at(moment, step, workdir, monkeypatch):
+  """Deletes a checkpoint as a run that trains beside does, by a rename, at a moment of its reading; saves the next."""
+  directory = Path(workdir, "checkpoints")
+
+  def prune():
+    if (directory / str(step)).exists():
+      os.makedirs(directory / "deleted", exist_ok=True)
+      os.rename(directory / str(step), directory / "deleted" / str(step))
+      save(workdir, step + 1)
+
+  module, name = {"listing": (Checkpoints, "_damage"), "comparing": (checkpoint_lib, "_sha256"),
+                  "fitting": (checkpoint_lib, "_check_fits"), "between": (Checkpoints, "restore_params"),
+                  "reading": (ocp.CompositeCheckpointHandler, "restore")}[moment]
+  real = getattr(module, name)
+  monkeypatch.setattr(module, name, lambda *args, **kwargs: (prune(), real(*args, **kwargs))[1])
+
+
+def read(checkpoints, which):
+  def reader(step):
+    meta = checkpoints.meta(step)
+    state = like(toy(0))
+    return step, meta, checkpoints.restore_params(step, state.params, state.stats)[0]
+
+  return checkpoints.read(which, reader)
+
+
+@pytest.mark.parametrize("moment", ["listing", "comparing", "fitting", "between", "reading"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_chosen_anew_or_named(moment, tmp_path, monkeypatch):
+  save(tmp_path / "a", 1)
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  checkpoints, said = opened(tmp_path / "a")
+  with monkeypatch.context() as patch:
+    pruned_at(moment, 1, tmp_path / "a", patch)
+    step, meta, params = read(checkpoints, "latest")
+  assert (step, meta, float(params["image"]["kernel"][0, 0])) == (2, {"data": 2}, 2.0) and not said
+  with monkeypatch.context() as patch:
+    pruned_at(moment, 1, tmp_path / "b", patch)
+    with pytest.raises(UserError, match="the run that trains there deleted checkpoint 1 while it was read; there are "
+                                        "now 2: name one of them"):
+      read(opened(tmp_path / "b")[0], "1")
+
+
+def test_what_does_not_fit_is_no_deletion(tmp_path):
+  save(tmp_path, 1)
+  checkpoints, _ = opened(tmp_path)
+  other = like(toy(0, width=9))
+  with pytest.raises(UserError, match="does not fit this config"):
+    checkpoints.read("latest", lambda step: checkpoints.restore_params(step, other.params, other.stats))
+
+
+def test_where_checkpoints_go_faster_than_they_are_read_a_line_says_so(tmp_path, monkeypatch):
+  save(tmp_path, 1)
+  checkpoints, _ = opened(tmp_path)
+  monkeypatch.setattr(checkpoints, "_is_gone", lambda step: True)
+  other = like(toy(0, width=9))
+  with pytest.raises(UserError, match="50 times a checkpoint was deleted while it was read, by the run that trains"):
+    checkpoints.read("latest", lambda step: checkpoints.restore_params(step, other.params, other.stats))

@@ -217,7 +217,7 @@ def _run(path: str) -> Opened | None:
   trained, trained_stats = ({k: v for k, v in tree.items() if k in values["trainable"]} for tree in (like, stats_like))
   checkpoints = Checkpoints(path, Checkpoint(best=values["checkpoint.best"]))
   try:
-    params, stats = checkpoints.restore_params(checkpoints.find("best"), trained, trained_stats)
+    params, stats = checkpoints.read("best", lambda step: checkpoints.restore_params(step, trained, trained_stats))
   finally:
     checkpoints.close()
   for part in like.keys() - trained.keys():  # what was frozen is in no checkpoint
@@ -463,8 +463,8 @@ def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: d
       return kept["params"], kept["stats"]
     return load_part(init, part, size, like, stats)
   checkpoints = Checkpoints(path, Checkpoint(best=best))
-  try:
-    step = checkpoints.find("best")
+
+  def read(step: int) -> tuple[dict, dict]:
     with ocp.StandardCheckpointer() as reader:
       there = reader.metadata(os.path.join(checkpoints.directory, str(step), "params")).item_metadata
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -475,7 +475,10 @@ def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: d
       _check_leaves(f"{checkpoints.directory}/{step}", want, tree.get(part, {}))
       wanted[kind] = tree | ({part: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), want)} if want else {})
-    params, restored = checkpoints.restore_params(step, wanted["params"], wanted["stats"])
+    return checkpoints.restore_params(step, wanted["params"], wanted["stats"])
+
+  try:
+    params, restored = checkpoints.read("best", read)
   finally:
     checkpoints.close()
   return params[part], restored.get(part, {})
