@@ -13,6 +13,7 @@ the share --damaged=0.01 of all records it stops. Shard k holds what can be read
 the same command writes the same bytes whatever --workers is, and after a kill it goes on with the next shard.
 """
 
+import dataclasses
 import glob
 import io
 import json
@@ -79,8 +80,8 @@ class SourceFlags:
   def __init__(self):
     self._name = flags.DEFINE_enum("source", None, sorted(registry.SOURCES), "Data source; seen from SRC if left out.")
     self._split = flags.DEFINE_string("split", None, "Part of the data; 'train' if left out, where there are parts.")
-    self._fields = {name: flags.DEFINE_string(name, "", f"As config.data.source.{name}.")
-                    for name in ("images", "image_key", "text_key", "label_key", "separator")}
+    self._fields = {f.name: flags.DEFINE_string(f.name, f.default, f"As config.data.source.{f.name}.")
+                    for f in dataclasses.fields(Source) if f.name not in ("name", "path", "split")}
 
   def source(self, path: str) -> Source:
     """Returns the configuration of the source at `path`."""

@@ -25,7 +25,7 @@ import pytest
 from limber_jax import parallel, registry
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import pipeline, transforms
-from limber_jax.data.sources import webdataset
+from limber_jax.data.sources import tars
 from limber_jax.data.sources.mixture import Mixture
 from limber_jax.data.sources.packed import from_bytes, to_bytes
 from limber_jax.data.tokenizers import ByteTokenizer
@@ -124,7 +124,7 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path):
           add(tar, f"folder{i}", type=tarfile.DIRTYPE)
     with tarfile.open(path) as tar:
       wanted = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-    got = list(webdataset.members(path.read_bytes()))
+    got = list(tars.members(path.read_bytes()))
     assert [(m.name.decode(), m.start, m.size) for m in got] == wanted
     assert not any(m.flaw for m in got)
 
@@ -134,7 +134,7 @@ def test_a_tar_that_was_cut_off_anywhere_is_named_at_start(tmp_path, indexed):
   layouts.write_webdataset(tmp_path, RECORDS[:20], suffix="png")
   whole = (tmp_path / "00000.tar").read_bytes()
   opened("webdataset", tmp_path)
-  contents_end = max(m.start + m.size for m in webdataset.members(whole))
+  contents_end = max(m.start + m.size for m in tars.members(whole))
   rng, found = np.random.default_rng(0), 0
   cuts = [*rng.integers(0, len(whole), 200).tolist(), *range(contents_end - 3, contents_end + 3), len(whole) - 1]
   cuts = cuts if indexed else [c for c in cuts if c < contents_end]  # later on only zeros are lost
@@ -154,7 +154,7 @@ def test_a_tar_that_was_cut_off_anywhere_is_named_at_start(tmp_path, indexed):
 
 
 def second_header(data, block):
-  start = list(webdataset.members(data))[1].header
+  start = list(tars.members(data))[1].header
   return data[:start] + block + data[start + 512 :]
 
 
@@ -237,7 +237,8 @@ def test_what_a_key_lacks_or_has_twice_is_damage(tmp_path):
     ("._3.jpg", b"AppleDouble"), ("readme", b"")))
   assert texts(source) == ["first"]
   assert {d["id"]: d["reason"] for d in source.damage} == {
-    "1": "no caption (.txt or .json)", "2": "no image (.jpg …)", "3.txt": "it is there twice, and the first counts"}
+    "1": "no caption (.txt, .caption or .json)", "2": "no image (.jpg …)",
+    "3.txt": "it is there twice, and the first counts"}
   assert opened("webdataset", tmp_path / "a").damage == source.damage  # from the index
 
 
