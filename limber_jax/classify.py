@@ -32,7 +32,7 @@ class Classifier:
   """A model and its labels: images in, probabilities out. Batches are spread over all devices."""
 
   def __init__(self, weights: str, labels: Sequence[str], templates: Sequence[str], tokenizer: config.Tokenizer,
-               batch_size: int = 32):
+               batch_size: int = 32, model: str = ""):
     """Reads the model and embeds the labels.
 
     Args:
@@ -41,11 +41,12 @@ class Classifier:
       templates: sentences with {} for the label; several are ensembled.
       tokenizer: of the model.
       batch_size: images that go through the model together; rounded up to a multiple of the devices.
+      model: what the weights are of, where nothing beside them says it; as of `weights.load.load`.
 
     Raises:
       UserError: no such model or tokenizer, a tokenizer with more ids than the model knows, or a label too long for it.
     """
-    loaded = load.load(weights)
+    loaded = load.load(weights, model)
     size = loaded.size
     words = tokenizers.load(tokenizer)
     if words.vocab_size > size.text.vocab:
@@ -141,6 +142,7 @@ def read_labels(given: Sequence[str], path: str) -> list[str]:
 if __name__ == "__main__":
   _weights = flags.DEFINE_string("weights", None, "A workdir of limber_jax.train, or weights of Hugging Face, "
                                  "open_clip or OpenAI.")
+  _model = cli.define_model()
   _labels = flags.DEFINE_list("labels", [], "Labels, with commas between them.")
   _labels_file = flags.DEFINE_string("labels_file", "", "File with one label a line.")
   _templates = flags.DEFINE_string("templates", "{}", "A sentence with {} for the label, a file with one a line, "
@@ -156,7 +158,7 @@ if __name__ == "__main__":
     tokenizer = load.own_tokenizer(_weights.value)
     if _tokenizer.value or _tokenizer_path.value:
       tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
-    model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer)
+    model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value)
     wide, narrow = max(map(len, [*paths, "image"])), max(map(len, [*labels, "label"]))
     if not _json.value:
       print(f"{'image':<{wide}}  {'label':<{narrow}}  {'p':>6}  next")

@@ -28,6 +28,13 @@ def define_config() -> Any:
   return config_flags.DEFINE_config_file("config", None, "Experiment file, such as experiments/quickstart.py.")
 
 
+def define_model() -> Any:
+  """Defines --model=, what weights that say it not themselves are of, and returns its holder."""
+  return flags.DEFINE_string("model", "", "Of weights without a configuration, which show no heads and no activation: "
+                             "a size, such as clip_vit_b32, or a config.json of transformers or a configuration of "
+                             "open_clip; fields that differ may follow: clip_vit_b32,activation=gelu.")
+
+
 def get_config(holder: Any) -> Config:
   """Returns the parsed experiment; raises UserError if it is missing or broken."""
   if flags.FLAGS["config"].value is None:

@@ -172,6 +172,7 @@ class Evaluation:
   validation: Source | None = None  # of probes: where the strength is chosen; None = a part of `train`
   metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice
   scorer: str = ""                  # weights of the CLIP behind CLIPScore; "" leaves CLIPScore out
+  scorer_model: str = ""            # what those are of, if nothing beside them says it: a size or a configuration file
   shots: tuple[int, ...] = (0,)     # examples before a question, or a class
   seeds: tuple[int, ...] = (0,)     # of what is drawn: a figure is the mean over them
   damaged: float = 0.01             # the share of items that may be unreadable

@@ -1,6 +1,7 @@
 """Rewrites a model's weights for another library: `python -m limber_jax.convert SRC DST --to=hf|open_clip|limber`.
 
-SRC is anything that `limber_jax.weights.load` reads. Tokenizer files are not part of it: copy them beside the result.
+SRC is anything that `limber_jax.weights.load` reads; of a state dict say by --model=clip_vit_b32, or a configuration
+file, what it is of. Tokenizer files are not part of it: copy them beside the result.
 
 With --to=projection SRC is a workdir where a linear map was trained between frozen models, and DST the one file that
 holds it; `limber_jax.caption --projection=DST` captions with it wherever these models are.
@@ -14,17 +15,18 @@ from limber_jax.errors import UserError
 from limber_jax.weights import export, load
 
 
-def convert(source: str, destination: str, to: str) -> None:
+def convert(source: str, destination: str, to: str, model: str = "") -> None:
   """Writes the model at `source` into the new directory `destination`; raises UserError as `load` and `save` do."""
-  model = load.load(source)
-  export.save(destination, to, model.size, model.params, model.stats)
-  count = sum(x.size for x in jax.tree.leaves(model.params))
+  loaded = load.load(source, model)
+  export.save(destination, to, loaded.size, loaded.params, loaded.stats)
+  count = sum(x.size for x in jax.tree.leaves(loaded.params))
   print(f"{destination}: {count / 1e6:.2f} M parameters for {to}; tokenizer files are not part of it")
 
 
 if __name__ == "__main__":
   _FORMATS = (*export.FORMATS, "projection")
   _to = flags.DEFINE_enum("to", None, _FORMATS, "Format to write.")
+  _model = cli.define_model()
   _checkpoint = flags.DEFINE_string("checkpoint", "best", "Of a projection: latest, best, or a step.")
   _map = flags.DEFINE_string("map", "", "Of a projection: the name of a further map; empty: the first.")
 
@@ -34,12 +36,14 @@ if __name__ == "__main__":
                       "for example python -m limber_jax.convert runs/b32 b32-hf --to=hf")
     if _to.value is None:
       raise UserError(f"--to is missing; choose one of {', '.join(_FORMATS)}")
+    if _to.value == "projection" and _model.value:
+      raise UserError("--model is for CLIPs; a projection's models are those of its run")
     if _to.value == "projection":
       step = captioner.export_projection(*argv, checkpoint=_checkpoint.value, name=_map.value)
       print(f"{argv[1]}: the linear map of step {step}")
     elif _checkpoint.present or _map.present:
       raise UserError("--checkpoint and --map are for --to=projection")
     else:
-      convert(*argv, _to.value)
+      convert(*argv, _to.value, _model.value)
 
   cli.run(_main)

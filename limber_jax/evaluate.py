@@ -36,7 +36,7 @@ PACKAGES = ("limber_jax", "flax", "jax", "numpy", "pillow", "pycocoevalcap", "sc
 
 
 def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: Sequence[str] = (), weights: str = "",
-            data: str = "", stop: Callable[[], bool] = lambda: False,
+            model: str = "", data: str = "", stop: Callable[[], bool] = lambda: False,
             waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Any]:
   """Returns what results.json holds: the figures of each evaluation, and all that they rest on.
 
@@ -46,6 +46,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
     checkpoint: "latest", "best" (by config.checkpoint.best) or a step.
     only: names of evaluations; empty for all.
     weights: what is evaluated in place of the workdir's checkpoint: a CLIP, or of task "captioning" a map.
+    model: what those weights are of, where nothing beside them says it; as of `weights.load.load`.
     data: a directory in place of "data", where the experiments' data sets are.
     stop: asked between batches.
     waiting: entered while a batch is awaited, see `Context`.
@@ -62,7 +63,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
   # One for each: others of the same workdir may run beside, and so may its training.
   with lock.Lock(*(os.path.join(items, f"{name}{lock.NAME}") for name in names), first=parallel.from_first,
                  otherwise="name other evaluations with --only"):
-    return _results(config, workdir, names, checkpoint, weights, data, stop, waiting)
+    return _results(config, workdir, names, checkpoint, weights, model, data, stop, waiting)
 
 
 def _names(config: Config, only: Sequence[str]) -> list[str]:
@@ -76,10 +77,10 @@ def _names(config: Config, only: Sequence[str]) -> list[str]:
   return names
 
 
-def _results(config, workdir, names, checkpoint, weights, data, stop, waiting) -> dict[str, Any]:
+def _results(config, workdir, names, checkpoint, weights, model, data, stop, waiting) -> dict[str, Any]:
   if data:
     config.evals = {name: _moved(e, data) for name, e in config.evals.items()}
-  s, params, stats, step = (imported(config, workdir, weights) if weights else
+  s, params, stats, step = (imported(config, workdir, weights, model) if weights else
                             trained(config, workdir, checkpoint))
   digests = s.digests | {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
   context = dataclasses.replace(
@@ -126,15 +127,17 @@ def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict,
     checkpoints.close()
 
 
-def imported(config: Config, workdir: str, weights: str) -> tuple[Setup, dict, dict, int]:
+def imported(config: Config, workdir: str, weights: str, model: str = "") -> tuple[Setup, dict, dict, int]:
   """Returns (setup, params, stats, 0) of weights from elsewhere; raises UserError as `results` does.
 
   Of a CLIP the model is what the weights say. Of task "captioning" they are the map, and the frozen parts are those of
   config.init.
   """
   if config.task == "contrastive":
-    config.model = load.open_model(weights).size
+    config.model = load.open_model(weights, model).size
     config.init = config_lib.Init(image=weights, text=weights)
+  elif model:
+    raise UserError("--model is of the weights of a CLIP; the models of a map are those of config.model")
   else:
     config.init = dataclasses.replace(config.init, prompt=weights)
   s = setup(config, workdir)
@@ -218,6 +221,7 @@ if __name__ == "__main__":
   _checkpoint = flags.DEFINE_string("checkpoint", "latest", "latest, best, or a step.")
   _only = flags.DEFINE_list("only", [], "Names of evaluations, with commas; all if empty.")
   _weights = flags.DEFINE_string("weights", "", "Evaluate these in place of a checkpoint: a CLIP, or a map of LiMBeR.")
+  _model = cli.define_model()
   _data = flags.DEFINE_string("data", "", "Directory of the data sets, in place of 'data'.")
 
   def _main(argv: list[str]) -> int:
@@ -225,12 +229,14 @@ if __name__ == "__main__":
       raise UserError(f"unexpected argument {argv[0]!r}; settings are given as --config.field=value")
     if not _workdir.value:
       raise UserError("--workdir is missing; for example --workdir=runs/quickstart")
+    if _model.value and not _weights.value:
+      raise UserError(f"--model={_model.value} is of --weights=, which is missing")
     config = cli.get_config(_config)
     parallel.start()
     with StopRequest() as stop:
       try:
         out = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
-                      data=_data.value, stop=lambda: any(parallel.from_each(stop())),
+                      model=_model.value, data=_data.value, stop=lambda: any(parallel.from_each(stop())),
                       waiting=lambda: stop.interrupts(jax.process_count() == 1))
       except Stopped:
         print(f"stopped by {stop.name}; the same command goes on from there", flush=True)

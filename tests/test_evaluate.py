@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from runs import environment, tiny, untrained
+from safetensors.numpy import save_file
 from standins import (
   write_awa2,
   write_coco,
@@ -25,6 +26,8 @@ from standins import (
 from limber_jax import cli, evaluate
 from limber_jax.errors import UserError
 from limber_jax.lock import Lock
+from limber_jax.models.clip import OPENAI_WEIGHTS as WEIGHTS
+from limber_jax.weights import convert, load
 
 TESTS = os.path.dirname(__file__)
 EXPERIMENT = """
@@ -234,6 +237,14 @@ def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_pa
   found = evaluate.results(config, str(tmp_path / "imported"), weights=str(workdir), data=str(data))
   assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
   assert {k: found["weights"][k] for k in ("image", "text")} == {k: trained["weights"][k] for k in ("image", "text")}
+  loaded = load.load(str(workdir))
+  file = str(tmp_path / "x.safetensors")
+  save_file(convert.export(WEIGHTS[loaded.size.image.kind], loaded.params), file)
+  with pytest.raises(UserError, match=r"says neither how many heads nor which activation .* --model="):
+    evaluate.results(config, str(tmp_path / "alone"), weights=file, data=str(data))
+  config.model = None  # what the experiment says of a model is not looked at
+  found = evaluate.results(config, str(tmp_path / "alone"), weights=file, model=str(workdir), data=str(data))
+  assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
 
 
 def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):

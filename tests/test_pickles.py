@@ -68,19 +68,7 @@ def test_a_modules_state_dict_is_read_whatever_the_files_name(tmp_path, torch, z
     assert_reads(tmp_path / name, model.state_dict())
 
 
-@pytest.mark.parametrize("wrap", [
-  lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": s["a"]}}}, "args": ["x", None, 1.5]},
-  lambda s: {"model": {"module": s}, "lr": 1e-3},
-  lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}},
-  lambda s: {"module": s},
-])
-def test_wrappers_of_checkpoints_are_taken_off(tmp_path, torch, wrap):
-  tensors = {"a": torch.ones(2), "b.c": torch.zeros(3)}
-  torch.save(wrap(tensors), tmp_path / "x.ckpt")
-  assert_reads(tmp_path / "x.ckpt", tensors)
-
-
-def test_other_nesting_becomes_dotted_names(tmp_path, torch):
+def test_nesting_becomes_dotted_names(tmp_path, torch):
   x = torch.arange(4.0)
   torch.save({"vision": {"w": x, "list": [x[:1], {"deep": x[1:2]}]}, "model": {"b": x[2:3]}, "bias": x[3:]},
              tmp_path / "x.pt")

@@ -32,7 +32,7 @@ from limber_jax.state import TrainState
 from limber_jax.weights import convert, export, files, load
 
 TEXT = TextSize(context=12, vocab=99, width=64, layers=2, heads=1)
-SIZES = {  # heads 64 wide, as a state dict without a configuration must have them
+SIZES = {  # heads 64 wide, as OpenAI's have them
   "vit": ClipSize(32, ViTSize(image_size=32, patch=8, width=128, layers=3, heads=2), TEXT),
   "resnet": ClipSize(32, ResNetSize(image_size=64, layers=(1, 2, 1, 3), width=16, heads=8), TEXT),
 }
@@ -49,6 +49,20 @@ def random_model(size, logit_bias=False, seed=0):
 
   params = jax.tree_util.tree_map_with_path(leaf, load.shapes(size, logit_bias))
   return params, params.pop("stats", {})
+
+
+@pytest.fixture
+def published(monkeypatch):
+  """As if OpenAI had published the sizes of these tests."""
+  for name, size in SIZES.items():
+    monkeypatch.setitem(clip.PUBLISHED, f"tiny_{name}", lambda size=size: size)
+
+
+def said(tmp_path, size):
+  """Returns what --model= says of a size: a file with its configuration, elsewhere than the weights."""
+  (tmp_path / "said").mkdir(exist_ok=True)
+  (tmp_path / "said" / "limber_config.json").write_text(json.dumps(config_lib.flatten(size)))
+  return str(tmp_path / "said")
 
 
 def own(size):
@@ -102,7 +116,7 @@ def test_a_saved_model_loads_bit_for_bit_with_its_size(tmp_path, name, to):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_a_state_dict_in_openais_names_gives_back_weights_and_size(tmp_path, name, suffix):
+def test_a_state_dict_with_openais_marks_gives_back_weights_and_size(tmp_path, published, name, suffix):
   size = SIZES[name]
   params, stats = random_model(size)
   tensors = convert.export(clip.OPENAI_WEIGHTS[name], params | ({"stats": stats} if stats else {}))
@@ -122,7 +136,7 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
   params, _ = random_model(SIZES["vit"])
   half = {k: v.astype(dtype) for k, v in convert.export(clip.OPENAI_WEIGHTS["vit"], params).items()}
   save_file(half, tmp_path / "model.safetensors")
-  assert_equal(load.load(str(tmp_path / "model.safetensors")).params,
+  assert_equal(load.load(str(tmp_path / "model.safetensors"), said(tmp_path, SIZES["vit"])).params,
                jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params))
 
 
@@ -626,7 +640,8 @@ def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_cl
   params, _ = random_model(size)
   tensors = {k: torch.tensor(v) for k, v in convert.export(clip.OPENAI_WEIGHTS["vit"], params).items()}
   torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in tensors.items()}}, tmp_path / "epoch_3.pt")
-  assert_equal(load.load(str(tmp_path / "epoch_3.pt")).params, params)  # as open_clip's training writes
+  model = said(tmp_path, size)
+  assert_equal(load.load(str(tmp_path / "epoch_3.pt"), model).params, params)  # as open_clip's training writes
 
   export.save(str(tmp_path / "out"), "open_clip", size, params, {})
   os.remove(tmp_path / "out" / "open_clip_model.safetensors")
@@ -642,7 +657,7 @@ def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_cl
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit itself is deprecated
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_an_archive_of_torch_jit_in_openais_names_is_read(tmp_path, name):
+def test_an_archive_of_torch_jit_in_openais_names_is_read(tmp_path, published, name):
   """As clip.load downloads them: half precision, and sizes and masks beside the weights."""
   torch = pytest.importorskip("torch")
 
@@ -662,7 +677,8 @@ def test_an_archive_of_torch_jit_in_openais_names_is_read(tmp_path, name):
         module.add_module(parent, Part())
       module = getattr(module, parent)
     module.register_parameter(last, torch.nn.Parameter(torch.tensor(x).half()))
-  root.register_buffer("input_resolution", torch.tensor(size.image.image_size))
+  for mark, value in (("input_resolution", size.image.image_size), ("context_length", 12), ("vocab_size", 99)):
+    root.register_buffer(mark, torch.tensor(value))
   root.transformer.resblocks.get_submodule("0").attn_mask = torch.zeros(12, 12)
   torch.jit.save(torch.jit.trace(root, torch.zeros(1)), str(tmp_path / "model.pt"))
   loaded = load.load(str(tmp_path / "model.pt"))
@@ -804,7 +820,7 @@ def test_a_damaged_npz_is_refused(tmp_path):
   data[5000] ^= 1
   path.write_bytes(data)
   with pytest.raises(UserError, match="is damaged"):
-    load.load(str(path))
+    load.load(str(path), said(tmp_path, SIZES["vit"]))
   path.write_bytes(data[:5000])
   with pytest.raises(UserError, match=r"none of safetensors, npz, torch.save and msgpack"):
     load.load(str(path))
@@ -823,7 +839,7 @@ def test_a_damaged_safetensors_file_is_refused_in_one_line(tmp_path, data):
 
 def test_a_state_dict_of_something_else_is_refused(tmp_path):
   save_file({"fc.weight": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors")
-  with pytest.raises(UserError, match=r"no tensor 'visual.layer1.0.conv1.weight', so this is no CLIP in OpenAI's"):
+  with pytest.raises(UserError, match=r"this is no model that is known here .*fc.weight.*; what can be loaded as"):
     load.load(str(tmp_path / "model.safetensors"))
 
 
@@ -904,6 +920,17 @@ def test_the_convert_command_rewrites_a_model(saved, tmp_path):
   loaded = load.load(str(tmp_path / "out"))
   assert loaded.size == size
   assert_equal(loaded.params, params)
+
+
+def test_the_convert_command_asks_of_a_state_dict_whose_it_is(saved, tmp_path):
+  path, file, size, params = saved
+  os.remove(os.path.join(path, "open_clip_config.json"))
+  result = convert_command(file, tmp_path / "out", "--to=limber")
+  assert result.returncode == 2 and result.stderr.count("\n") == 1
+  assert "says neither how many heads nor which activation its model has; say it by --model=" in result.stderr
+  result = convert_command(file, tmp_path / "out", "--to=limber", f"--model={said(tmp_path, size)}")
+  assert result.returncode == 0, result.stderr
+  assert_equal(load.load(str(tmp_path / "out")).params, params)
 
 
 @pytest.mark.parametrize("args,message", [

@@ -45,6 +45,7 @@ class Captions:
 
   metrics: some of these names; () = all.
   scorer: weights of the CLIP behind CLIPScore, anything that weights.load reads. The papers' is OpenAI's ViT-B/32.
+  scorer_model: what they are of, where nothing beside them says it: a size or a configuration file, as of weights.load.
 
   captions_NAME.png in the workdir shows the first 40 images; scores.jsonl among the items' results has a line an image.
   """
@@ -60,7 +61,7 @@ class Captions:
     if config.metrics and self._clip_metrics and not config.scorer:
       raise UserError(f"evaluation 'captions': {self._clip_metrics[0]!r} {NO_SCORER}; set it to weights of OpenAI's "
                       "ViT-B/32, as the papers have it")
-    self._scorer = Scorer(config.scorer, context) if config.scorer and self._clip_metrics else None
+    self._scorer = Scorer(config.scorer, config.scorer_model, context) if config.scorer and self._clip_metrics else None
     if self._scorer:
       context = dataclasses.replace(context, transform=WithScorer(context.transform, self._scorer.transform))
     self._runner = Runner(config, context)
@@ -162,9 +163,13 @@ class WithScorer:
 class Scorer:
   """The CLIP behind CLIPScore, in float32 on the mesh of an evaluation."""
 
-  def __init__(self, weights: str, context: Context):
-    """Reads the model; raises UserError if it or its tokenizer is not there, or they do not fit."""
-    loaded = load.load(weights)
+  def __init__(self, weights: str, model: str, context: Context):
+    """Reads the model at `weights`, of which `model` may say what it is.
+
+    Raises:
+      UserError: it or its tokenizer is not there, or they do not fit.
+    """
+    loaded = load.load(weights, model, flag=f"--config.evals.{context.name or 'captions'}.scorer_model")
     size, settings = loaded.size, load.own_tokenizer(weights)
     self._tokenizer, self._length = tokenizers.load(settings), size.text.context
     if self._tokenizer.vocab_size > size.text.vocab:

@@ -162,7 +162,7 @@ SHARDING = (*vit.SHARDING, *resnet.SHARDING, *text.SHARDING)
 
 def _rows(image: Rows, text_rows: Rows, stats: Rows = ()) -> Rows:
   return (*under("image/", "", image), *under("text/", "", text_rows), *under("stats/image/", "", stats),
-          ("logit_scale", "logit_scale", ""), ("logit_bias", "logit_bias", ""))
+          ("logit_scale", "logit_scale", "scalar"), ("logit_bias", "logit_bias", "scalar"))
 
 
 # Weight tables of a whole CLIP, by kind of image tower. open_clip kept OpenAI's names. Statistics stand under "stats/".

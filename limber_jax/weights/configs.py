@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from limber_jax.errors import UserError
+from limber_jax import config as config_lib
+from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.layers import ACTIVATIONS
@@ -104,7 +105,9 @@ def naming(path: str) -> Iterator[None]:
     yield
   except KeyError as error:
     raise UserError(f"{path}: {error} is missing") from error
-  except (UserError, ArithmeticError, AttributeError, OSError, TypeError, ValueError) as error:
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror or error}") from error
+  except (UserError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
     raise UserError(f"{path}: {error}") from error
 
 
@@ -114,3 +117,52 @@ def _side(value: Any) -> int:
   if len(set(sides)) != 1 or type(sides[0]) is not int or sides[0] < 1:
     raise UserError(f"expected a square, a positive number of pixels a side, got {value!r}")
   return sides[0]
+
+
+def described(model: str) -> ClipSize:
+  """Returns the size that --model= says: a name of `clip.SIZES`, or a file or directory with a CLIP's configuration.
+
+  After either, fields may follow that differ: clip_vit_b32,activation=gelu,image.heads=8.
+
+  Raises:
+    UserError: no such name, file or field, or another model's configuration.
+  """
+  base, *changes = re.split(r",(?=[\w.]+=)", model)
+  if base in clip.SIZES:
+    size = clip.SIZES[base]()
+  elif os.path.isdir(base):
+    found = [os.path.join(base, name) for name in CONFIGS if os.path.isfile(os.path.join(base, name))]
+    if not found:
+      raise UserError(f"{base}: no configuration of a CLIP there; looked for {', '.join(CONFIGS)}")
+    size = size_in(found[0])
+  elif os.path.isfile(base):
+    size = size_in(base)
+  else:
+    raise UserError(f"no model {base!r} is known here, and no file or directory{did_you_mean(base, clip.SIZES)}")
+  if not changes:
+    return size
+  values = config_lib.flatten(size)
+  for name, value in (change.split("=", 1) for change in changes):
+    if name not in values:
+      raise UserError(f"a CLIP has no {name!r}{did_you_mean(name, values)}")
+    try:
+      values[name] = value if isinstance(values[name], str) else json.loads(value)
+    except ValueError as error:
+      raise UserError(f"{name}={value}: no number ({error})") from error
+  return clip.size_from_dict(values)
+
+
+CONFIGS = ("limber_config.json", "open_clip_config.json", "config.json")
+
+
+def size_in(path: str) -> ClipSize:
+  """Returns the size of the CLIP that a configuration file describes: of ours, open_clip's or transformers'."""
+  with naming(path):
+    values = read_json(path)
+    if "image.kind" in values:
+      return clip.size_from_dict(values)
+    if "model.image.kind" in values and "model.text.vocab" in values:  # of a run of limber_jax.train
+      return clip.size_from_dict({k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")})
+    if "vision_cfg" in values:  # as in open_clip's own model_configs
+      return open_clip_size({"model_cfg": values})
+    return open_clip_size(values) if "model_cfg" in values else hf_size(values)

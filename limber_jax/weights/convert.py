@@ -5,7 +5,8 @@ A row is (our path, their name, how theirs becomes ours):
     ("blocks/fc/kernel", "transformer.resblocks.{}.mlp.c_fc.weight", "OI>IO")
 
 `{}` in their name is the block, counted from 0 (`{+1}`: from 1): the tensors of all blocks are stacked on our leading
-axis. How is "" or words in order: "OIHW>HWIO" reorders axes, "1/3" takes the second third of the first axis.
+axis. How is "" or words in order: "OIHW>HWIO" reorders axes, "1/3" takes the second third of the first axis, "scalar"
+takes the one number of a tensor of any shape that has but one, such as [1].
 Conversion is exhaustive both ways: a leaf that nothing fills and a tensor that nothing reads raise.
 """
 
@@ -84,7 +85,7 @@ def _plan(rows: Rows, source: Mapping[str, Any], like: dict[str, Any], ignored: 
       tensor = source[name]
       if str(tensor.dtype) not in FLOATS:
         raise UserError(f"{ours}: expected floating point, got {tensor.dtype} from {name}")
-      one = _shape(tuple(tensor.shape), how)
+      one = shape_of(tuple(tensor.shape), how)
       if one is None:
         raise UserError(f"{ours}: expected {leaf.shape}, got {tuple(tensor.shape)} from {name}")
       got = leaf.shape[:1] * ("{" in theirs) + one
@@ -117,7 +118,7 @@ def export(rows: Rows, params: dict[str, Any]) -> dict[str, np.ndarray]:
       for word in reversed(how.split()):
         if ">" in word:
           x = _reorder(x, *reversed(word.split(">")))
-        else:
+        elif word != "scalar":
           part = int(word.split("/")[0])
       if part is None:
         out[name] = x
@@ -171,6 +172,8 @@ def _apply(x: np.ndarray, how: str) -> np.ndarray:
   for word in how.split():
     if ">" in word:
       x = _reorder(x, *word.split(">"))
+    elif word == "scalar":
+      x = x.reshape(())  # ValueError where there are more
     else:
       part, parts = map(int, word.split("/"))
       if not x.ndim or x.shape[0] % parts:
@@ -180,7 +183,7 @@ def _apply(x: np.ndarray, how: str) -> np.ndarray:
   return x
 
 
-def _shape(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
+def shape_of(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
   """Returns the shape of their tensor in our layout, None where that is impossible."""
   try:
     return _apply(np.broadcast_to(np.float32(0), shape), how).shape

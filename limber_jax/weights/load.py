@@ -7,7 +7,8 @@ Whole CLIPs, by `load`:
                   config.json + model.safetensors (or its shards and their index)  CLIPModel of HF transformers
                   config.json + checkpoints                                        a workdir of limber_jax.train: its
                                                                                    best checkpoint, or else its newest
-    a file        safetensors, npz, torch.save, torch.jit.save                     a state dict in OpenAI's names
+    a file        safetensors, npz, torch.save, torch.jit.save                     a state dict in OpenAI's names, or
+                                                                                   in those of transformers
 
 Parts of a LiMBeR, by `load_part`, each from a workdir that has the part, too:
 
@@ -16,15 +17,17 @@ Parts of a LiMBeR, by `load_part`, each from a workdir that has the part, too:
     prompt  a file of `weights.projection`; proj.ckpt of jmerullo/limber
 
 Where a directory has no safetensors, PyTorch's pickles are read (`weights.pickles` says how that is safe), and of a
-GPT-J Flax's msgpack. A state dict has no configuration: the sizes of a CLIP are recovered from its shapes, with heads
-64 wide and QuickGELU, as all of OpenAI's models have. A further format of CLIP is one function in `FORMATS`.
+GPT-J Flax's msgpack. What training scripts put before the names of a file comes off, and of several sets of weights one
+is chosen by `PATH#KEY` (`weights.names`). A state dict has no configuration: its shapes show the sizes of a CLIP, and
+heads and activation are said by `model`, by a configuration beside it or by OpenAI's own marks, or it is refused
+(`weights.bare`). A further format of CLIP is one function in `FORMATS`.
 """
 
 import dataclasses
+import functools
 import json
-import math
 import os
-import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +46,11 @@ from limber_jax.models.clip import ClipSize
 from limber_jax.models.encoders import Encoder, EncoderSize
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
-from limber_jax.models.resnet import ResNetSize
-from limber_jax.models.text import TextSize
-from limber_jax.models.vit import ViTSize
-from limber_jax.weights import configs, files
+from limber_jax.weights import bare, configs, files, identify, names
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.convert import convert, identity, pattern, stream
+
+PARTS = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,22 @@ class Opened:
   source: Mapping[str, Any]      # their name -> anything with `shape` and `dtype` that np.asarray reads
   rows: Rows                     # paths of statistics start with "stats/"
   ignored: tuple[str, ...] = ()  # patterns of tensors that carry no weights
+  parts: tuple[str, ...] = PARTS  # that are there
 
 
-def load(path: str) -> Loaded:
+def load(path: str, model: str = "", *, flag: str = "--model") -> Loaded:
   """Returns the model at `path`.
 
+  Args:
+    path: one of the sources above.
+    model: what the user says of it, see `configs.described`; "" if nothing. Needed where nothing else says it.
+    flag: how the user says it, for messages.
+
   Raises:
-    UserError: nothing there, a file that is not only weights, a model of another build, or tensors that do not fit it
-      exactly.
+    UserError: nothing there, a file that is not only weights, a model of another build or of one that is not said, or
+      tensors that do not fit it exactly.
   """
-  opened = open_model(path)
+  opened = open_model(path, model, flag=flag)
   with naming(path):
     like = shapes(opened.size, "logit_bias" in opened.source)
     params = convert(opened.rows, opened.source, like, opened.ignored)
@@ -92,14 +100,15 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
   Args:
     path: as of `load`.
     part: "image" or "text".
-    size: the model that they are for. What shapes cannot show is compared with it: activation, heads, mean and std.
+    size: the model that they are for. What shapes cannot show is compared with it: activation, heads, mean and std; a
+      state dict, beside which nothing says them, is taken for such a model.
     params: shapes that the parameters of the part shall have.
     stats: shapes that its statistics shall have; None or {} if it has none.
 
   Raises:
     UserError: as of `load`, or a leaf has another shape; the message names it.
   """
-  opened = open_model(path)
+  opened = open_model(path, parts=(part,), given=size)
   with naming(path):
     tree = convert(opened.rows, opened.source, {part: params} | ({"stats": {part: stats}} if stats else {}),
                    _ignored_beside(opened, part))
@@ -134,18 +143,36 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
   return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
 
 
-def open_model(path: str) -> Opened:
-  """Returns the model at `path` with its tensors yet to be read; raises UserError as `load` does."""
+def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, given: ClipSize | None = None,
+               flag: str = "--model") -> Opened:
+  """Returns the model at `path` with its tensors yet to be read; raises UserError as `load` does.
+
+  Args:
+    path, model, flag: as of `load`.
+    parts: that will be read; without the others a source will do.
+    given: the model that they are for: believed of a state dict of which nothing says heads and activation.
+  """
   _exists(path)
   for read in FORMATS:
     if (opened := read(path)) is not None:
-      return opened
-  raise UserError(f"{path}: no model there; looked for limber_config.json, open_clip_config.json with "
-                  f"open_clip_model.safetensors, and config.json with model.safetensors or pytorch_model.bin")
+      break
+  else:
+    opened = _bare(path, model, parts, given, flag)
+  if missing := [part for part in parts if part not in opened.parts]:
+    raise UserError(f"{path}: only the {' and '.join(opened.parts)} tower of a CLIP, but the {missing[0]} tower is "
+                    "needed here too")
+  if model:
+    said = configs.described(model)
+    for field in ("activation", *(f"{part}.heads" for part in opened.parts)):
+      ours, theirs = (flatten(size)[field] for size in (said, opened.size))
+      if ours != theirs:
+        raise UserError(f"{path} has {field}={theirs!r}, but {flag}={model} says {ours!r}")
+  return opened
 
 
 def own_tokenizer(weights: str) -> Tokenizer:
   """Returns the tokenizer that lies or is recorded beside the weights, else CLIP's."""
+  weights, _ = names.split(weights)
   folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
   path = os.path.join(folder, "config.json")
   if os.path.isdir(os.path.join(folder, "checkpoints")) and os.path.isfile(path):  # a run of limber_jax.train
@@ -160,7 +187,10 @@ def own_tokenizer(weights: str) -> Tokenizer:
 
 
 def _exists(path: str) -> None:
-  if not os.path.exists(path):
+  file, key = names.split(path)
+  if key and os.path.isdir(file):
+    raise UserError(f"{path}: {file} is a directory; #{key} chooses among the sets of weights in a file")
+  if not os.path.exists(file):
     raise UserError(f"{path}: no such file or directory; weights are read from disk, and a model of the Hugging Face "
                     f"hub is brought there by `hf download NAME --local-dir DIRECTORY`")
 
@@ -233,8 +263,7 @@ def _open_clip(path: str) -> Opened | None:
   config = os.path.join(path, "open_clip_config.json")
   if not os.path.isfile(config):
     return None
-  source = _weights(path, ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
-                           "open_clip_pytorch_model.bin"))
+  source = _weights(path, _OPEN_CLIP_FILES)
   if source is None:
     return None
   if "vision_model.embeddings.class_embedding" in source:
@@ -254,14 +283,30 @@ def _hf(path: str) -> Opened | None:
   return Opened(size, _weights(path, _HF_FILES), clip.HF_WEIGHTS["vit"], clip.HF_IGNORED)
 
 
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
+                    "open_clip_pytorch_model.bin")
 _HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def _read(path: str) -> dict[str, files.Tensor]:
+  """Returns the tensors of a file by their model's own names, and says what was taken off them."""
+  tensors, line = names.weights(path)
+  if line:
+    _say(line)
+  return tensors
+
+
+@functools.cache  # the parts of a model are read one by one, and the line is for all of them
+def _say(line: str) -> None:
+  if jax.process_index() == 0:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _weights(path: str, names: tuple[str, ...]) -> dict[str, files.Tensor] | None:
   """Returns the tensors of the first of these files that is in the directory, or of the shards it lists."""
   for name in names:
     if os.path.isfile(file := os.path.join(path, name)):
-      return _shards(path, file) if name.endswith(".index.json") else files.tensors(file)
+      return _shards(path, file) if name.endswith(".index.json") else _read(file)
   return None
 
 
@@ -275,45 +320,32 @@ def _shards(path: str, index: str) -> dict[str, files.Tensor]:
   for name, file in where.items():
     if name not in shards[file]:
       raise UserError(f"{index}: {name!r} is not in {file}")
-  return {name: shards[file][name] for name, file in where.items()}
+  return names.unwrap({name: shards[file][name] for name, file in where.items()}, index)[0]
 
 
-def _openai(path: str) -> Opened | None:
+def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipSize | None, flag: str) -> Opened:
   if os.path.isdir(path):
-    return None
-  source = files.tensors(path)
-
-  def shape(name: str) -> tuple[int, ...]:
-    if name not in source:
-      raise UserError(f"no tensor {name!r}, so this is no CLIP in OpenAI's names; of a model of another library "
-                      "give the directory")
-    return source[name].shape
-
-  def count(start: str) -> int:
-    return len({match[1] for name in source if (match := re.match(rf"{re.escape(start)}(\d+)\.", name))})
-
-  with naming(path):
-    if "visual.proj" in source:
-      width, _, _, patch = shape("visual.conv1.weight")
-      grid = math.isqrt(shape("visual.positional_embedding")[0])
-      image = ViTSize(image_size=grid * patch, patch=patch, width=width, layers=count("visual.transformer.resblocks."),
-                      heads=max(width // 64, 1))
-    else:
-      width = shape("visual.layer1.0.conv1.weight")[0]
-      grid = math.isqrt(shape("visual.attnpool.positional_embedding")[0])
-      image = ResNetSize(image_size=32 * grid, layers=tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4)),
-                         width=width, heads=max(width // 2, 1))
-    vocab, text_width = shape("token_embedding.weight")
-    text = TextSize(shape("positional_embedding")[0], vocab, text_width, count("transformer.resblocks."),
-                    max(text_width // 64, 1))
-    size = ClipSize(shape("text_projection")[-1], image, text)
-  # An archive of torch.jit.save holds the attributes of its modules too, and one of them is the causal mask.
-  return Opened(size, source, clip.OPENAI_WEIGHTS[image.kind],
-                (*clip.OPENAI_IGNORED, r"(visual\.)?transformer\.resblocks\.\d+\.attn_mask"))
+    config = os.path.join(path, "config.json")
+    if os.path.isfile(config):
+      with naming(config):
+        raise identify.foreign(config, identify.of_config(read_json(config)), "clip")
+    found = [os.path.join(path, name) for name in (*_OPEN_CLIP_FILES, *_HF_FILES)]
+    path = next((file for file in found if os.path.isfile(file) and not file.endswith(".json")), "")
+    if not path:
+      raise UserError(f"{os.path.dirname(found[0])}: no model there; looked for limber_config.json, "
+                      f"open_clip_config.json with open_clip_model.safetensors, and config.json with model.safetensors "
+                      "or pytorch_model.bin")
+  source, file = _read(path), names.split(path)[0]
+  layout = bare.layout(source, file)
+  there = bare.parts(source, layout)
+  with naming(file):
+    wanted = tuple(part for part in there if part in parts) or there
+    size = bare.size(source, file, layout, wanted, model, given, flag)
+  return Opened(size, source, layout.rows, layout.ignored, there)
 
 
-FORMATS: tuple[Callable[[str], Opened | None], ...] = (_limber, _open_clip, _run, _hf, _openai)
-"""Each returns None if `path` is not of its format."""
+FORMATS: tuple[Callable[[str], Opened | None], ...] = (_limber, _open_clip, _run, _hf)
+"""Each returns None if `path` is not of its format; what is of none is a state dict, or no model."""
 
 
 # Parts of a LiMBeR
@@ -329,7 +361,7 @@ class _Part:
 
 
 def _prompt(path: str, size: None, like: dict[str, Any]) -> _Part:
-  source = files.tensors(path)
+  source = _read(path)
   return _Part(source, prompt.REFERENCE_WEIGHTS if "weight" in source else identity(like))
 
 
@@ -357,7 +389,7 @@ def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
     if source is None:
       raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)} and flax_model.msgpack")
   else:
-    source = files.tensors(path)
+    source = _read(path)
   flax_names = any("/" in name for name in source)
   return _Part(source, gptj.FLAX_WEIGHTS if flax_names else gptj.HF_WEIGHTS, gptj.HF_IGNORED)
 
@@ -383,7 +415,7 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
                  if ours.removeprefix("stats/").startswith("image/"))
     return _Part(opened.source, rows, _ignored_beside(opened, "image"))
   if not os.path.isdir(path):
-    source = files.tensors(path)
+    source = _read(path)
   else:
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):

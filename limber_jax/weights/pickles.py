@@ -86,9 +86,6 @@ def tensors(path: str) -> dict[str, View]:
   """Returns the tensors of a file of torch.save or torch.jit.save by name.
 
   Names are the keys on the way to a tensor, joined by dots, a list's being its indices; what is no tensor is left out.
-  A checkpoint's wrappers are taken off: of {"state_dict": {…}, "epoch": 3} only what "state_dict" holds is returned
-  (also "model_state_dict", "model" and "module"), unless another tensor stands beside it, and "module." where every
-  name begins with it, as torch's DistributedDataParallel writes.
 
   Raises:
     UserError: the file asks for anything but tensors and plain values, lies about a size, or is no file of torch's.
@@ -98,7 +95,7 @@ def tensors(path: str) -> dict[str, View]:
     with open(path, "rb") as file:
       size = os.fstat(file.fileno()).st_size
       root, where = _archive(file, size) if zipfile.is_zipfile(file) else _legacy(file, size)
-    found = _unwrapped(root)
+    found = _named(root)
     out = {}
     for name, tensor in found.items():
       _check(name, tensor, size)
@@ -430,22 +427,13 @@ def _short(text: str) -> str:
 # From nested values to names
 
 
-def _unwrapped(root: Any) -> dict[str, _Tensor]:
-  for _ in range(MAX_DEPTH):
-    inside = [key for key in ("state_dict", "model_state_dict", "model", "module")
-              if type(root) in (dict, _Ordered) and isinstance(root.get(key), dict)]
-    if not inside or any(isinstance(value, _Tensor) for value in root.values()):
-      break
-    root = root[inside[0]]
+def _named(root: Any) -> dict[str, _Tensor]:
   out: dict[str, _Tensor] = {}
-  budget = [MAX_NAMES]
   if not isinstance(root, dict | list | tuple) or isinstance(root, _Global | _Storage | _Tensor):
     raise _Refused(f"holds a {_kind(root)}; expected tensors by name")
-  _flatten(root, (), out, budget)
+  _flatten(root, (), out, [MAX_NAMES])
   if not out:
     raise _Refused("holds no tensors")
-  if all(name.startswith("module.") for name in out):
-    out = {name.removeprefix("module."): tensor for name, tensor in out.items()}
   return out
 
 
