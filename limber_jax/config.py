@@ -27,7 +27,8 @@ class Source:
   image_key: str = ""       # column or feature that holds the image or its path; "" = the source's own guess
   text_key: str = ""        # column or feature that holds the text
   label_key: str = ""       # column or feature that holds the class number
-  separator: str = ""       # of the columns of a table; "" = by file name, tab or comma
+  separator: str = ""       # of the columns of a table; "" = by file name and first line: tab, comma, ; or |
+  quoting: str = ""         # of the fields of a table: csv | none; "" = csv unless tabs separate them
   key_dot: str = "last"     # of tars: the dot of a name where its key ends, last | first, as webdataset has it
   incomplete: str = "refuse"  # a tar that is cut off: refuse | keep what is whole in it, and name the rest
 
@@ -229,8 +230,8 @@ class Config:
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
 RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.threads", "data.prefetch",
            "data.damaged", "compute.attention", "compute.remat", "compute.unroll", "data.source.path",
-           "data.source.images", "data.source.key_dot", "data.source.incomplete", "data.tokenizer.path",
-           "data.features", "decoding", "evals", "first")
+           "data.source.images", "data.source.key_dot", "data.source.incomplete", "data.source.quoting",
+           "data.tokenizer.path", "data.features", "decoding", "evals", "first")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

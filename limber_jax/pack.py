@@ -35,7 +35,7 @@ from PIL import Image
 
 from limber_jax import cli, lock, registry
 from limber_jax.config import Source
-from limber_jax.data import sources
+from limber_jax.data import sources, text
 from limber_jax.data.features import ShardWriter
 from limber_jax.data.sources import annotations, packed
 from limber_jax.data.transforms import decode, shortest
@@ -129,8 +129,8 @@ def prepared(record: dict[str, Any], shrink: int, quality: int) -> dict[str, Any
   """Returns a record as it is packed, its image decoded once; raises UserError if image or captions cannot be read."""
   if "image" not in record:
     return record
-  for text in record.get("texts", (record["text"],)):
-    if reason := annotations.text_flaw(text, "caption"):
+  for caption in record.get("texts", (record["text"],)):
+    if reason := text.flaw(caption, "caption"):
       raise UserError(reason)
   image = record["image"]
   pixels = decode(image)

@@ -279,7 +279,7 @@ def test_a_run_on_damaged_data_names_all_and_goes_on_to_the_bit(tmp_path, one_de
   assert sorted(line["index"] for line in whole) == bad
   assert [line["step"] for line in whole] == sorted(line["step"] for line in whole)
   reasons = {line["index"]: (line["file"], line["id"], line["reason"]) for line in whole}
-  for index, reason in zip(bad, ("No such file", "cannot be decoded", "not one of JPEG", "image of 0 bytes", "utf-8"),
+  for index, reason in zip(bad, ("No such file", "cannot be decoded", "not one of JPEG", "image of 0 bytes", "UTF-8"),
                            strict=True):
     assert reason in reasons[index][2] and reasons[index][0] == "train.tsv"
   assert reasons[10][1] == f"{RECORDS[10]['key']}.png" and reasons[50][1] == ""

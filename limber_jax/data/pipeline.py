@@ -264,7 +264,7 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
     del settings[name]
   if not data.draft:
     del settings["draft"]  # of runs from before there was any
-  for name in ("path", "images", "key_dot", "incomplete"):  # the last two show in the records, if anywhere
+  for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
     del settings["source"][name]
   del settings["tokenizer"]["path"]
   what = [source.fingerprint(), tokenizer.fingerprint(), settings, batch_size, seed]

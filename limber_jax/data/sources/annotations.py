@@ -5,12 +5,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from limber_jax.data import text
 from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
 MAX_BYTES = 2**30  # of a file, which is read whole: the largest that is published, Karpathy's COCO, has 0.14 GB
 OBJECT = 2**20     # bytes of the JSON object of one record
-LONG = 10_000      # characters from which on a text is none that a person wrote about an image
 
 TWICE = "its id is listed twice, and the first counts"  # a reason of damage
 
@@ -41,16 +41,12 @@ def load(path: str, wanted: str) -> dict[str, Any]:
       data = file.read()
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-  start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark
-  text = ""
+  words = text.decode(data, path)
   try:
-    text = data[start:].decode()
-    found = json.loads(text)
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path}, byte {start + error.start:,} of {len(data):,}: not UTF-8 ({error.reason})") from error
+    found = json.loads(words)
   except json.JSONDecodeError as error:
-    byte = start + len(text[: error.pos].encode())
-    cut = "" if text.rstrip().endswith("}") else "; the file is cut off, fetch it again"
+    byte = len(data) - len(words.encode()) + len(words[: error.pos].encode())
+    cut = "" if words.rstrip().endswith("}") else "; the file is cut off, fetch it again"
     raise UserError(f"{path}, byte {byte:,} of {len(data):,}: not JSON ({error.msg}){cut}") from error
   except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
     raise UserError(f"{path}: not JSON that can be read ({error})") from error
@@ -80,27 +76,12 @@ def flaw(entry: Any, **kinds: type | tuple[type, ...]) -> str:
   return ""
 
 
-def text_flaw(text: Any, what: str) -> str:
-  """Returns why a value is no text about an image, "" if it is one: "empty caption" for `what` "caption"."""
-  if not isinstance(text, str):
-    return f"{what} is of type {type(text).__name__}"
-  if not text.strip():
-    return f"empty {what}"
-  if len(text) >= LONG:
-    return f"{what} of {len(text):,} characters, wanted fewer than {LONG:,}"
-  try:
-    text.encode()
-  except UnicodeEncodeError:  # "\ud800" in JSON
-    return f"{what} holds half a character (a lone surrogate)"
-  return ""
-
-
 def one_object(data: bytes) -> dict[str, Any]:
   """Returns the JSON object of one record; raises UserError for anything else, and for more than OBJECT bytes."""
   if len(data) > OBJECT:
     raise UserError(f"JSON of {len(data):,} bytes; at most {OBJECT:,} are read for a record")
   try:
-    found = json.loads(data.decode())
+    found = json.loads(data.removeprefix(text.BOM).decode())
   except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
     raise UserError(f"not JSON ({' '.join(str(error).split())})") from error
   if not isinstance(found, dict):
@@ -114,9 +95,13 @@ def missing(name: str, entry: dict[str, Any]) -> str:
 
 
 def captions_of(value: Any, what: str = "caption") -> dict[str, Any]:
-  """Returns {"text", and of a list of several "texts"} of a record; raises UserError where a caption is none."""
-  texts = tuple(value) if isinstance(value, list | tuple) else (value,)
-  flaws = [flaw for text in texts if (flaw := text_flaw(text, what))] if texts else [f"an empty list as {what}"]
+  """Returns {"text", and of a list of several "texts"} of a record, cleaned: what every source makes of its captions.
+
+  Raises UserError where a caption is none.
+  """
+  values = value if isinstance(value, list | tuple) else (value,)
+  texts = tuple(text.clean(v) if isinstance(v, str) else v for v in values)
+  flaws = [found for t in texts if (found := text.flaw(t, what))] if texts else [f"an empty list as {what}"]
   if flaws:
     raise UserError(flaws[0])
   return {"text": texts[0], "texts": texts} if len(texts) > 1 else {"text": texts[0]}

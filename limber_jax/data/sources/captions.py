@@ -1,22 +1,19 @@
 """Tables of captions and image files: Conceptual Captions' and open_clip's layouts."""
 
-import array
-import csv
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from limber_jax.config import Source
-from limber_jax.data.sources.annotations import LONG
+from limber_jax.data import text
+from limber_jax.data.sources import tables
+from limber_jax.data.sources.annotations import captions_of
 from limber_jax.data.transforms import check_bytes
-from limber_jax.errors import UserError, did_you_mean
+from limber_jax.errors import UserError
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")  # the likeliest first
-TEXT_KEYS = ("title", "caption", "text")
+TEXT_KEYS = ("caption", "captions", "title", "text")  # where a caption is there, a title is often a file's name
 
 LAYOUTS = ("a tab-separated table of caption and image path without a header (Conceptual Captions), or a table with a "
            "header such as filepath and title, separated by tabs or commas (open_clip)")
@@ -25,17 +22,21 @@ LAYOUTS = ("a tab-separated table of caption and image path without a header (Co
 class Captions:
   """A text table in UTF-8 with one caption and the path of its image a row.
 
-  With a header, columns have names and CSV quoting holds, line breaks inside quotes included. Without one, the columns
-  are caption and path, separated by a tab, and quotes are letters like any other. Images stay on disk, and so do the
-  captions: memory holds 8 bytes a row.
+  With a header, columns have names, in any letter case. Without one, the columns are caption and path, separated by a
+  tab, and quotes are letters like any other. Images stay on disk, and so do the captions: memory holds 8 bytes a row.
+  A row whose caption is empty is a record that cannot be read.
 
   path: the table.
   split: train = a record a row, as open_clip trains; images = a record an image, with the captions of all its rows
-    (for retrieval; memory then holds the paths).
+    (memory then holds the paths).
   images: the directory that paths start from, "" = that of the table; nothing outside it is read.
-  image_key, text_key: columns; "" = the first known name: filepath, image, … and title, caption, text.
+  image_key, text_key: columns; "" = the first known name: filepath, image, … and caption, title, text. Where several
+    are there, `notes` says which was taken.
   label_key: a column of whole numbers; "" = no labels.
-  separator: "" = tab for .tsv or where the first line has one, else comma.
+  separator: "" = tab for .tsv or where the first line has one, else comma, semicolon or bar. Where a space follows each
+    of them, it is left out.
+  quoting: csv = a field may stand in quotes, in which quotes are doubled, and separators and line breaks are letters;
+    none = quotes are letters. "" = csv where no tab separates; of tabs see `tables.quoting`.
   """
 
   classes = None
@@ -48,6 +49,7 @@ class Captions:
     if not os.path.getsize(config.path):
       raise UserError(f"config.data.source.path={config.path!r} is empty; wanted {LAYOUTS}")
     self._root = os.path.abspath(config.images or os.path.dirname(config.path) or ".")
+    self.notes: list[str] = []
     self._open()
     self._columns(config)
     self._groups = None
@@ -65,79 +67,65 @@ class Captions:
       self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {k: v for k, v in self.__dict__.items() if k != "_map"}
+    return {k: v for k, v in self.__dict__.items() if k not in ("_map", "_table")}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
     self._open()
+    self._table = tables.Table(self._map, self._path, *self._layout)
 
   def _columns(self, config: Source) -> None:
     """Finds out how the table is laid out, and where its rows start."""
-    begin = 3 if self._map[:3] == b"\xef\xbb\xbf" else 0  # a byte-order mark
-    self._map.seek(begin)
-    first = self._map.readline()
-    self._separator = config.separator.replace("\\t", "\t") or (
-      "\t" if self._path.endswith(".tsv") or b"\t" in first else ",")
-    if len(self._separator) != 1 or self._separator in '"\r\n':
-      raise UserError(f"config.data.source.separator={config.separator!r}: wanted one character")
-
-    self._quoted = True
-    header = self._parse(first, "the first line")
-    image = config.image_key or next((k for k in IMAGE_KEYS if k in header), "")
-    text = config.text_key or next((k for k in TEXT_KEYS if k in header), "")
+    known = (*IMAGE_KEYS, *TEXT_KEYS, config.image_key.lower(), config.text_key.lower())
+    table, header = tables.open_table(self._map, self._path, config.separator, known)
+    self._table, self._layout = table, (table.begin, table.end, table.separator, table.spaced)
+    image, images = tables.choose(header, config.image_key, IMAGE_KEYS)
+    caption, captions = tables.choose(header, config.text_key, TEXT_KEYS)
+    label = tables.column(header, config.label_key) if config.label_key else None
     named = any((config.image_key, config.text_key, config.label_key))
-    missing = [k for k in (image, text, config.label_key or image) if k not in header]
-    if not missing:
-      self._image, self._text, self._width = header.index(image), header.index(text), len(header)
-      self._label = header.index(config.label_key) if config.label_key else None
-    elif not named and self._separator == "\t" and first.count(b"\t") == 1:
-      self._text, self._image, self._label, self._width, self._quoted = 0, 1, None, 2, False
+    self._label, self._quoted, matters = None, False, False
+    if image is not None and caption is not None and (label is not None or not config.label_key):
+      self._image, self._text, self._width = header.index(image), header.index(caption), len(header)
+      self._label = None if label is None else header.index(label)
+      self._quoted, matters, why = tables.quoting(table, header, config.quoting)
+      self._note(images, captions, why)
+      if self._quoted and self._map.find(b'"') >= 0:
+        starts = tables.quoted_starts(table, self._width, self._image, config.quoting == "csv")[1:]
+      else:
+        starts = tables.line_starts(self._map, table.begin, table.end)[1:]
     else:
-      what = f"column {missing[0]!r}" if missing[0] else "known column name in the first line"
-      raise UserError(f"{self._path}: no {what}{did_you_mean(missing[0], header)}; wanted {LAYOUTS}; name others "
-                      "with --config.data.source.image_key=… and text_key=…")
-    quotes = self._quoted and self._map.find(b'"') >= 0
-    starts = self._quoted_starts(begin) if quotes else line_starts(self._map, begin)
-    self._starts = starts[1:] if self._quoted else starts
-    if not len(self._starts):
+      tables.check_columns(table, header, (*TEXT_KEYS, config.text_key))
+      if named or table.separator != "\t" or len(header) != 2:
+        first = config.image_key if image is None else config.text_key if caption is None else config.label_key
+        raise tables.missing(table, first, header, LAYOUTS)
+      self._text, self._image, self._width = 0, 1, 2
+      starts = tables.line_starts(self._map, table.begin, table.end)
+      tables.check_order(table, starts)
+    self._starts = starts
+    if not len(starts):
       raise UserError(f"{self._path} has a header and no rows")
+    # What the captions of the same bytes depend on, where it was not always so read.
+    self._reading = ("none",) * (matters and not self._quoted) + ("cleaned",) * text.has_controls(
+      self._map, table.begin)
 
-  def _quoted_starts(self, begin: int) -> np.ndarray:
-    """Returns where rows start, int64 [rows], for a table whose quoted fields may hold line breaks."""
-    position, starts = begin, array.array("q")
-
-    def lines() -> Iterator[str]:
-      nonlocal position
-      self._map.seek(begin)
-      while line := self._map.readline():
-        position += len(line)
-        yield line.decode("latin-1")  # a byte a letter: only quotes, separators and line breaks matter here
-
-    start = begin
-    reader = csv.reader(lines(), delimiter=self._separator.encode().decode("latin-1"))
-    try:
-      for row in reader:
-        if row:
-          starts.append(start)
-        start = position
-    except csv.Error as error:
-      raise UserError(f"{self._path}, row {len(starts)}: {error}") from error
-    return np.array(starts, np.int64)
-
-  def _parse(self, line: bytes, where: str) -> list[str]:
-    """Returns the fields of one row."""
-    try:
-      text = line.rstrip(b"\r\n").decode()
-      return next(csv.reader([text], delimiter=self._separator)) if self._quoted else text.split(self._separator)
-    except (UnicodeDecodeError, csv.Error) as error:
-      raise UserError(f"{self._path}, {where}: {error}") from error
+  def _note(self, images: list[str], captions: list[str], why: str) -> None:
+    """Says what was chosen where another choice was possible."""
+    for found, what, field in ((images, "images", "image_key"), (captions, "captions", "text_key")):
+      if len(found) > 1:
+        self.notes.append(f"{self._name}: {what} are in column {found[0]!r}, not in {', '.join(map(repr, found[1:]))}; "
+                          f"source.{field} names another")
+    if why:
+      letters = "fields are quoted as in CSV" if self._quoted else "quotes are letters"
+      self.notes.append(f"{self._name}: {letters}, for {why}; source.quoting says otherwise")
 
   def _row(self, row: int) -> list[str]:
     start = self._starts[row]
     stop = self._starts[row + 1] if row + 1 < len(self._starts) else len(self._map)
-    fields = self._parse(self._map[start:stop], f"row {row + 1}")
+    fields = self._table.fields(self._map[start:stop], self._quoted, f"{self._path}, row {row + 1}")
     if len(fields) != self._width:
-      raise UserError(f"{self._path}, row {row + 1}: wanted {self._width} columns, got {len(fields)}")
+      hint = "; a line break in a field?" if len(fields) < self._width and not self._quoted else ""
+      raise UserError(f"{self._path}, row {row + 1}: wanted {self._width} columns, got {len(fields)}{hint} (line "
+                      f"{self._table.number(start)})")
     return fields
 
   def __len__(self) -> int:
@@ -146,11 +134,15 @@ class Captions:
   def annotation(self, index: int) -> dict[str, Any]:
     rows = [index] if self._groups is None else self._groups[index]
     table = [self._row(row) for row in rows]
-    if (longest := max(len(fields[self._text]) for fields in table)) >= LONG:
-      raise UserError(f"{self._path}, row {rows[0] + 1}: caption of {longest:,} characters, wanted fewer than {LONG:,}")
-    out = {"id": table[0][self._image], "text": table[0][self._text]}
+    out: dict[str, Any] = {"id": table[0][self._image].strip()}
+    try:
+      # Where quotes are letters, what a CSV writer leaves of an empty field is an empty field too.
+      none = "" if self._quoted else '""'
+      out |= captions_of([fields[self._text] if fields[self._text] != none else "" for fields in table])
+    except UserError as error:
+      raise UserError(f"{self._path}, row {rows[0] + 1}: {error}") from error
     if self._groups is not None:
-      out["texts"] = tuple(fields[self._text] for fields in table)
+      out.setdefault("texts", (out["text"],))
     if self._label is not None:
       label = table[0][self._label]
       if not label.strip().isdecimal():
@@ -179,17 +171,6 @@ class Captions:
                       "--config.data.source.images") from error
 
   def fingerprint(self) -> str:
-    layout = (self._name, len(self._map), self._width, self._image, self._text, self._label, self._groups is None)
+    layout = (self._name, len(self._map), self._width, self._image, self._text, self._label, self._groups is None,
+              *self._reading)
     return hashlib.sha256(repr(layout).encode() + self._starts.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-def line_starts(data: mmap.mmap, begin: int) -> np.ndarray:
-  """Returns where the lines of a file start, int64 [rows], from the byte `begin` on; empty lines are left out."""
-  data = np.frombuffer(data, np.uint8)
-  step = 1 << 26  # bytes looked at together
-  breaks = [np.flatnonzero(data[i : i + step] == ord("\n")) + i for i in range(0, len(data), step)]
-  starts = np.concatenate([[begin], np.concatenate(breaks) + 1, [len(data) + 1]])
-  length = np.diff(starts) - 1
-  starts = starts[:-1]
-  empty = (length <= 0) | ((length == 1) & (data[np.minimum(starts, len(data) - 1)] == ord("\r")))
-  return starts[~empty]

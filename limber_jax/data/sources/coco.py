@@ -5,6 +5,7 @@ import os
 from typing import Any, NamedTuple
 
 from limber_jax.config import Source
+from limber_jax.data import text
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 
@@ -91,10 +92,11 @@ class Coco:
     seen = set()
     for number, caption in enumerate(captions):
       name = _name("annotation", caption, "id", number)
+      caption = _cleaned(caption, "caption")
       reason = annotations.flaw(caption, id=_ID, image_id=_ID) or (
         annotations.TWICE if str(caption["id"]) in seen else
         f"of image {caption['image_id']}, which is not in the file" if str(caption["image_id"]) not in texts else
-        "no 'caption'" if "caption" not in caption else annotations.text_flaw(caption["caption"], "caption"))
+        "no 'caption'" if "caption" not in caption else text.flaw(caption["caption"], "caption"))
       if reason:
         self._damaged(name, reason)
       else:
@@ -123,8 +125,9 @@ class Coco:
       else:
         texts = []
         for place, sentence in enumerate(image["sentences"]):
+          sentence = _cleaned(sentence, "raw")
           reason = annotations.flaw(sentence) or (
-            "no 'raw'" if "raw" not in sentence else annotations.text_flaw(sentence["raw"], "caption"))
+            "no 'raw'" if "raw" not in sentence else text.flaw(sentence["raw"], "caption"))
           if reason:
             self._damaged(f"{name}, sentence {place}", reason)
           else:
@@ -148,6 +151,12 @@ class Coco:
 
   def fingerprint(self) -> str:
     return hashlib.sha256(repr([tuple(entry) for entry in self._entries]).encode()).hexdigest()[:16]
+
+
+def _cleaned(entry: Any, key: str) -> Any:
+  """Returns an entry with its text cleaned, where it has one."""
+  there = isinstance(entry, dict) and isinstance(entry.get(key), str)
+  return entry | {key: text.clean(entry[key])} if there else entry
 
 
 def _name(what: str, entry: Any, key: str, number: int) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object, read_image
-from limber_jax.data.sources.captions import IMAGE_KEYS, line_starts
+from limber_jax.data.sources.captions import IMAGE_KEYS
+from limber_jax.data.sources.tables import line_starts
+from limber_jax.data.text import check_encoding, clean, flaw, has_controls
 from limber_jax.errors import UserError
 
 TEXT_KEYS = ("caption", "captions", "text", "texts", "title")  # the likeliest first
@@ -42,9 +44,23 @@ class Jsonl:
     self._name = os.path.basename(config.path)
     self._root = os.path.abspath(config.images or os.path.dirname(config.path) or ".")
     self._open()
-    self._starts = line_starts(self._map, 3 if self._map[:3] == b"\xef\xbb\xbf" else 0)  # a byte-order mark
+    begin = check_encoding(self._map, self._path)
+    self._starts = line_starts(self._map, begin)
     if not len(self._starts):
       raise UserError(f"{where} has no lines; wanted {LAYOUT}")
+    self._check_lines()
+    # Where texts are not as the file has them, which they were once.
+    self._cleaned = ("cleaned",) * has_controls(self._map, begin, escaped=True)
+
+  def _check_lines(self) -> None:
+    """Raises UserError if the file is JSON, but no lines of it."""
+    first = bytes(self._map[int(self._starts[0]) : int(self._starts[0]) + 64]).lstrip()
+    last = bytes(self._map[-64:]).rstrip()
+    if first.startswith(b"[") and last.endswith(b"]") and (len(self._starts) > 1 or b"{" in first):
+      raise UserError(f"{self._path}: one JSON array, wanted {LAYOUT}; convert it: jq -c '.[]' OLD > NEW.jsonl")
+    if first.split(b"\n")[0].strip() == b"{" and last.endswith(b"}"):
+      raise UserError(f"{self._path}: objects over several lines each, wanted {LAYOUT}; convert it: jq -c . OLD > "
+                      "NEW.jsonl")
 
   def _open(self) -> None:
     with open(self._path, "rb") as file:
@@ -74,11 +90,9 @@ class Jsonl:
       raise UserError(missing(wanted, entry))
     out = {"id": f"{self._name}/{index}"}
     if image is None and isinstance(entry[text], str):
-      out["text"] = entry[text]
-      if not out["text"].strip():
-        raise UserError("empty text")
-      if not _whole(out["text"]):
-        raise UserError("text holds half a character (a lone surrogate)")
+      out["text"] = clean(entry[text])
+      if reason := flaw(out["text"], "text", longest=0):
+        raise UserError(reason)
     else:
       out |= captions_of(entry[text], "caption" if image is not None else "text")
     if config.label_key:
@@ -102,7 +116,7 @@ class Jsonl:
 
   def fingerprint(self) -> str:
     c = self._config
-    layout = (self._name, len(self._map), c.image_key, c.text_key, c.label_key)
+    layout = (self._name, len(self._map), c.image_key, c.text_key, c.label_key, *self._cleaned)
     return hashlib.sha256(repr(layout).encode() + self._starts.astype("<i8").tobytes()).hexdigest()[:16]
 
 
@@ -110,10 +124,3 @@ def _find(entry: dict[str, Any], wanted: str, known: tuple[str, ...]) -> str | N
   """Returns the name under which an object has something: `wanted`, or for "" the first known one; None without any."""
   return next((k for k in ((wanted,) if wanted else known) if k in entry), None)
 
-
-def _whole(text: str) -> bool:
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True

@@ -60,6 +60,7 @@ def from_bytes(data: bytes) -> dict[str, Any]:
   image = data[_HEAD.size + length :]
   if len(image) != (size or 0) or not all(isinstance(out.get(k), str) for k in ("id", "text")):
     raise UserError("its checksum fits, but it is no record of limber_jax.pack")
+  out |= annotations.captions_of(out.get("texts", out["text"])) if size is not None else {}
   if size is not None:
     check_bytes(size)
     out["image"] = image

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import captions_of, label_of, read_image
 from limber_jax.data.sources.webdataset import shards
+from limber_jax.data.text import clean, flaw
 from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
@@ -109,8 +110,9 @@ def image_of(value: Any, column: str, root: str) -> bytes:
 
 def _whole_text(value: Any) -> dict[str, str]:
   """Returns {"text"} of a record without an image, of any length."""
-  if not isinstance(value, str) or not value.strip():
-    raise UserError(f"no text ({type(value).__name__})" if not isinstance(value, str) else "empty text")
+  value = clean(value) if isinstance(value, str) else value
+  if reason := flaw(value, "text", longest=0):
+    raise UserError(reason)
   return {"text": value}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from limber_jax.config import Source
+from limber_jax.data.sources.annotations import captions_of
 from limber_jax.errors import UserError, did_you_mean
 
 INFO = "dataset_info.json"
@@ -101,8 +102,10 @@ class Tfds:
     texts = (value,) if isinstance(value, bytes) else tuple(value)
     if not texts:
       raise UserError(f"{self._name}: record {index} has no text in {self._text!r}")
-    texts = tuple(t.decode("utf-8", "replace") for t in texts)
-    return out | ({"text": texts[0], "texts": texts} if len(texts) > 1 else {"text": texts[0]})
+    try:
+      return out | captions_of([t.decode("utf-8", "replace") for t in texts])
+    except UserError as error:
+      raise UserError(f"{out['id']}: {error}") from error
 
   def fingerprint(self) -> str:
     return self._digest

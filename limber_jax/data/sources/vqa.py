@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from limber_jax.config import Source
+from limber_jax.data import text
 from limber_jax.data.sources import annotations
-from limber_jax.data.sources.annotations import TWICE, flaw, text_flaw
+from limber_jax.data.sources.annotations import TWICE, flaw
 from limber_jax.errors import UserError, did_you_mean
 
 SPLITS = ("train2014", "val2014")  # those whose answers are public
@@ -70,7 +71,7 @@ class Vqa:
         entry = answers[id_]
         said = tuple(words.setdefault(a["answer"], a["answer"]) for a in entry["answers"])
         rest = (words.setdefault(entry[k], entry[k]) for k in _TEXTS)
-        self._entries.append(Entry(id_, question["image_id"], question["question"], said, *rest))
+        self._entries.append(Entry(id_, question["image_id"], text.clean(question["question"]), said, *rest))
     for id_ in answers:
       if id_ not in asked:
         self._damaged(names[1], f"annotation {id_}", f"answers to a question that is not in {os.path.basename(asks)}")
@@ -125,7 +126,7 @@ class Vqa:
 def _question_flaw(entry: dict[str, Any]) -> str:
   if "question" not in entry:
     return "no 'question'"
-  return flaw(entry, image_id=int) or text_flaw(entry["question"], "question")
+  return flaw(entry, image_id=int) or text.flaw(text.clean(entry["question"]), "question")
 
 
 def _answers_flaw(entry: dict[str, Any]) -> str:

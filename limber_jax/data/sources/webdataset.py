@@ -12,6 +12,7 @@ import numpy as np
 from limber_jax.config import Source, choose
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
 from limber_jax.data.sources.tars import Rule, Shard, open_shards
+from limber_jax.data.text import decode
 from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
@@ -141,7 +142,7 @@ class Webdataset:
       if plain:
         if text[1] > MAX_TEXT:
           raise UserError(f"caption of {text[1]:,} bytes; at most {MAX_TEXT:,} are read")
-        value: Any = shard.contents(key, *text).decode().rstrip("\r\n") if text[0] else None
+        value: Any = decode(shard.contents(key, *text), ".txt").rstrip("\r\n") if text[0] else None
       else:
         names = (config.text_key,) if config.text_key else TEXT_KEYS
         name = next((k for k in names if k in entries), None)
@@ -151,8 +152,6 @@ class Webdataset:
       out |= captions_of(value)
       if config.label_key:
         out |= label_of(entries.get(config.label_key), config.label_key)
-    except UnicodeDecodeError as error:
-      raise UserError(f"{where}: caption is not UTF-8 ({error.reason})") from error
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
     return out
