@@ -444,7 +444,7 @@ def test_a_gptj_loads_from_every_form_that_it_is_published_in(tmp_path, hf_gptj,
   (dict(rotary_dim=8), "rotary_dim is 8, but this config's language model has rotary=16"),
   (dict(n_head=4), "n_head is 4, .* heads=2"), (dict(n_inner=64), "n_inner is 64, expected 256"),
   (dict(activation_function="relu"), "activation_function is 'relu', expected 'gelu_new'"),
-  (dict(model_type="gpt2"), "model_type is 'gpt2', expected 'gptj'"),
+  (dict(model_type="gpt2"), r"this is a GPT-2 \(model_type 'gpt2'\), and the config asks for a GPT-J; what can"),
 ])
 def test_a_gptj_of_another_build_is_refused_by_name(tmp_path, change, message):
   export.save_lm(str(tmp_path / "lm"), GPTJ_MU, random_tree(lm_like()))
@@ -452,6 +452,18 @@ def test_a_gptj_of_another_build_is_refused_by_name(tmp_path, change, message):
   file.write_text(json.dumps(json.loads(file.read_text()) | change))
   with pytest.raises(UserError, match=f"^{file}: {message}"):
     load.load_part(str(tmp_path / "lm"), "lm", GPTJ_MU, lm_like())
+
+
+def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(tmp_path):
+  params = random_tree(lm_like())
+  export.save_lm(str(tmp_path / "lm"), GPTJ_MU, params)
+  config, file = tmp_path / "lm" / "config.json", str(tmp_path / "lm" / "model.safetensors")
+  values = json.loads(config.read_text())
+  config.write_text(json.dumps(values | {"n_head": 4}))  # which shapes do not show
+  with pytest.raises(UserError, match=r"config.json: n_head is 4, .* heads=2"):
+    load.load_part(file, "lm", GPTJ_MU, lm_like())
+  config.write_text(json.dumps(values | {"n_head": 4, "n_layer": 28}))
+  jax.tree.map(np.testing.assert_array_equal, load.load_part(file, "lm", GPTJ_MU, lm_like())[0], params)
 
 
 def test_a_directory_without_weights_says_what_was_looked_for(tmp_path):
@@ -543,7 +555,7 @@ def test_a_beit_saved_by_transformers_loads(tmp_path, transformers, form):
   (dict(num_hidden_layers=24), "num_hidden_layers is 24, but this config's encoder has 2"),
   (dict(use_shared_relative_position_bias=False), "use_shared_relative_position_bias is False, .* True"),
   (dict(use_mean_pooling=False), "use_mean_pooling is False, expected True"),
-  (dict(model_type="vit"), "model_type is 'vit', expected 'beit'"),
+  (dict(model_type="vit"), r"this is a ViT \(model_type 'vit'\), and the config asks for a BEiT; what can"),
 ])
 def test_a_beit_of_another_build_is_refused_by_name(tmp_path, change, message):
   size = encoders.ENCODERS["beit_l16_mu"]()
@@ -608,7 +620,7 @@ def test_the_references_nf_resnet_ignores_its_classifier_and_refuses_other_netwo
             tmp_path / "model.safetensors")
   load.load_part(str(tmp_path), "image", size, like)
   (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
-  with pytest.raises(UserError, match="architecture is 'resnet50', expected an nf_resnet of timm's"):
+  with pytest.raises(UserError, match="this is 'resnet50' of timm, and the config asks for an NF-ResNet of timm's"):
     load.load_part(str(tmp_path), "image", size, like)
   save_file({"w": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
   with pytest.raises(UserError, match=r"no weights of a 'nf_resnet' encoder: none of the tensors is stem.conv.weight"):
@@ -631,6 +643,44 @@ def test_an_image_tower_of_a_clip_is_an_encoder(tmp_path, name, to):
   other.activation = "quick_gelu"
   with pytest.raises(UserError, match=r"has activation='gelu', but this config's model has 'quick_gelu'"):
     load.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPVisionModelWithProjection"])
+def test_an_image_tower_alone_is_an_encoder_and_no_clip(tmp_path, transformers, name):
+  import torch
+
+  torch.manual_seed(0)
+  model = getattr(transformers, name)(transformers.CLIPVisionConfig(
+    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
+    projection_dim=24, hidden_act="gelu")).eval()
+  for parameter in model.parameters():
+    parameter.data += 0.1 * torch.randn(parameter.shape)
+  model.save_pretrained(tmp_path / "tower")
+  size = EncoderSize(ViTSize(image_size=32, patch=8, width=64, layers=2, heads=4), activation="gelu", embed_dim=24)
+  if name == "CLIPVisionModel":
+    size.embed_dim = 64
+  images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  with torch.no_grad():
+    out = model(torch.tensor(images).permute(0, 3, 1, 2))
+  want = (out.last_hidden_state[:, 1:], out.pooler_output if name == "CLIPVisionModel" else out.image_embeds)
+  for source in ("tower", "tower/model.safetensors"):
+    params, _ = load.load_part(str(tmp_path / source), "image", size, encoder_like(size)[0])
+    got, _ = jax.jit(lambda params: Encoder.of(size, Compute(dtype="float32")).encode(params, {}, images))(params)
+    for ours, theirs in zip(got[:2], want, strict=True):
+      assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * np.abs(theirs.numpy()).max()
+    with pytest.raises(UserError, match="only the image tower of a CLIP, but the text tower is needed here"):
+      load.load(str(tmp_path / source), "" if source == "tower" else said(tmp_path, ClipSize(
+        24, size.tower, TextSize(), "gelu")))
+  if name == "CLIPVisionModel":
+    size.embed_dim, size.features = 512, "pooled"
+    with pytest.raises(UserError, match=r"pooled output has a width of 64, .*; set --config.model.image.embed_dim=64"):
+      load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
+    size.features = "tokens"
+    params, _ = load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
+    assert params["head"]["kernel"].shape == (64, 512) and not params["head"]["kernel"].any()
+  size.tower.heads = 2
+  with pytest.raises(UserError, match=r"has image.heads=4, but this config's model has 2"):
+    load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
 
 
 def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_clip):
@@ -845,14 +895,14 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("to,file,change,message", [
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"]["vision_cfg"].update(timm_model_name="vit_tiny"),
-   "vision_cfg.timm_model_name='vit_tiny': the models here have no such setting"),
+   r"vision_cfg.timm_model_name='vit_tiny' \(an image tower of timm's, .*: the models here have no such setting; what"),
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"]["text_cfg"].update(pool_type="last"),
    "text_cfg.pool_type='last'"),
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"].update(custom_text=True), "cfg.custom_text=True"),
   ("open_clip", "open_clip_config.json", lambda c: c.pop("model_cfg"), "'model_cfg' is missing"),
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"]["vision_cfg"].update(image_size=[32, 64]),
    r"expected a square, a positive number of pixels a side, got \[32, 64\]"),
-  ("hf", "config.json", lambda c: c.update(model_type="siglip"), "model_type is 'siglip', expected 'clip'"),
+  ("hf", "config.json", lambda c: c.update(model_type="siglip"), r"this is a SigLIP \(model_type 'siglip'\); what can"),
   ("hf", "config.json", lambda c: c["text_config"].update(hidden_act="gelu"),
    "hidden_act: expected one of quick_gelu, gelu for both towers, got 'quick_gelu' and 'gelu'"),
   ("hf", "config.json", lambda c: c["vision_config"].update(layer_norm_eps=1e-6), "layer_norm_eps: expected 1e-05"),

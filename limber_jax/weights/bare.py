@@ -47,6 +47,17 @@ LAYOUTS = (Layout("OpenAI", "vit", clip.OPENAI_WEIGHTS["vit"], _OPENAI_IGNORED),
            Layout("transformers", "vit", clip.HF_WEIGHTS["vit"], clip.HF_IGNORED))
 
 
+def whole_names(source: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the tensors of a CLIPVisionModel or CLIPTextModel by the names they have in a CLIPModel.
+
+  Since transformers 5 such a model, without a projection, leaves its tower's name out.
+  """
+  for tower, own in (("vision_model", "pre_layrnorm.weight"), ("text_model", "embeddings.token_embedding.weight")):
+    if own in source and "embeddings.position_embedding.weight" in source:
+      return {f"{tower}.{name}": tensor for name, tensor in source.items()}
+  return source
+
+
 def layout(source: Mapping[str, Any], path: str, role: str = "clip") -> Layout:
   """Returns the layout that most of the tensors have; raises UserError, which says what else it is, where few do."""
   if what := identify.of_tensors(source):

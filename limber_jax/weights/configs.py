@@ -15,6 +15,7 @@ from limber_jax.models.layers import ACTIVATIONS
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
+from limber_jax.weights import identify
 
 # open_clip's defaults, of the settings that we have too.
 _OPEN_CLIP_IMAGE = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64}
@@ -37,7 +38,11 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
     for name, value in given.items():
       if not (name in known or not value or value == _OPEN_CLIP_SAME.get(f"{where}.{name}")
               or _OPEN_CLIP_INERT.fullmatch(name)):
-        raise UserError(f"{where}.{name}={value!r}: the models here have no such setting")
+        what = {"timm_model_name": " (an image tower of timm's, as SigLIP, EVA and ConvNeXt have in open_clip)",
+                "hf_model_name": " (a text tower of transformers')"}.get(name, "")
+        raise UserError(f"{where}.{name}={value!r}{what}: the models here have no such setting; "
+                        f"{identify.LOADABLE['clip']}" if what else
+                        f"{where}.{name}={value!r}: the models here have no such setting")
   v, t = _OPEN_CLIP_IMAGE | model["vision_cfg"], _OPEN_CLIP_TEXT | model["text_cfg"]
   side = _side(v["image_size"])
   if isinstance(v["layers"], list):
@@ -51,31 +56,45 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
                   tuple(preprocess.get("mean") or clip.MEAN), tuple(preprocess.get("std") or clip.STD))
 
 
+# model_type of transformers -> the towers that such a model has.
+HF_PARTS = {"clip": ("image", "text"), "clip_vision_model": ("image",), "clip_text_model": ("text",)}
+
+
 def hf_size(values: dict[str, Any]) -> ClipSize:
-  """Returns the size of a CLIPModel of transformers, from its config.json, with CLIP's own mean and std."""
-  if values.get("model_type") != "clip":
-    raise UserError(f"model_type is {values.get('model_type')!r}, expected 'clip'")
+  """Returns the size of a CLIPModel of transformers, from its config.json, with CLIP's own mean and std.
+
+  Of one tower alone (`HF_PARTS`) the other is what it is by default. To be called inside of `naming`.
+  """
+  parts = HF_PARTS.get(kind) if isinstance(kind := values.get("model_type"), str) else None
+  if parts is None:
+    raise UserError(f"this is {identify.of_config(values)}, expected a CLIP (model_type 'clip')")
   # Only here, because it takes seconds; the defaults and older spellings of its configurations are its own matter.
   from huggingface_hub.errors import StrictDataclassError
-  from transformers import CLIPConfig
+  from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
   try:
-    hf = CLIPConfig.from_dict(values)
+    hf = (CLIPConfig if len(parts) == 2 else CLIPVisionConfig if parts == ("image",) else CLIPTextConfig).from_dict(
+      values)
   except StrictDataclassError as error:
     raise UserError(" ".join(str(error).split())) from error
-  v, t = hf.vision_config, hf.text_config
-  if v.hidden_act != t.hidden_act or t.hidden_act not in ACTIVATIONS:
-    raise UserError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)} for both towers, got {v.hidden_act!r} and "
-                    f"{t.hidden_act!r}")
-  if (v.layer_norm_eps, t.layer_norm_eps) != (1e-5, 1e-5):
-    raise UserError(f"layer_norm_eps: expected 1e-05, got {v.layer_norm_eps} and {t.layer_norm_eps}")
-  if t.eos_token_id not in (2, t.vocab_size - 1):  # 2 stands for the highest id of a text
-    raise UserError(f"text_config.eos_token_id is {t.eos_token_id}, but the text tower here is pooled at the highest "
-                    f"id of a text; set it to 2 if no text of yours holds an id above {t.eos_token_id}")
-  image = ViTSize(image_size=_side(v.image_size), patch=_side(v.patch_size), width=v.hidden_size,
-                  layers=v.num_hidden_layers, heads=v.num_attention_heads)
-  text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads)
-  return ClipSize(hf.projection_dim, image, text, t.hidden_act)
+  v = hf.vision_config if len(parts) == 2 else hf if parts == ("image",) else None
+  t = hf.text_config if len(parts) == 2 else hf if parts == ("text",) else None
+  acts, epsilons = ([getattr(tower, name) for tower in (v, t) if tower] for name in ("hidden_act", "layer_norm_eps"))
+  if len(set(acts)) > 1 or acts[0] not in ACTIVATIONS:
+    raise UserError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)} for both towers, got "
+                    f"{' and '.join(map(repr, acts))}")
+  if set(epsilons) != {1e-5}:
+    raise UserError(f"layer_norm_eps: expected 1e-05, got {' and '.join(map(str, epsilons))}")
+  image, text = ViTSize(), TextSize()
+  if v:
+    image = ViTSize(image_size=_side(v.image_size), patch=_side(v.patch_size), width=v.hidden_size,
+                    layers=v.num_hidden_layers, heads=v.num_attention_heads)
+  if t:
+    if t.eos_token_id not in (2, t.vocab_size - 1):  # 2 stands for the highest id of a text
+      raise UserError(f"text_config.eos_token_id is {t.eos_token_id}, but the text tower here is pooled at the highest "
+                      f"id of a text; set it to 2 if no text of yours holds an id above {t.eos_token_id}")
+    text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads)
+  return ClipSize(hf.projection_dim, image, text, acts[0])
 
 
 def hf_mean_std(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,6 +15,9 @@ LOADABLE = {
         "of limber_jax.train that trained one",
 }
 
+GPTJ = "a GPT-J"
+ENCODERS = {"beit": "a BEiT", "nf_resnet": "an NF-ResNet of timm's"}  # by the kind of their tower
+
 # model_type of a transformers configuration -> what people call it. Others are named by their model_type.
 _TYPES = {
   "align": "an ALIGN", "altclip": "an AltCLIP", "aria": "an Aria", "bart": "a BART", "beit": "a BEiT", "bert": "a BERT",
@@ -47,9 +50,9 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
   ("a BLIP-2", (r"^query_tokens$", r"^(qformer|Qformer)\.")),
   ("a BLIP", (r"^visual_encoder\.blocks\.0\.attn\.qkv", r"^text_(de|en)coder\.")),
   ("a BLIP", (r"^vision_model\.encoder\.layers\.0\.self_attn\.qkv\.",)),
-  ("a SigLIP", (r"^vision_model\.head\.probe$",)),
+  ("a SigLIP", (r"^(vision_model\.)?head\.probe$",)),
   ("a SigLIP", (r"^(vision|text)_model\.head\.",)),
-  ("a SigLIP", (r"^vision_model\.embeddings\.patch_embedding\.bias$",)),
+  ("a SigLIP", (r"^(vision_model\.)?embeddings\.patch_embedding\.bias$",)),
   ("a CoCa of open_clip", (r"^text_decoder\.", r"^visual\.")),
   ("an EVA-CLIP", (r"^visual\.blocks\.0\.attn\.(inner_attn_ln|q_proj|qkv)",)),
   ("a CLIP with an image tower of timm's (as SigLIP, EVA and ConvNeXt in open_clip)", (r"^visual\.trunk\.",)),
@@ -71,7 +74,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
   ("a Qwen2", (r"(^|\.)layers\.0\.self_attn\.q_proj\.bias$", r"(^|\.)layers\.0\.mlp\.gate_proj\.")),
   ("a Llama (or one of its build, as Mistral and Qwen)", (r"(^|\.)layers\.0\.self_attn\.q_proj\.weight$",
                                                           r"(^|\.)layers\.0\.mlp\.gate_proj\.")),
-  ("a MAE", (r"^decoder(_blocks|\.decoder_layers)\.0\.",)),
+  ("a MAE", (r"^decoder(_blocks\.0|\.decoder_(layers|encoder|embed))\.",)),
   ("a BEiT", (r"(^|\.)encoder\.layer\.0\.lambda_1$",)),
   ("a BEiT in timm's names", (r"^blocks\.0\.gamma_1$",)),
   ("a DINOv2", (r"(^|\.)encoder\.layer\.0\.layer_scale1\.lambda1$",)),
@@ -89,6 +92,9 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
   ("a latent diffusion model", (r"(^|\.)diffusion_model\.|^down_blocks\.0\.",)),
 )
 
+_CLIPS = (("a CLIP in OpenAI's names", (r"^visual\.", r"^token_embedding\.weight$")),
+          ("a CLIP in transformers' names", (r"^vision_model\.embeddings\.class_embedding$",)))
+
 
 def of_config(values: Mapping[str, Any]) -> str:
   """Returns what the model of a config.json is, of transformers or timm: "a SigLIP (model_type 'siglip')"."""
@@ -102,17 +108,21 @@ def of_config(values: Mapping[str, Any]) -> str:
   return f"{named} (model_type {kind!r})" if named else f"a model of model_type {kind!r}"
 
 
-def of_tensors(tensors: Mapping[str, Any]) -> str:
-  """Returns what the model with these tensors (by name, with a `shape`) is; "" if that is not known here."""
-  for what, patterns in _NAMES:
+def of_tensors(tensors: Mapping[str, Any], clip: bool = False) -> str:
+  """Returns what the model with these tensors (by name, with a `shape`) is; "" if that is not known here.
+
+  CLIPs of a build that can be loaded are among what is known only where `clip` says so.
+  """
+  for what, patterns in (*_NAMES, *(_CLIPS if clip else ())):
     if all(_some(pattern, tensors) for pattern in patterns):
       return _timm_vit(tensors) if what == "a Vision Transformer" else what
   return ""
 
 
-def foreign(where: str, what: str, role: str) -> UserError:
-  """Returns the error of a model that cannot be loaded in a role: "clip", "image" or "lm"."""
-  return UserError(f"{where}: this is {what}; {LOADABLE[role]}")
+def foreign(where: str, what: str, role: str, wanted: str = "") -> UserError:
+  """Returns the error of a model that cannot be loaded in a role: "clip", "image" or "lm"; `wanted` is a config's."""
+  asked = f", and the config asks for {wanted}" if wanted else ""
+  return UserError(f"{where}: this is {what}{asked}; {LOADABLE[role]}")
 
 
 def _some(pattern: str, names: Iterable[str]) -> bool:

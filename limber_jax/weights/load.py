@@ -144,23 +144,24 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
 
 
 def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, given: ClipSize | None = None,
-               flag: str = "--model") -> Opened:
+               flag: str = "--model", role: str = "clip") -> Opened:
   """Returns the model at `path` with its tensors yet to be read; raises UserError as `load` does.
 
   Args:
     path, model, flag: as of `load`.
     parts: that will be read; without the others a source will do.
     given: the model that they are for: believed of a state dict of which nothing says heads and activation.
+    role: what is asked for, "clip" or "image", for messages.
   """
   _exists(path)
   for read in FORMATS:
     if (opened := read(path)) is not None:
       break
   else:
-    opened = _bare(path, model, parts, given, flag)
+    opened = _bare(path, model, parts, given, flag, role)
   if missing := [part for part in parts if part not in opened.parts]:
     raise UserError(f"{path}: only the {' and '.join(opened.parts)} tower of a CLIP, but the {missing[0]} tower is "
-                    "needed here too")
+                    "needed here")
   if model:
     said = configs.described(model)
     for field in ("activation", *(f"{part}.heads" for part in opened.parts)):
@@ -278,9 +279,15 @@ def _hf(path: str) -> Opened | None:
   if not os.path.isfile(config) or not any(os.path.isfile(os.path.join(path, name)) for name in _HF_FILES):
     return None
   with naming(config):
-    size = configs.hf_size(read_json(config))
+    values = read_json(config)
+    if (there := configs.HF_PARTS.get(str(values.get("model_type")))) is None:
+      return None  # another model, which is named by whoever asked
+    size = configs.hf_size(values)
   size = dataclasses.replace(size, **dict(zip(("mean", "std"), configs.hf_mean_std(path), strict=True)))
-  return Opened(size, _weights(path, _HF_FILES), clip.HF_WEIGHTS["vit"], clip.HF_IGNORED)
+  source = bare.whole_names(_weights(path, _HF_FILES))
+  prefixes = {"image": "vision_model.", "text": "text_model."}
+  there = tuple(part for part in there if any(name.startswith(prefixes[part]) for name in source))
+  return Opened(size, source, clip.HF_WEIGHTS["vit"], clip.HF_IGNORED, there)
 
 
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
@@ -323,20 +330,22 @@ def _shards(path: str, index: str) -> dict[str, files.Tensor]:
   return names.unwrap({name: shards[file][name] for name, file in where.items()}, index)[0]
 
 
-def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipSize | None, flag: str) -> Opened:
+def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipSize | None, flag: str, role: str) -> Opened:
   if os.path.isdir(path):
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
       with naming(config):
-        raise identify.foreign(config, identify.of_config(read_json(config)), "clip")
+        values = read_json(config)
+      if str(values.get("model_type")) not in configs.HF_PARTS:
+        raise identify.foreign(config, identify.of_config(values), role)
     found = [os.path.join(path, name) for name in (*_OPEN_CLIP_FILES, *_HF_FILES)]
     path = next((file for file in found if os.path.isfile(file) and not file.endswith(".json")), "")
     if not path:
       raise UserError(f"{os.path.dirname(found[0])}: no model there; looked for limber_config.json, "
                       f"open_clip_config.json with open_clip_model.safetensors, and config.json with model.safetensors "
                       "or pytorch_model.bin")
-  source, file = _read(path), names.split(path)[0]
-  layout = bare.layout(source, file)
+  source, file = bare.whole_names(_read(path)), names.split(path)[0]
+  layout = bare.layout(source, file, role)
   there = bare.parts(source, layout)
   with naming(file):
     wanted = tuple(part for part in there if part in parts) or there
@@ -375,23 +384,43 @@ _GPTJ_SAME = {"activation_function": ("gelu_new",), "layer_norm_epsilon": (1e-5,
 def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
   if os.path.isdir(path):
     config = os.path.join(path, "config.json")
+    if not os.path.isfile(config):
+      raise UserError(f"{path}: no config.json there, which says what model it is; {identify.LOADABLE['lm']}")
     with naming(config):
       values = read_json(config)
-      if values.get("model_type") != "gptj":
-        raise UserError(f"model_type is {values.get('model_type')!r}, expected 'gptj'")
-      for theirs, (ours, default) in _GPTJ.items():
-        if (value := values.get(theirs, default)) != getattr(size, ours):
-          raise UserError(f"{theirs} is {value!r}, but this config's language model has {ours}={getattr(size, ours)!r}")
-      if values.get("n_inner") not in (None, 4 * size.width):
-        raise UserError(f"n_inner is {values['n_inner']!r}, expected {4 * size.width}")
-      _same(values, _GPTJ_SAME)
+    if values.get("model_type") != "gptj":
+      raise identify.foreign(config, identify.of_config(values), "lm", "a GPT-J")
+    with naming(config):
+      _check_gptj(values, size)
     source = _weights(path, (*_HF_FILES, "flax_model.msgpack"))
     if source is None:
       raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)} and flax_model.msgpack")
   else:
     source = _read(path)
+    if (what := identify.of_tensors(source, clip=True)) and what != identify.GPTJ:
+      raise identify.foreign(path, what, "lm", identify.GPTJ)
+    config = os.path.join(os.path.dirname(path), "config.json")
+    if os.path.isfile(config):
+      with naming(config):
+        values = read_json(config)
+        if values.get("model_type") == "gptj" and all(
+            values.get(name, _GPTJ[name][1]) == getattr(size, _GPTJ[name][0]) for name in _GPTJ_SHOWN):
+          _check_gptj(values, size)
   flax_names = any("/" in name for name in source)
   return _Part(source, gptj.FLAX_WEIGHTS if flax_names else gptj.HF_WEIGHTS, gptj.HF_IGNORED)
+
+
+_GPTJ_SHOWN = ("vocab_size", "n_embd", "n_layer")  # by shapes: with others a configuration beside a file is not its own
+
+
+def _check_gptj(values: dict[str, Any], size: GPTJSize) -> None:
+  """Raises if a configuration of transformers is not of this size."""
+  for theirs, (ours, default) in _GPTJ.items():
+    if (value := values.get(theirs, default)) != getattr(size, ours):
+      raise UserError(f"{theirs} is {value!r}, but this config's language model has {ours}={getattr(size, ours)!r}")
+  if values.get("n_inner") not in (None, 4 * size.width):
+    raise UserError(f"n_inner is {values['n_inner']!r}, expected {4 * size.width}")
+  _same(values, _GPTJ_SAME)
 
 
 def _same(values: dict[str, Any], fixed: dict[str, tuple]) -> None:
@@ -405,7 +434,8 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
   tower = size.tower
   encoder = Encoder.of(size, Compute(dtype="float32", attention="xla"))
   if tower.kind in ("vit", "resnet"):
-    opened = open_model(path)
+    opened = open_model(path, parts=("image",), role="image", given=ClipSize(
+      size.embed_dim, tower, activation=size.activation, mean=size.mean, std=size.std))
     if opened.size.image.kind != tower.kind:
       raise UserError(f"{path} has an image tower of kind {opened.size.image.kind!r}, but this config's model has "
                       f"{tower.kind!r}")
@@ -413,21 +443,54 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
                                              "mean": size.mean, "std": size.std})
     rows = tuple((ours.replace("image/", "", 1), theirs, how) for ours, theirs, how in opened.rows
                  if ours.removeprefix("stats/").startswith("image/"))
-    return _Part(opened.source, rows, _ignored_beside(opened, "image"))
+    return _Part(_headed(path, opened, size), rows, _ignored_beside(opened, "image"))
   if not os.path.isdir(path):
     source = _read(path)
   else:
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
-      with naming(config):
-        (_check_beit if isinstance(tower, BeitSize) else _check_timm)(read_json(config), tower)
+      _check_encoder(config, tower)
     if tower.kind == "beit":
       _check_pixels(path, size)
     source = _weights(path, _HF_FILES)
     if source is None:
       raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)}")
+  if (what := identify.of_tensors(source, clip=True)) and what != identify.ENCODERS[tower.kind]:
+    raise identify.foreign(path, what, "image", identify.ENCODERS[tower.kind])
   with naming(path):
     return _Part(source, encoder.rows(source), encoder.ignored)
+
+
+def _headed(path: str, opened: Opened, size: EncoderSize) -> Mapping[str, Any]:
+  """Returns the tensors of an image tower, of a CLIPVisionModel with a projection that changes nothing.
+
+  Its pooled output is the class token before any projection. Where the language model gets the patches, and the pooled
+  output has another width here, it is 0, for nobody looks at it.
+
+  Raises:
+    UserError: the pooled output goes to the language model, and has another width.
+  """
+  name, width = "visual_projection.weight", opened.size.image.width
+  if opened.rows != clip.HF_WEIGHTS["vit"] or name in opened.source:
+    return opened.source
+  if size.embed_dim != width and size.features == "pooled":
+    raise UserError(f"{path}: a CLIPVisionModel without a projection; its pooled output has a width of {width}, this "
+                    f"config's encoder one of {size.embed_dim}; set --config.model.image.embed_dim={width}")
+  head = np.eye(width) if size.embed_dim == width else np.zeros((size.embed_dim, width))
+  return {**opened.source, name: head.astype(np.float32)}
+
+
+def _check_encoder(config: str, tower: Any) -> None:
+  """Raises if the model that a config.json describes is not this encoder."""
+  with naming(config):
+    values = read_json(config)
+  kind, what = str(values.get("model_type", "")), str(values.get("architecture", ""))
+  fits = kind == "beit" if tower.kind == "beit" else not kind and (not what or what.startswith("nf_resnet"))
+  if not fits:
+    raise identify.foreign(config, identify.of_config(values), "image", identify.ENCODERS[tower.kind])
+  if tower.kind == "beit":
+    with naming(config):
+      _check_beit(values, tower)
 
 
 # BeitConfig's own defaults, of the settings that we have too.
@@ -439,8 +502,6 @@ _BEIT_SAME = {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,), "use_absolute
 
 
 def _check_beit(values: dict[str, Any], tower: BeitSize) -> None:
-  if values.get("model_type") != "beit":
-    raise UserError(f"model_type is {values.get('model_type')!r}, expected 'beit'")
   ours = {"image_size": tower.image_size, "patch_size": tower.patch, "hidden_size": tower.width,
           "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
           "intermediate_size": tower.mlp_ratio * tower.width,
@@ -450,12 +511,6 @@ def _check_beit(values: dict[str, Any], tower: BeitSize) -> None:
     if (theirs := values.get(name, _BEIT[name])) not in (value, [value, value]):
       raise UserError(f"{name} is {theirs!r}, but this config's encoder has {value!r}")
   _same(values, _BEIT_SAME)
-
-
-def _check_timm(values: dict[str, Any], tower: Any) -> None:
-  del tower  # its sizes are seen from the shapes
-  if not str(values.get("architecture", "nf_resnet")).startswith("nf_resnet"):
-    raise UserError(f"architecture is {values['architecture']!r}, expected an nf_resnet of timm's")
 
 
 def _check_pixels(path: str, size: EncoderSize) -> None:
