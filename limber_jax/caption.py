@@ -12,6 +12,7 @@ from absl import flags
 from limber_jax import captioner, cli
 from limber_jax.captioner import Captioner, Written
 from limber_jax.classify import find
+from limber_jax.data.images import ImageOptions
 
 
 def captions(model: Captioner, paths: Sequence[str]) -> Iterator[Written]:
@@ -25,7 +26,7 @@ if __name__ == "__main__":
   _prompt = flags.DEFINE_string("prompt", None, "What follows an image, such as 'A picture of'; no space at its end.")
 
   def _main(inputs: list[str]) -> int:
-    paths = find(inputs)
+    paths = find(inputs, ImageOptions.of(_flags.config()[0].data))
     with _flags.output() as output:
       model = _flags.open(len(paths), _prompt.value)
       rows = ({"image": w.path, "error": w.error} if w.error else {"image": w.path, "caption": w.text}

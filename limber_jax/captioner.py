@@ -25,6 +25,7 @@ from limber_jax.checkpoint import Checkpoints, abstract
 from limber_jax.classify import attempt
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
 from limber_jax.data import transforms
+from limber_jax.data.images import ImageFlags, ImageOptions
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.generate import row_keys
 from limber_jax.models.encoders import ENCODERS
@@ -68,7 +69,8 @@ class Captioner:
     self._prompt_length = 0 if blind else model.prompt_length(name)
     self._params = {**setup.frozen.params, **params}
     self._stats = {**setup.frozen.stats, **stats}
-    self._preprocess = transforms.Chain((transforms.Decode(), setup.task.rule(encoder)))
+    self._preprocess = transforms.with_options(
+      transforms.Chain((transforms.Decode(), setup.task.rule(encoder))), ImageOptions.of(setup.config.data))
     self._prompts = jax.jit(lambda params, stats, images: model.prompt(
       params, model.encode(params, stats, images, encoder)[0], name), out_shardings=parallel.batch_sharding(self._mesh))
     whole = parallel.replicated(self._mesh)
@@ -370,11 +372,12 @@ class Flags:
     self._batch_size = flags.DEFINE_integer("batch_size", 32, "Images at a time, over all devices.", lower_bound=1)
     self._fsdp = flags.DEFINE_integer("fsdp", 1, "Devices that each hold a share of the weights, for language models "
                                       "that one cannot hold.", lower_bound=1)
+    self._images = ImageFlags()
     self._json = flags.DEFINE_bool("json", False, "Print one JSON object a line.")
     self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, whole or not at all.")
 
-  def open(self, count: int, prompt: str | None = None) -> Captioner:
-    """Returns the model that the flags name, for `count` requests; raises UserError for what does not fit."""
+  def config(self) -> tuple[Config, str]:
+    """Returns (the experiment that the flags name, the map's name); raises UserError for what does not fit."""
     if bool(self._workdir.value) == bool(self._projection.value):
       raise UserError("expected either --workdir or --projection; for example --workdir=runs/limber")
     if self._projection.value:
@@ -384,6 +387,13 @@ class Flags:
                         "--map are for --workdir")
     else:
       config, name = read_run(self._workdir.value), self._map.value
+    images = self._images.options(ImageOptions.of(config.data))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, formats=images.formats, exif=images.exif)
+                               ), name
+
+  def open(self, count: int, prompt: str | None = None) -> Captioner:
+    """Returns the model that the flags name, for `count` requests; raises UserError for what does not fit."""
+    config, name = self.config()
     decoding = change_decoding(
       config.decoding, prompt=prompt, beams=self._beams.value, temperature=self._temperature.value,
       top_p=self._top_p.value, seed=self._seed.value, max_new_tokens=self._max_new_tokens.value)

@@ -19,20 +19,19 @@ from absl import flags
 from limber_jax import cli, config, parallel
 from limber_jax.config import Compute
 from limber_jax.data import tokenizers, transforms
+from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import classifier, lines, load_templates
 from limber_jax.models import clip
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the files that are taken out of folders
-
 
 class Classifier:
   """A model and its labels: images in, probabilities out. Batches are spread over all devices."""
 
   def __init__(self, weights: str, labels: Sequence[str], templates: Sequence[str], tokenizer: config.Tokenizer,
-               batch_size: int = 32, model: str = ""):
+               batch_size: int = 32, model: str = "", images: ImageOptions = PLAIN):
     """Reads the model and embeds the labels.
 
     Args:
@@ -42,6 +41,7 @@ class Classifier:
       tokenizer: of the model.
       batch_size: images that go through the model together; rounded up to a multiple of the devices.
       model: what the weights are of, where nothing beside them says it; as of `weights.load.load`.
+      images: which image files are read, and which way up.
 
     Raises:
       UserError: no such model or tokenizer, a tokenizer with more ids than the model knows, or a label too long for it.
@@ -70,6 +70,7 @@ class Classifier:
 
     self._embed_image = functools.partial(embed, "embed_image")
     self._preprocess = transforms.Chain((transforms.Decode(), transforms.ResizeCrop(size.image.image_size, "center")))
+    self._preprocess = transforms.with_options(self._preprocess, images)
     text = classifier(functools.partial(embed, "embed_text"), functools.partial(words, truncate=False), labels,
                       templates, size.text.context)
     self._weights = text * np.exp(loaded.params["logit_scale"])  # [L, E]
@@ -107,7 +108,7 @@ def attempt(read: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
     return error.strerror or str(error)
 
 
-def find(inputs: Sequence[str]) -> list[str]:
+def find(inputs: Sequence[str], images: ImageOptions = PLAIN) -> list[str]:
   """Returns the files among `inputs` and the images in the folders among them, however deep, by name.
 
   Raises:
@@ -119,13 +120,22 @@ def find(inputs: Sequence[str]) -> list[str]:
       found.append(path)
       continue
     inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-              if name.lower().endswith(SUFFIXES)]
+              if name.lower().endswith(images.suffixes)]
     if not inside:
-      raise UserError(f"{path}: no images in this folder; looked for {', '.join(SUFFIXES)}")
+      raise UserError(f"{path}: no images in this folder; looked for {', '.join(images.suffixes)}")
     found += sorted(inside)
   if not found:
     raise UserError("no images given; name files or folders after the flags")
   return found
+
+
+def own_images(weights: str) -> ImageOptions:
+  """Returns how the run of a workdir reads image files; of other weights the defaults."""
+  path = os.path.join(weights, "config.json")
+  if not os.path.isdir(os.path.join(weights, "checkpoints")) or not os.path.isfile(path):
+    return ImageOptions()
+  with open(path, encoding="utf-8") as file:
+    return ImageOptions.of(config.from_json(file.read(), path).data)
 
 
 def read_labels(given: Sequence[str], path: str) -> list[str]:
@@ -149,16 +159,19 @@ if __name__ == "__main__":
                                    "imagenet80 or imagenet7.")
   _tokenizer = flags.DEFINE_string("tokenizer", "", "clip, bytes or bpe; empty: the weights' own.")
   _tokenizer_path = flags.DEFINE_string("tokenizer_path", "", "Directory or hub id of the tokenizer.")
+  _images = ImageFlags()
   _json = flags.DEFINE_bool("json", False, "Print one JSON object a line, with the probabilities of all labels.")
 
   def _main(inputs: list[str]) -> int:
     if not _weights.value:
       raise UserError("--weights is missing; for example --weights=runs/quickstart")
-    labels, paths = read_labels(_labels.value, _labels_file.value), find(inputs)
+    images = _images.options(own_images(_weights.value))
+    labels, paths = read_labels(_labels.value, _labels_file.value), find(inputs, images)
     tokenizer = load.own_tokenizer(_weights.value)
     if _tokenizer.value or _tokenizer_path.value:
       tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
-    model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value)
+    model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value,
+                       images=images)
     wide, narrow = max(map(len, [*paths, "image"])), max(map(len, [*labels, "label"]))
     if not _json.value:
       print(f"{'image':<{wide}}  {'label':<{narrow}}  {'p':>6}  next")

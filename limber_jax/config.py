@@ -54,6 +54,9 @@ class Data:
   # needed: of 12 megapixels for 224 in a quarter of the time. Pixels then differ from PIL's by 0.4 of 255 on average, 7
   # at most (measured on two photographs), so it is off unless asked for; smaller photographs are decoded the same.
   draft: bool = False
+  # Formats of images that are read beside JPEG, PNG and WebP: gif, bmp, tiff, avif; the first frame of each.
+  formats: tuple[str, ...] = ()
+  exif: bool = False        # images are turned as their EXIF orientation says, which open_clip and torchvision ignore
   length: int = 64          # T, tokens of a caption with its end; CLIP's text tower has a length of its own
   features: str = ""        # a directory of limber_jax.encode, read in place of images
   workers: int = 0          # Grain processes; 0 reads in threads of the training process

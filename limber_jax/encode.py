@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 
 from limber_jax import cli, lock, parallel, registry
 from limber_jax.config import Config
-from limber_jax.data import features, pipeline
+from limber_jax.data import features, pipeline, transforms
+from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.signals import StopRequest
 from limber_jax.train import cached, setup
@@ -139,10 +140,11 @@ def _write(s, source, shards, todo, batch_size, local, images, stop, log) -> boo
       writer.close()
       writer = None
 
+  pixels = transforms.with_options(s.task.pixels(data), ImageOptions.of(data))
   pending, stopping, start, said = None, False, None, time.perf_counter()
   try:
     with (jax.set_mesh(s.mesh),
-          pipeline.eval_batches(source, s.task.pixels(data), batch_size=b, indices=indices, workers=data.workers,
+          pipeline.eval_batches(source, pixels, batch_size=b, indices=indices, workers=data.workers,
                                 threads=data.threads, prefetch=data.prefetch) as batches):
       for step in range(steps + 1):  # a batch is written while the next one is computed
         fresh = None

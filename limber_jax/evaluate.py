@@ -22,6 +22,7 @@ from limber_jax import cli, lock, parallel, report
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Config, Evaluation
+from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.models import clip
@@ -161,6 +162,8 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
 def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
   """Returns what results of items depend on beside the evaluation and its data."""
   settings = {name: config_lib.flatten(getattr(s.config, name)) for name in ("model", "decoding")}
+  if options := ImageOptions.of(s.config.data).changes():
+    settings["images"] = options
   return {"weights": digests, **settings, "tokenizer": s.tokenizer.fingerprint(), "length": s.task.length,
           "dtype": s.config.compute.dtype}
 

@@ -6,7 +6,6 @@ sample is looked at, --sample=10000 records; 0 looks at all. Of a packed directo
 which reads all of it. The exit code is 1 if there is damage.
 """
 
-import io
 import json
 import os
 import re
@@ -23,9 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from limber_jax import cli, registry
 from limber_jax.data import sources
+from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.pipeline import order
 from limber_jax.data.sources.packed import Packed
-from limber_jax.data.transforms import FORMATS, decode
+from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
 from limber_jax.pack import SourceFlags
 
@@ -49,7 +49,7 @@ class Look:
   small: Image.Image | None = None  # of those on the contact sheet
 
 
-def look(source: sources.Source, index: int, keep: bool) -> Look:
+def look(source: sources.Source, index: int, keep: bool, images: ImageOptions = PLAIN) -> Look:
   """Returns what a record is like; with `keep` also its image, made small."""
   record: dict[str, Any] = {}
   try:
@@ -58,11 +58,10 @@ def look(source: sources.Source, index: int, keep: bool) -> Look:
     if "image" not in record:
       return Look(index, record["id"], texts=texts)
     image = record["image"]
-    pixels = decode(image)
+    pixels = decode(image, images)
     kind, size = "pixels", image.nbytes if isinstance(image, np.ndarray) else len(image)
     if isinstance(image, bytes):
-      with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-        kind = opened.format
+      kind = sniff(image)[0]
     small = None
     if keep:
       small = Image.fromarray(pixels)
@@ -73,12 +72,14 @@ def look(source: sources.Source, index: int, keep: bool) -> Look:
     return Look(index, record.get("id", ""), str(error))
 
 
-def inspect(source: sources.Source, sample: int = SAMPLE) -> tuple[dict[str, Any], list[Look]]:
+def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions = PLAIN
+            ) -> tuple[dict[str, Any], list[Look]]:
   """Looks at a source.
 
   Args:
     source: the records.
     sample: how many of them, drawn at random but always the same; 0 = all.
+    images: which image files are read, and which way up.
 
   Returns:
     Figures as JSON has them; of sizes and lengths (least, median, greatest). And the looks for a contact sheet.
@@ -94,7 +95,7 @@ def inspect(source: sources.Source, sample: int = SAMPLE) -> tuple[dict[str, Any
   formats: Counter[str] = Counter()
   figures: dict[str, list[int]] = {name: [] for name in ("width", "height", "bytes", "characters", "captions")}
   with ThreadPoolExecutor(8) as pool:
-    for found in _in_pieces(pool, source, indices, shown):
+    for found in _in_pieces(pool, source, indices, shown, images):
       if found.reason:
         kind = _kind(found.reason)
         reasons[kind] += 1
@@ -120,12 +121,12 @@ def inspect(source: sources.Source, sample: int = SAMPLE) -> tuple[dict[str, Any
   return told | {name: _spread(values) for name, values in figures.items()}, kept
 
 
-def _in_pieces(pool: ThreadPoolExecutor, source: sources.Source, indices: Sequence[int], shown: set[int]
-               ) -> Iterator[Look]:
+def _in_pieces(pool: ThreadPoolExecutor, source: sources.Source, indices: Sequence[int], shown: set[int],
+               images: ImageOptions) -> Iterator[Look]:
   """Yields looks in order; a thousand are under way at a time, whatever the number of records."""
   for start in range(0, len(indices), 1000):
     places = range(start, min(start + 1000, len(indices)))
-    yield from pool.map(lambda place: look(source, indices[place], place in shown), places)
+    yield from pool.map(lambda place: look(source, indices[place], place in shown, images), places)
 
 
 def _kind(reason: str) -> str:
@@ -208,13 +209,15 @@ if __name__ == "__main__":
   _source = SourceFlags()
   _sample = flags.DEFINE_integer("sample", SAMPLE, "Records to look at; 0: all.", lower_bound=0)
   _out = flags.DEFINE_string("out", "contact_sheet.png", "Where the contact sheet goes; empty: nowhere.")
+  _images = ImageFlags()
   _json = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
   def _main(argv: list[str]) -> int:
     if len(argv) != 1:
       raise UserError(f"expected SRC, got {len(argv)} arguments; for example python -m limber_jax.inspect tars/")
     config = _source.source(argv[0])
-    told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value)
+    told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value,
+                          _images.options())
     print(json.dumps(told, ensure_ascii=False) if _json.value else
           "\n".join(lines(told, f"{config.name} {config.path}")), flush=True)
     if _out.value and looks:

@@ -6,7 +6,8 @@ read with source.name=packed.
 
 Every image is decoded once. With --shrink=256 those whose shorter side is longer are scaled down to it (bicubic, as
 training does) and encoded again: PNG as PNG, JPEG and WebP as JPEG of --quality=95; none is enlarged, and the others
-stay bit for bit as they are. Images that are not files (the source "digits") become PNG.
+stay bit for bit as they are. Images that are not files (the source "digits"), and those of --formats=gif,bmp,tiff,avif,
+become PNG; with --exif those that are to be turned are turned and encoded again.
 
 What cannot be read is left out and listed in DST/dropped.jsonl: file, index, id, reason; the exit code is then 1. Past
 the share --damaged=0.01 of all records it stops. Shard k holds what can be read of records k * per_shard and on, so
@@ -29,7 +30,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from absl import flags
 from PIL import Image
 
@@ -37,6 +37,7 @@ from limber_jax import cli, lock, registry
 from limber_jax.config import Source
 from limber_jax.data import sources, text
 from limber_jax.data.features import ShardWriter
+from limber_jax.data.images import FORMATS, PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.sources import annotations, packed
 from limber_jax.data.transforms import decode, shortest
 from limber_jax.errors import UserError
@@ -47,7 +48,6 @@ PER_SHARD = 10_000
 QUALITY = 95       # img2dataset's
 PROGRESS = 10.0    # seconds between two lines of progress
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".tsv": "captions", ".csv": "captions",
              ".txt": "captions"}
 _INSIDE = (("huggingface", ("state.json", "dataset_dict.json")), ("tfds", ("features.json", "*/features.json")),
@@ -102,6 +102,7 @@ class Packing:
   shrink: int = 0          # pixels of the shorter side; 0 = as they are
   quality: int = QUALITY   # of JPEG
   allowed: int = 0         # records that may be dropped
+  images: ImageOptions = PLAIN
 
   @property
   def count(self) -> int:
@@ -125,7 +126,8 @@ class Packing:
       return None
 
 
-def prepared(record: dict[str, Any], shrink: int, quality: int) -> dict[str, Any]:
+def prepared(record: dict[str, Any], shrink: int, quality: int, images: ImageOptions = PLAIN
+             ) -> dict[str, Any]:
   """Returns a record as it is packed, its image decoded once; raises UserError if image or captions cannot be read."""
   if "image" not in record:
     return record
@@ -133,15 +135,16 @@ def prepared(record: dict[str, Any], shrink: int, quality: int) -> dict[str, Any
     if reason := text.flaw(caption, "caption"):
       raise UserError(reason)
   image = record["image"]
-  pixels = decode(image)
+  pixels = decode(image, images)
   shrunk = bool(shrink) and min(pixels.shape[:2]) > shrink
-  if not shrunk and isinstance(image, bytes):
+  kind, turn = sniff(image) if isinstance(image, bytes) else ("", None)
+  if not shrunk and kind in FORMATS and not (images.exif and turn is not None):
     return record
   picture = Image.fromarray(pixels)
   if shrunk:
     picture = picture.resize(shortest(picture, shrink), Image.Resampling.BICUBIC)
   out = io.BytesIO()
-  if isinstance(image, np.ndarray) or image.startswith(_PNG):
+  if kind not in ("JPEG", "WEBP"):
     picture.save(out, "PNG")
   else:
     picture.save(out, "JPEG", quality=quality)
@@ -166,7 +169,7 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
       record: dict[str, Any] = {}
       try:
         record = source[index]
-        data = packed.to_bytes(prepared(record, packing.shrink, packing.quality))
+        data = packed.to_bytes(prepared(record, packing.shrink, packing.quality, packing.images))
       except UserError as error:
         dropped.append({"index": index, "id": record.get("id", ""), "reason": str(error)})
         if len(dropped) > packing.allowed:
@@ -187,7 +190,8 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
 
 
 def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, per_shard: int = PER_SHARD,
-         damaged: float = 0.01, workers: int = 0, log: Callable[[str], None] = print) -> dict[str, Any] | None:
+         damaged: float = 0.01, workers: int = 0, images: ImageOptions = PLAIN,
+         log: Callable[[str], None] = print) -> dict[str, Any] | None:
   """Packs a source into the directory `out`, going on where an earlier run ended.
 
   Args:
@@ -198,6 +202,7 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
     per_shard: records of the source that a shard is made of.
     damaged: the share of records that may be dropped.
     workers: processes; 0 packs in this one.
+    images: which image files are read, and which way up.
     log: prints a line.
 
   Returns:
@@ -215,10 +220,10 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
   held = lock.Lock(os.path.join(out, lock.NAME), what=out, otherwise="choose another directory")
   with held, StopRequest() as stop:
     source = registry.lookup("data source", registry.SOURCES, config.name)(config)
-    packing = Packing(out, len(source), per_shard, shrink, quality, int(damaged * len(source)))
+    packing = Packing(out, len(source), per_shard, shrink, quality, int(damaged * len(source)), images)
     what = {"kind": packed.KIND, "version": packed.VERSION, "source": config.name, "fingerprint": source.fingerprint(),
             "records_of_source": len(source), "per_shard": per_shard, "shrink": shrink, "quality": quality,
-            "classes": source.classes}
+            "classes": source.classes, **images.changes()}
     what = json.loads(json.dumps(what))
     if manifest := _claim(out, what):
       log(f"{out} is complete: {manifest['records']:,} records in {len(manifest['shards'])} shards")
@@ -376,6 +381,7 @@ if __name__ == "__main__":
   _quality = flags.DEFINE_integer("quality", QUALITY, "Of the JPEG files of shrunk images.")
   _per_shard = flags.DEFINE_integer("per_shard", PER_SHARD, "Records of a shard.")
   _damaged = flags.DEFINE_float("damaged", 0.01, "The share of records that may be unreadable.")
+  _images = ImageFlags()
   _workers = flags.DEFINE_integer("workers", 2, "Processes; 0 packs in this one.")
 
   def _main(argv: list[str]) -> int:
@@ -383,7 +389,8 @@ if __name__ == "__main__":
       raise UserError(f"expected SRC and DST, got {len(argv)} arguments; for example python -m limber_jax.pack "
                       "'tars/{00000..00099}.tar' packed --shrink=256")
     manifest = pack(_source.source(argv[0]), os.path.normpath(argv[1]), shrink=_shrink.value, quality=_quality.value,
-                    per_shard=_per_shard.value, damaged=_damaged.value, workers=_workers.value)
+                    per_shard=_per_shard.value, damaged=_damaged.value, workers=_workers.value,
+                    images=_images.options())
     return int(bool(manifest and manifest["dropped"]))
 
   cli.run(_main)

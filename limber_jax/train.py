@@ -22,8 +22,9 @@ from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
 from limber_jax.data import damage as damage_lib
-from limber_jax.data import pipeline, tokenizers
+from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.features import FeatureSource
+from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Stopped
 from limber_jax.goodput import Ledger
@@ -144,7 +145,9 @@ def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, st
 
 def cached(setup: Setup) -> dict[str, dict[str, Any]]:
   """Returns all that features of the experiment's encoders depend on but the data; see `data.features.describe`."""
-  return {part: what | {"weights": setup.digests[part]} for part, what in setup.task.cached(setup.config.data).items()}
+  options = ImageOptions.of(setup.config.data).changes()
+  return {part: what | {"weights": setup.digests[part]} | ({"images": options} if options else {})
+          for part, what in setup.task.cached(setup.config.data).items()}
 
 
 def make_eval(setup: Setup, name: str, context: Context) -> Eval:
@@ -163,9 +166,10 @@ def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: 
                  waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Context:
   """Returns what the evaluations of the experiment share; they keep no results of items. See `Context` of the rest."""
   config = setup.config
-  transform = setup.task.transform(setup.tokenizer, config.data, train=False)
+  options = ImageOptions.of(config.data)
+  transform = transforms.with_options(setup.task.transform(setup.tokenizer, config.data, train=False), options)
   return Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length, decoding=config.decoding,
-                 mesh=setup.mesh, workdir=workdir, stop=stop, waiting=waiting)
+                 images=options, mesh=setup.mesh, workdir=workdir, stop=stop, waiting=waiting)
 
 
 def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) -> dict[str, float]:
@@ -262,8 +266,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
                f"{damage_lib.told(damage.found[0])}")
 
     batches = pipeline.train_batches(
-      source,
-      s.task.transform(s.tokenizer, config.data, train=True), batch_size=config.batch_size, rows=rows,
+      source, transforms.with_options(s.task.transform(s.tokenizer, config.data, train=True),
+                                      ImageOptions.of(config.data)), batch_size=config.batch_size, rows=rows,
       seed=config.seed, start_step=start, workers=config.data.workers,
       threads=config.data.threads, prefetch=config.data.prefetch)
     replicated = parallel.replicated(s.mesh)

@@ -262,8 +262,9 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   settings = dataclasses.asdict(data)
   for name in ("workers", "threads", "prefetch", "features", "damaged"):
     del settings[name]
-  if not data.draft:
-    del settings["draft"]  # of runs from before there was any
+  for name in ("draft", "formats", "exif"):
+    if not settings[name]:
+      del settings[name]  # of runs from before there was any
   for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
     del settings["source"][name]
   del settings["tokenizer"]["path"]

@@ -3,20 +3,20 @@
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from limber_jax.config import choose
+from limber_jax.data.images import PLAIN, ImageOptions, sniff, to_rgb, turned
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 
 Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator | None], Record]
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 20_000_000         # of an encoded image: a photo of 32 megapixels has fewer
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
 DRAFT = 2                      # times what is needed that a JPEG file has at least when it is decoded at a fraction
@@ -84,33 +84,42 @@ class Chain:
 class Decode:
   """"image": encoded bytes or uint8 [h, w, 3] -> PIL's, RGB: the way to an array and back takes a tenth of the time.
 
-  Other modes are converted as PIL does it (alpha dropped), before any scaling: HF's order. OpenAI's code converts after
-  scaling, which differs for palettes and transparency only. The EXIF orientation is not applied; CLIP does not either.
+  Other modes are converted as PIL does it (alpha dropped), before any scaling: HF's order; see `images.to_rgb`.
+  OpenAI's code converts after scaling, which differs for palettes and transparency only.
 
   With `least` a JPEG file may be decoded at a half, a quarter or an eighth of its sides, if they have as many pixels.
   """
 
   least: int = 0
+  options: ImageOptions = PLAIN
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     if "image" not in record:
       raise UserError("a text without an image, where images are wanted")
-    return record | {"image": opened(record["image"], self.least)}
+    return record | {"image": opened(record["image"], self.least, self.options)}
 
 
-def decode(image: bytes | np.ndarray) -> np.ndarray:
+def with_options(transform: Transform, options: ImageOptions) -> Transform:
+  """Returns a transform that reads image files by these options, where it reads any."""
+  if isinstance(transform, Decode):
+    return replace(transform, options=options)
+  return Chain(tuple(with_options(t, options) for t in transform.steps)) if isinstance(transform, Chain) else transform
+
+
+def decode(image: bytes | np.ndarray, options: ImageOptions = PLAIN) -> np.ndarray:
   """Returns uint8 [h, w, 3]; see `opened`."""
-  return np.asarray(opened(image))
+  return np.asarray(opened(image, 0, options))
 
 
-def opened(image: bytes | np.ndarray, least: int = 0) -> Image.Image:
-  """Returns an image in RGB, decoded; raises UserError for what is not a whole JPEG, PNG or WEBP.
+def opened(image: bytes | np.ndarray, least: int = 0, options: ImageOptions = PLAIN) -> Image.Image:
+  """Returns an image in RGB, decoded; raises UserError for what is not a whole JPEG, PNG or WEBP, or of `options`.
 
   More than MAX_BYTES, or MAX_PIXELS by its header, are refused before anything is decoded.
 
   Args:
     image: the bytes of a file, or uint8 [h, w, 3].
     least: pixels of each side that a JPEG file has at least if it is decoded at a fraction; 0 decodes all of it.
+    options: further formats, and whether the image is turned.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -119,17 +128,22 @@ def opened(image: bytes | np.ndarray, least: int = 0) -> Image.Image:
     return Image.fromarray(image)
   check_bytes(len(image))
   try:
-    found = Image.open(io.BytesIO(image), formats=FORMATS)
+    found = Image.open(io.BytesIO(image), formats=options.known)
     _check_size(*found.size)
     if least:
       found.draft("RGB", (least, least))
     found.info.pop("transparency", None)  # dropped by the conversion anyway, which would warn of it
     found.load()
-    return found if found.mode == "RGB" else found.convert("RGB")
+    turn = turned(found) if options.exif else None
+    return to_rgb(found) if turn is None else to_rgb(found).transpose(turn)
   except UserError:
     raise
   except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
-    reason = "not one of " + ", ".join(FORMATS) if isinstance(error, Image.UnidentifiedImageError) else error
+    reason: Any = error
+    if isinstance(error, Image.UnidentifiedImageError):
+      other, _ = sniff(image)
+      reason = f"not one of {', '.join(options.known)}" + (
+        f"; it is a {other}, read with config.data.formats or --formats={other.lower()}" if other else "")
     raise UserError(f"image of {len(image):,} bytes cannot be decoded: {reason}") from error
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from limber_jax.config import Decoding, Evaluation, flatten
 from limber_jax.data import pipeline
+from limber_jax.data.images import PLAIN, ImageOptions
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
@@ -55,6 +56,7 @@ class Context:
   name: str = ""                            # of the evaluation, in the experiment
   items: str = ""                           # directory where results of items are kept; "" keeps none
   key: dict[str, Any] = field(default_factory=dict)  # what they depend on beside evaluation and data, plain JSON
+  images: ImageOptions = PLAIN              # which image files are read, and which way up
 
 
 class Eval(Protocol):

@@ -63,7 +63,8 @@ class Captions:
                       "ViT-B/32, as the papers have it")
     self._scorer = Scorer(config.scorer, config.scorer_model, context) if config.scorer and self._clip_metrics else None
     if self._scorer:
-      context = dataclasses.replace(context, transform=WithScorer(context.transform, self._scorer.transform))
+      sees = transforms.with_options(self._scorer.transform, context.images)
+      context = dataclasses.replace(context, transform=WithScorer(context.transform, sees))
     self._runner = Runner(config, context)
     self._write = Writer(self._runner)
     self._facts: dict[str, Any] = {}
