@@ -192,6 +192,7 @@ class Init:
   prompt: str = ""
   lm: str = ""
   others: dict[str, str] = field(default_factory=dict)  # of further maps: {"image@name": …}
+  resample_positions: bool = False  # of a CLIP at another image size or context length, as open_clip does
 
   def of(self, part: str) -> str:
     """Returns where the weights of a part come from, "" for random ones."""

@@ -91,7 +91,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
 
   def read(path: str, part: str) -> tuple[dict, dict]:
     try:
-      return task.load(path, part, params_like[part], stats_like.get(part, {}))
+      return task.load(path, part, params_like[part], stats_like.get(part, {}), config.init.resample_positions)
     except UserError as error:
       raise UserError(f"--config.init.{part}: {error}") from error
 

@@ -31,7 +31,7 @@ NAMED = 20     # damaged items that `Runner.facts` names
 
 # What of an Evaluation changes no result of an item, or changes its data, whose fingerprint is looked at instead.
 _NOT_IN_KEY = ("every", "damaged", "metrics", "source.path", "source.images", "train.path", "train.images",
-               "validation.path", "validation.images", "scorer")
+               "validation.path", "validation.images", "scorer", "scorer_model")
 
 
 class Stopped(Exception):

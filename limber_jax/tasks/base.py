@@ -29,7 +29,8 @@ class Task(Protocol):
     """Returns (params {"image": …, "text": …, "logit_scale": []}, stats {"image": …}), by part."""
     ...
 
-  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+  def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
+           ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns (params, stats) of one part from disk, laid out as the ShapeDtypeStructs `like` and `stats` say.
 
     Raises:

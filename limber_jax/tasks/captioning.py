@@ -127,10 +127,11 @@ class Captioning:
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     return self.model.init(rng)
 
-  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+  def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
+           ) -> tuple[dict[str, Any], dict[str, Any]]:
     kind, _, name = part.partition("@")
     size = {"image": lambda: self.model.encoders[name].size, "lm": lambda: self.model.size.lm}.get(kind, lambda: None)()
-    return load.load_part(path, kind, size, like, stats)
+    return load.load_part(path, kind, size, like, stats, resample)
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     trained = {k: v for k, v in params.items() if k in self.trainable}

@@ -69,8 +69,9 @@ class Contrastive:
       params["logit_bias"] = jnp.float32(losses.SIGLIP_BIAS)
     return params, {"image": image["batch_stats"]} if "batch_stats" in image else {}
 
-  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
-    return place(load.load_into(path, part, self.model.size, like, stats), (like, stats))
+  def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
+           ) -> tuple[dict[str, Any], dict[str, Any]]:
+    return place(load.load_into(path, part, self.model.size, like, stats, resample), (like, stats))
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     del rng  # the towers have no dropout

@@ -58,7 +58,9 @@ class LanguageModelling:
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"lm": gptj.init_params(self.model, rng)}, {}
 
-  def load(self, path: str, part: str, like: dict, stats: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+  def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
+           ) -> tuple[dict[str, Any], dict[str, Any]]:
+    del resample  # its positions are rotations
     return load.load_part(path, part, self.model.size, like, stats)
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:

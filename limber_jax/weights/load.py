@@ -46,11 +46,13 @@ from limber_jax.models.clip import ClipSize
 from limber_jax.models.encoders import Encoder, EncoderSize
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
-from limber_jax.weights import bare, configs, files, identify, names
+from limber_jax.models.vit import ViTSize
+from limber_jax.weights import bare, configs, files, identify, names, positions
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.convert import convert, identity, pattern, stream
 
 PARTS = ("image", "text")
+_RESAMPLE = "--config.init.resample_positions=True"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def load(path: str, model: str = "", *, flag: str = "--model") -> Loaded:
 
 
 def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
-              stats: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+              stats: dict[str, Any] | None = None, resample: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (params, stats) of one part of the model at `path`, float32 numpy arrays.
 
   Args:
@@ -104,13 +106,16 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
       state dict, beside which nothing says them, is taken for such a model.
     params: shapes that the parameters of the part shall have.
     stats: shapes that its statistics shall have; None or {} if it has none.
+    resample: resample the positions of another image size or context length, see `weights.positions`.
 
   Raises:
     UserError: as of `load`, or a leaf has another shape; the message names it.
   """
   opened = open_model(path, parts=(part,), given=size)
   with naming(path):
-    tree = convert(opened.rows, opened.source, {part: params} | ({"stats": {part: stats}} if stats else {}),
+    source = positions.fitted(opened.source, opened.rows, {f"{part}/position": np.shape(params.get("position", ()))},
+                              resample, _RESAMPLE)
+    tree = convert(opened.rows, source, {part: params} | ({"stats": {part: stats}} if stats else {}),
                    _ignored_beside(opened, part))
   _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads,
                                         "mean": size.mean, "std": size.std})
@@ -118,7 +123,7 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
 
 
 def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: dict[str, Any],
-              stats: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+              stats: dict[str, Any] | None = None, resample: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (params, stats) of one part of a LiMBeR, on the devices: the host never holds more than a few tensors.
 
   Args:
@@ -127,6 +132,7 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
     size: of the image or the lm; None of other parts. What shapes cannot show is compared with what the source says.
     like: ShapeDtypeStructs of the parameters, whose types and shardings the result has (`convert.stream`).
     stats: the same of the statistics; None or {} if the part has none.
+    resample: resample the positions of a CLIP's image tower of another image size, see `weights.positions`.
 
   Raises:
     UserError: nothing there, another model, or tensors that do not fit exactly; the message names the first.
@@ -139,7 +145,10 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
     raise UserError(f"{path}: a part {part!r} is read from a workdir of limber_jax.train only")
   source = readers[part](path, size, like)
   with naming(path):
-    tree = stream(source.rows, source.source, like | ({"stats": stats} if stats else {}), source.ignored)
+    tensors = source.source
+    if part == "image" and isinstance(size.tower, ViTSize):
+      tensors = positions.fitted(tensors, source.rows, {"position": like["position"].shape}, resample, _RESAMPLE)
+    tree = stream(source.rows, tensors, like | ({"stats": stats} if stats else {}), source.ignored)
   return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
 
 
@@ -254,7 +263,8 @@ def _run(path: str) -> Opened | None:
   for part in like.keys() - trained.keys():  # what was frozen is in no checkpoint
     if not values.get(f"init.{part}"):
       raise UserError(f"{path}: its {part!r} was frozen at random values, which no checkpoint holds")
-    params[part], found = load_into(values[f"init.{part}"], part, size, like[part], stats_like.get(part))
+    params[part], found = load_into(values[f"init.{part}"], part, size, like[part], stats_like.get(part),
+                                    values.get("init.resample_positions", False))
     stats = stats | ({part: found} if found else {})
   tree = params | ({"stats": stats} if stats else {})
   return Opened(size, flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/"), identity(tree))
@@ -548,7 +558,7 @@ def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: d
       if kept is None:
         raise UserError(f"{path}: a run without a part {part!r} of its own; it trained {', '.join(trained)}")
       return kept["params"], kept["stats"]
-    return load_part(init, part, size, like, stats)
+    return load_part(init, part, size, like, stats, values.get("init.resample_positions", False))
   checkpoints = Checkpoints(path, Checkpoint(best=best))
 
   def read(step: int) -> tuple[dict, dict]:
