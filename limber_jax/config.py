@@ -171,7 +171,8 @@ class Evaluation:
   batch_size: int = 256
   classes: str = ""          # a built-in list (imagenet, food101, …) | a file, one class a line; "" = the source's own
   # a built-in list (imagenet80, imagenet7, single, food101, …) | a file, one a line, {} for the class | one itself
-  templates: str = "imagenet7"
+  # "" = the source's own, and where it has none imagenet7
+  templates: str = ""
   train: Source | None = None       # of probes: what they learn from; vqa: what examples are drawn from
   validation: Source | None = None  # of probes: where the strength is chosen; None = a part of `train`
   metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice

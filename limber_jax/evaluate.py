@@ -24,6 +24,7 @@ from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Config, Evaluation
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.evals import clip_benchmark
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.models import clip
 from limber_jax.signals import StopRequest
@@ -187,6 +188,8 @@ def _moved(evaluation: Evaluation, data: str) -> Evaluation:
 def write(found: dict[str, Any], workdir: str) -> None:
   """Writes results.json, in which other evaluations of the same weights stay, report.md and its pictures.
 
+  Of sets of CLIP_benchmark and DataComp also what their tables read: `limber_jax.evals.clip_benchmark.files`.
+
   Raises UserError if it cannot, or if the results.json there is no such file.
   """
   path = os.path.join(workdir, "results.json")
@@ -216,6 +219,7 @@ def _write(found: dict[str, Any], workdir: str, path: str) -> None:
   except OSError as error:
     raise UserError(f"{path}: cannot be written ({error.strerror})") from error
   report.write(found, workdir)
+  clip_benchmark.write(found, workdir)
 
 
 if __name__ == "__main__":

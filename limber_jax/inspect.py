@@ -118,7 +118,9 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
   told = {"records": n, "looked_at": count, "classes": None if source.classes is None else len(source.classes),
           "formats": dict(formats.most_common()), "unreadable": unreadable, "found_at_opening": len(opening),
           "damage": [{"reason": k, "count": c, "first": first[k]} for k, c in reasons.most_common()]}
-  return told | {name: _spread(values) for name, values in figures.items()}, kept
+  templates = getattr(source, "templates", None)
+  return told | {"templates": templates and len(templates)} | {
+    name: _spread(values) for name, values in figures.items()}, kept
 
 
 def _in_pieces(pool: ThreadPoolExecutor, source: sources.Source, indices: Sequence[int], shown: set[int],
@@ -198,6 +200,8 @@ def lines(told: dict[str, Any], name: str) -> Iterator[str]:
     yield f"length      {of('characters', 'characters')}"
   if told["classes"]:
     yield f"classes     {told['classes']:,}"
+  if told["templates"]:
+    yield f"templates   {told['templates']:,}"
   opening = f" and {told['found_at_opening']:,} found at opening" if told["found_at_opening"] else ""
   yield f"damage      {told['unreadable']:,} of {told['looked_at']:,} records{opening}"
   for entry in told["damage"]:

@@ -51,7 +51,8 @@ PROGRESS = 10.0    # seconds between two lines of progress
 _SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".tsv": "captions", ".csv": "captions",
              ".txt": "captions"}
 _INSIDE = (("huggingface", ("state.json", "dataset_dict.json")), ("tfds", ("features.json", "*/features.json")),
-           ("webdataset", ("*.tar",)), ("parquet", ("*.parquet", "*/*.parquet")), ("folder", ("*/",)))
+           ("clip_benchmark", ("*/nshards.txt",)), ("webdataset", ("*.tar",)),
+           ("parquet", ("*.parquet", "*/*.parquet")), ("folder", ("*/",)))
 
 
 def guess(path: str) -> str:
@@ -88,7 +89,7 @@ class SourceFlags:
     name = self._name.value or guess(path)
     split = self._split.value
     if split is None:  # of these two "" means everything
-      split = "" if name in ("coco", "folder") else Source().split
+      split = "" if name in ("clip_benchmark", "coco", "folder") else Source().split
     return Source(name, path, split, **{name: holder.value for name, holder in self._fields.items()})
 
 
@@ -224,6 +225,8 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
     what = {"kind": packed.KIND, "version": packed.VERSION, "source": config.name, "fingerprint": source.fingerprint(),
             "records_of_source": len(source), "per_shard": per_shard, "shrink": shrink, "quality": quality,
             "classes": source.classes, **images.changes()}
+    if getattr(source, "templates", None):
+      what["templates"] = source.templates
     what = json.loads(json.dumps(what))
     if manifest := _claim(out, what):
       log(f"{out} is complete: {manifest['records']:,} records in {len(manifest['shards'])} shards")

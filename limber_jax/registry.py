@@ -24,6 +24,7 @@ SIZES = {
 SOURCES = {
   "awa2": "limber_jax.data.sources.awa2:Awa2",
   "captions": "limber_jax.data.sources.captions:Captions",
+  "clip_benchmark": "limber_jax.data.sources.clip_benchmark:ClipBenchmark",
   "coco": "limber_jax.data.sources.coco:Coco",
   "digits": "limber_jax.data.sources.digits:Digits",
   "folder": "limber_jax.data.sources.folder:Folder",

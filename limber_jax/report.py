@@ -42,7 +42,7 @@ SCORES = {
   "cider_d": "CIDEr-D", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
   "meteor": "METEOR", "rouge_l": "ROUGE-L", "spice": "SPICE", "clip_s": "CLIP-S", "ref_clip_s": "RefCLIP-S",
   "top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "mean_top1_top5": "mean of top-1, top-5",
-  "map11": "11-point mAP", "roc_auc": "ROC AUC", "pm0": "PM-0", "pm10": "PM-10",
+  "map11": "11-point mAP", "map": "mAP", "roc_auc": "ROC AUC", "pm0": "PM-0", "pm10": "PM-10",
   "top1_own": "top-1, own class names", "pm0_own": "PM-0, own class names", "pm10_own": "PM-10, own class names",
   "i2t_r1": "image to text R@1", "i2t_r5": "image to text R@5", "i2t_r10": "image to text R@10",
   "t2i_r1": "text to image R@1", "t2i_r5": "text to image R@5", "t2i_r10": "text to image R@10",

@@ -16,7 +16,7 @@ from limber_jax.data.sources.captions import Captions
 from limber_jax.data.sources.digits import CLASSES, TEMPLATES, Digits
 from limber_jax.errors import UserError
 from limber_jax.pack import pack
-from tests import layouts
+from tests import layouts, test_clip_benchmark
 from tests.standins import write_awa2, write_coco, write_imagenet_folders, write_vqa2
 
 
@@ -306,6 +306,9 @@ def source(request, folder):
       return Digits(Source())
     case "webdataset":
       return read_as("webdataset", layouts.write_webdataset(folder, layouts.digits(3)))
+    case "clip_benchmark":
+      test_clip_benchmark.write_set(folder / "s", "train", test_clip_benchmark.labelled(3), classes=list("abcdefg"))
+      return read_as("clip_benchmark", folder / "s")
     case "parquet":
       return read_as("parquet", layouts.write_img2dataset_parquet(folder, layouts.digits(3)))
     case "huggingface":

@@ -16,7 +16,7 @@ from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context
 from limber_jax.evals.datasets import SETS, open_runner
 from limber_jax.evals.items import Collected
-from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, ensemble, load_templates, prompts
+from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, chosen_templates, ensemble, prompts
 from limber_jax.metrics import classification
 from limber_jax.metrics.logistic import GRID, fit, search
 from limber_jax.parallel import from_first
@@ -70,7 +70,7 @@ class LinearProbe:
     self._metrics = _chosen_metrics(config, self._count, where)
     self._tokens = None
     if named and 0 in config.shots:
-      self._classes, templates = classes, load_templates(config.templates)
+      self._classes, templates = classes, chosen_templates(config, source)
       self._tokens = prompts(context.tokenizer, [n for c in classes for n in c.names], templates, context.length)
     self._facts: dict[str, Any] = {}
 

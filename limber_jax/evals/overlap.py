@@ -21,7 +21,7 @@ from limber_jax.config import Evaluation
 from limber_jax.data import pipeline
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner, Stopped
-from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, ensemble, load_templates, prompts, rank
+from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, chosen_templates, ensemble, prompts, rank
 from limber_jax.evals.zeroshot import scorer as scores_by
 from limber_jax.metrics.statistics import at_least, bonferroni, interval
 from limber_jax.parallel import from_each, from_first, place, replicated
@@ -65,7 +65,7 @@ class Overlap:
       raise UserError(f"{self._where}: its records have no labels; set source.label_key, or choose another source")
     self._classes = chosen_classes(config, source)
     self._tokens = prompts(context.tokenizer, [n for c in self._classes for n in c.names],
-                           load_templates(config.templates), context.length)
+                           chosen_templates(config, source), context.length)
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     embed_image = predict["embed_image"]

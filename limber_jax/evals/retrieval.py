@@ -8,6 +8,7 @@ import numpy as np
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner, ranks
+from limber_jax.evals.zeroshot import USUAL_TEMPLATES
 
 DEPTHS = (1, 5, 10)
 
@@ -22,7 +23,7 @@ class Retrieval:
 
   An image is a record: of data source "captions", split=images gives an image all its captions.
   templates: the prompt of captions, one sentence with {} for the caption. CLIP's is "a photo of {}", which is worth one
-    or two points of R@1. "", or the default of the field, which is sentences for classes: captions as they are.
+    or two points of R@1. "": captions as they are.
   """
 
   needs = ("embed_image", "embed_text")
@@ -67,9 +68,9 @@ class Retrieval:
 def prompt(templates: str) -> str:
   """Returns the sentence that captions stand in at its {}; raises UserError if `templates` is none.
 
-  The default of Evaluation.templates means classes, and "" nothing: then it is "{}".
+  "" means nothing, and so does what was the default of Evaluation.templates, for it means classes: then it is "{}".
   """
-  if templates in ("", Evaluation.templates):
+  if templates in ("", USUAL_TEMPLATES):
     return "{}"
   if templates.count("{}") != 1:
     raise UserError(f"templates={templates!r}: retrieval wants one sentence with one {{}} for the caption, such as "

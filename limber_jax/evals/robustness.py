@@ -23,7 +23,7 @@ from limber_jax.data.sources import Source
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.zeroshot import by_class, ensemble, load_classes, load_templates, plain, prompts, rank, scorer
+from limber_jax.evals.zeroshot import by_class, chosen_templates, ensemble, load_classes, plain, prompts, rank, scorer
 from limber_jax.metrics.statistics import Line, effective_robustness, fit, gap_cut, relative_robustness
 
 # The sets, and how the paper writes their names; ImageNet itself is what they are held against.
@@ -117,7 +117,7 @@ class Shift:
       if not len(part):
         raise UserError(f"{self._where}: none of its {len(source)} records is of a class of {self._set}")
       self._runner.source, self._left_out = part, len(source) - len(part)
-    templates = load_templates(config.templates)
+    templates = chosen_templates(config, source)
     self._known = [load_classes("imagenet")[i] for i in self._classes.known]
     self._tokens = prompts(context.tokenizer, [n for c in self._known for n in c.names], templates, context.length)
     self._own = [i for i, name in enumerate(self._classes.names) if name != NONE]

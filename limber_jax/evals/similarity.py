@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.zeroshot import check_labels, class_names, ensemble, load_templates, prompts
+from limber_jax.evals.zeroshot import check_labels, chosen_templates, class_names, ensemble, prompts
 
 MOST = 16  # rows and columns that can still be read
 
@@ -33,7 +33,7 @@ class Similarity:
     self._runner = Runner(config, context)
     source, length = self._runner.source, context.length
     if "label" in source.annotation(0):
-      names, templates = class_names(config, source), load_templates(config.templates)
+      names, templates = class_names(config, source), chosen_templates(config, source)
       records = _one_of_each(source, len(names), f"evaluation 'similarity' on data source {config.source.name!r}")
       chosen = [names[c] for c in records]
       self._captions = chosen if len(templates) > 1 else [templates[0].replace("{}", c) for c in chosen]

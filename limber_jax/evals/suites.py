@@ -1,8 +1,12 @@
 """All evaluations of each paper, as an experiment lists them, for limber_jax.evaluate."""
 
 import dataclasses
+import re
 
 from limber_jax.config import Evaluation, Source
+from limber_jax.data.sources import clip_benchmark as wds
+from limber_jax.errors import UserError
+from limber_jax.evals import clip_benchmark as benchmark
 from limber_jax.evals import datasets, robustness
 
 SCORER = "data/weights/clip-vit-base-patch32"  # ViT-B/32, behind CLIPScore
@@ -34,6 +38,35 @@ def _probe(key: str, s: datasets.DataSet) -> Evaluation:
     train=dataclasses.replace(source, split=s.train),
     validation=dataclasses.replace(source, split=s.validation) if s.validation else None,
     shots=(0, 1, 2, 4, 8, 16), seeds=SEEDS)
+
+
+def clip_benchmark(path: str, split: str = "test", every: int = -1, probes: bool = False) -> dict[str, Evaluation]:
+  """Returns those of the sets of CLIP_benchmark and DataComp that lie at or below a directory, as "wds_vtab_cifar10".
+
+  Zero-shot with a set's own class names and templates, or retrieval. Their figures are also written in the form of
+  those programs, see `limber_jax.evals.clip_benchmark`.
+
+  Args:
+    path: the directory, which is looked at now.
+    split: what is evaluated; of a set with one split only, that one.
+    every: steps between two evaluations in training; -1 = none.
+    probes: linear probes too, of sets of one class an image that have a split "train" as well.
+
+  Raises:
+    UserError: there are none, or a set has other splits than `split`.
+  """
+  out = {}
+  for name, folder in benchmark.sets(path).items():
+    there, kind = wds.splits(folder), wds.kind_of(folder)
+    if split not in there and len(there) > 1:
+      raise UserError(f"{folder}: no split {split!r}; it has {', '.join(there)}")
+    key = f"wds_{re.sub(r'[^0-9A-Za-z]', '_', name)}"
+    tested = Source("clip_benchmark", folder, split if split in there else there[0])
+    out[key] = Evaluation("retrieval" if kind == "retrieval" else "zeroshot", tested, every=every)
+    if probes and kind == "classification" and "train" in there and tested.split != "train":
+      learnt = dataclasses.replace(tested, split="train")
+      out[f"{key}_probe"] = Evaluation("linear_probe", tested, every=-1, train=learnt)
+  return out
 
 
 def limber() -> dict[str, Evaluation]:

@@ -25,7 +25,8 @@ from limber_jax.metrics import classification
 # Figures by what they need of the data: one class an image, two classes in all, several classes an image.
 FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5")
 OF_TWO = ("roc_auc",)
-OF_SEVERAL = ("map11",)
+OF_SEVERAL = ("map11", "map")
+USUAL_TEMPLATES = "imagenet7"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class ZeroShot:
     mean_per_class: top1, averaged over the classes that have images.
     mean_top1_top5: the mean of the two.
     roc_auc: of two classes, how often the second scores higher for an image of it than for one of the first.
-    map11: of images with several classes each, as PASCAL VOC 2007 has it; the only one there.
+    map11: of images with several classes each, as PASCAL VOC 2007 has it; with map the only one there.
+    map: the same with all points of the curve, and 0 for a class that is nowhere, as CLIP_benchmark has it.
     "count", the number of images, is always there.
   classes: a built-in list (imagenet, food101, …: see `datasets`) or a file with one class a line, in any order if the
     source names its classes, else in that of the labels: its name, or several with | between; then, where the source
@@ -66,8 +68,8 @@ class ZeroShot:
     self._several = "labels" in source.annotation(0)
     if not self._several and "label" not in source.annotation(0):
       raise UserError(f"{self._where}: its records have no labels; set source.label_key, or choose another evaluation")
-    self._classes, self._templates = chosen_classes(config, source), load_templates(config.templates)
-    self._metrics = chosen_metrics(config, len(self._classes), self._several)
+    self._classes, self._templates = chosen_classes(config, source), chosen_templates(config, source)
+    self._metrics = chosen_metrics(config, len(self._classes), self._several, getattr(source, "metrics", ()))
     self._tokens = prompts(context.tokenizer, [n for c in self._classes for n in c.names], self._templates,
                            context.length)
 
@@ -131,13 +133,14 @@ def figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[s
 
 
 def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
-  if metrics == OF_SEVERAL:
+  if set(metrics) <= set(OF_SEVERAL):
     scores = np.array([r["scores"] for r in records], np.float32)
     truth = np.full(scores.shape, -1)
     for row, r in zip(truth, records, strict=True):
       row[r["difficult"]] = 0
       row[r["labels"]] = 1
-    return {"map11": classification.mean_average_precision(scores, truth), "count": float(len(records))}
+    found = {"map11": classification.mean_average_precision, "map": classification.mean_area}
+    return {**{name: found[name](scores, truth) for name in metrics}, "count": float(len(records))}
   labels, ranks = (np.array([r[k] for r in records]) for k in ("label", "rank"))
   out = {"count": float(len(records))}
   for name in metrics:
@@ -154,16 +157,17 @@ def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[
   return out
 
 
-def chosen_metrics(config: Evaluation, classes: int, several: bool) -> tuple[str, ...]:
-  """Returns the names of the figures: config.metrics, else what the data allow and the paper's table asks for.
+def chosen_metrics(config: Evaluation, classes: int, several: bool, own: tuple[str, ...] = ()) -> tuple[str, ...]:
+  """Returns the names of the figures: config.metrics, else the data's own, or what they allow and the paper asks for.
 
   Raises:
     UserError: there is no such figure, or it cannot be had of these data.
   """
   possible = OF_SEVERAL if several else tuple(m for m in FIGURES if classes > 5 or "top5" not in m) + OF_TWO * (
     classes == 2)
-  own = datasets.SETS[config.classes].metric if config.classes in datasets.SETS else ""
-  default = OF_SEVERAL if several else tuple(m for m in possible if m in ("top1", "top5", "mean_per_class", own))
+  asked = datasets.SETS[config.classes].metric if config.classes in datasets.SETS else ""
+  default = own or (OF_SEVERAL[:1] if several else
+                    tuple(m for m in possible if m in ("top1", "top5", "mean_per_class", asked)))
   for name in config.metrics:
     if name not in possible:
       raise UserError(f"evaluation 'zeroshot', metrics: no figure {name!r} of {classes} classes, "
@@ -324,6 +328,12 @@ def check_labels(labels: np.ndarray, index: np.ndarray, classes: int, where: str
   """Raises UserError if a label is none of `classes` numbers from 0; `index` are the numbers of the records."""
   if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
     raise UserError(f"{where}: record {index[wrong[0]]} has label {labels[wrong[0]]}, wanted 0 to {classes - 1}")
+
+
+def chosen_templates(config: Evaluation, source: Source) -> list[str]:
+  """Returns config.templates, else those of the source, else USUAL_TEMPLATES; raises UserError as `load_templates`."""
+  own = getattr(source, "templates", None)
+  return list(own) if own and not config.templates else load_templates(config.templates or USUAL_TEMPLATES)
 
 
 def load_templates(name: str) -> list[str]:

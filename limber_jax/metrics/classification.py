@@ -66,6 +66,29 @@ def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
   return float(np.mean([average_precision(scores[:, c], truth[:, c]) for c in np.flatnonzero((truth > 0).any(axis=0))]))
 
 
+def mean_area(scores: np.ndarray, truth: np.ndarray) -> float:
+  """Returns the mean over classes of the average precision at each right item, 0 of a class that is nowhere.
+
+  Items are sorted by score, equal ones as they come; what is not a number comes last and finds nothing.
+
+  Args:
+    scores: float [N, C].
+    truth: int [N, C], as for `average_precision`.
+
+  Source: https://github.com/LAION-AI/CLIP_benchmark, metrics/zeroshot_classification.py.
+  """
+
+  def area(scores: np.ndarray, truth: np.ndarray) -> float:
+    order = np.argsort(-scores, kind="stable")
+    order = order[truth[order] != 0]
+    right = truth[order] > 0
+    found = right & ~np.isnan(scores[order])
+    precision = np.cumsum(found) / np.arange(1, len(order) + 1)
+    return float(precision[found].sum() / max(np.count_nonzero(right), 1))
+
+  return float(np.mean([area(scores[:, c], truth[:, c]) for c in range(truth.shape[1])]))
+
+
 def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
   """Returns the area under the ROC curve: how often an item of class 1 has a higher score than one of class 0.
 

@@ -127,10 +127,11 @@ class Packed:
                       f"{'; …' if len(broken) > 3 else ''}; copy them again")
     classes = manifest.get("classes")
     self.classes = None if classes is None else tuple(classes)
+    self.templates = tuple(manifest.get("templates") or ()) or None
     self._starts = np.cumsum([0, *(s["records"] for s in self._shards)])
     if not len(self):
       raise UserError(f"{config.path}: no records")
-    what = [s["sha256"] for s in self._shards] + [repr(self.classes)]
+    what = [s["sha256"] for s in self._shards] + [repr(self.classes), *map(repr, self.templates or ())]
     self._digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
     self._reset()
 

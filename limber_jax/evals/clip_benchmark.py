@@ -1,0 +1,124 @@
+"""CLIP_benchmark's and DataComp's sets on disk, and figures as files that their own tables read.
+
+Sources: https://github.com/LAION-AI/CLIP_benchmark, cli.py and benchmark/webdatasets.txt;
+https://github.com/mlfoundations/datacomp, tasklist.yml and evaluate.py.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+from limber_jax.data.sources import clip_benchmark as source
+from limber_jax.errors import UserError
+
+FOLDER = "clip_benchmark"           # of a workdir, where results in CLIP_benchmark's form go
+DATACOMP = "eval_results.jsonl"     # in a workdir, as DataComp writes it
+DEPTH = 2                           # folders down to a set: vtab/cifar10
+
+# The folder of a set is its name with - for /, mostly in wds_…_test.
+PREFIXES = ("vtab-", "wilds-")
+
+# DataComp's name of a task and its main metric, by the name of the set; the classes among its tasks whose main metric
+# needs nothing but the classes.
+TASKS = {name: (title, "acc1") for name, title in {
+  "cifar10": "CIFAR-10", "vtab/cifar100": "CIFAR-100", "vtab/clevr_count_all": "CLEVR Counts",
+  "vtab/clevr_closest_object_distance": "CLEVR Distance", "country211": "Country211",
+  "vtab/dtd": "Describable Textures", "vtab/eurosat": "EuroSAT", "food101": "Food-101", "gtsrb": "GTSRB",
+  "imagenet1k": "ImageNet 1k", "imagenet_sketch": "ImageNet Sketch", "imagenetv2": "ImageNet v2",
+  "imagenet-a": "ImageNet-A", "imagenet-o": "ImageNet-O", "imagenet-r": "ImageNet-R",
+  "vtab/kitti_closest_vehicle_distance": "KITTI Vehicle Distance", "mnist": "MNIST", "objectnet": "ObjectNet",
+  "voc2007": "Pascal VOC 2007", "vtab/pcam": "PatchCamelyon", "renderedsst2": "Rendered SST2",
+  "vtab/resisc45": "RESISC45", "cars": "Stanford Cars", "stl10": "STL-10", "sun397": "SUN397",
+  "vtab/svhn": "SVHN", "wilds/camelyon17": "Camelyon17",
+}.items()} | {name: (title, "mean_per_class_recall") for name, title in {
+  "vtab/caltech101": "Caltech-101", "fgvc_aircraft": "FGVC Aircraft", "vtab/flowers": "Oxford Flowers-102",
+  "vtab/pets": "Oxford-IIIT Pet"}.items()}
+
+
+def sets(root: str) -> dict[str, str]:
+  """Returns the directories of the sets at or below `root` by their names; raises UserError if there are none."""
+  found: dict[str, str] = {}
+
+  def look(path: str, depth: int) -> None:
+    if source.splits(path):
+      name = set_name(path)
+      if name in found:
+        raise UserError(f"{found[name]} and {path} are both the set {name!r}; move one of them away")
+      found[name] = path
+    elif depth:
+      for folder in sorted(f.path for f in os.scandir(path) if f.is_dir() and not f.name.startswith(".")):
+        look(folder, depth - 1)
+
+  if os.path.isdir(root):
+    look(root, DEPTH)
+  if not found:
+    raise UserError(f"{root}: no sets there; wanted directories with SPLIT/{source.COUNT} in them, as CLIP_benchmark "
+                    "exports and DataComp downloads them")
+  return dict(sorted(found.items()))
+
+
+def set_name(path: str) -> str:
+  """Returns what CLIP_benchmark calls the set in a folder: "vtab/cifar10" of wds_vtab-cifar10_test and vtab/cifar10."""
+  parent, folder = os.path.split(os.path.abspath(path))
+  name = folder.removeprefix("wds_").removesuffix("_test")
+  above = f"{os.path.basename(parent).removeprefix('wds_')}-"
+  name = above + name if above in PREFIXES else name
+  prefix = next((p for p in PREFIXES if name.startswith(p)), "")
+  return prefix.replace("-", "/") + name.removeprefix(prefix)
+
+
+def files(results: dict[str, Any], pretrained: str) -> dict[str, str]:
+  """Returns what is to be written into a workdir of the figures on sets of source "clip_benchmark": {path there: text}.
+
+  Args:
+    results: as in results.json.
+    pretrained: what these weights are to be called.
+  """
+  out, lines = {}, []
+  model = results["model"] or results["name"]
+  for entry in results["evaluations"].values():
+    if entry["protocol"]["source.name"] != "clip_benchmark" or entry["evaluation"] not in ("zeroshot", "retrieval"):
+      continue
+    name, metrics = set_name(entry["protocol"]["source.path"]), _metrics(entry)
+    task = "zeroshot_retrieval" if entry["evaluation"] == "retrieval" else "zeroshot_classification"
+    told = {"dataset": f"wds/{name}", "model": model, "pretrained": pretrained, "task": task, "metrics": metrics,
+            "language": "en"}
+    slug = "_".join(re.sub(r"[/\\\s]", "_", part) for part in (name, pretrained, model, "en", task))
+    out[os.path.join(FOLDER, f"{slug}.json")] = json.dumps(told)
+    title, main = TASKS.get(name, ("", ""))
+    if main in metrics:
+      found = {k: None if v != v else v for k, v in metrics.items()}  # theirs has no NaN
+      lines.append(json.dumps({"key": name, "dataset": title, "metrics": found | {"main_metric": metrics[main]}}))
+  return out | ({DATACOMP: "".join(f"{line}\n" for line in lines)} if lines else {})
+
+
+def _metrics(entry: dict[str, Any]) -> dict[str, float]:
+  """Returns the figures of an evaluation by their names."""
+  figures = entry["figures"]
+  if entry["evaluation"] == "retrieval":
+    return {f"{what}_retrieval_recall@{k}": figures[f"{way}_r{k}"] for k in (1, 5, 10)
+            for what, way in (("image", "t2i"), ("text", "i2t")) if f"{way}_r{k}" in figures}
+  out = {theirs: figures[ours] for theirs, ours in (
+    ("acc1", "top1"), ("acc5", "top5"), ("mean_per_class_recall", "mean_per_class"), ("mean_average_precision", "map"))
+    if ours in figures}
+  if "acc1" in out and "acc5" not in out and entry["facts"]["classes"] <= 5:
+    out["acc5"] = 1.0 if entry["facts"]["classes"] == 5 else float("nan")
+  return out
+
+
+def write(results: dict[str, Any], workdir: str) -> list[str]:
+  """Writes `files` into a workdir, and returns their paths; raises UserError if it cannot."""
+  name = os.path.basename(os.path.abspath(workdir))
+  paths = []
+  for path, text in files(results, f"{name}-{results['step']}").items():
+    path = os.path.join(workdir, path)
+    try:
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+      os.replace(f"{path}.tmp", path)
+    except OSError as error:
+      raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    paths.append(path)
+  return paths
