@@ -98,7 +98,7 @@ def _results(config, workdir, names, checkpoint, weights, model, data, stop, wai
   if not found:
     raise UserError(f"{next(iter(failed.values()))}" if len(failed) == 1 else
                     f"none of the {len(failed)} evaluations could be run; the reasons are above")
-  return {"name": config.name, "task": config.task, "model": _model(config), "step": step, "seed": config.seed,
+  return {"name": config.name, "task": config.task, "model": _published(config), "step": step, "seed": config.seed,
           "weights": digests, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
           "evaluations": found, "failed": failed}
 
@@ -169,7 +169,7 @@ def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
           "dtype": s.config.compute.dtype}
 
 
-def _model(config: Config) -> str:
+def _published(config: Config) -> str:
   """Returns the name of a published CLIP, "" of any other model."""
   return next((name for name, make in clip.PUBLISHED.items() if make() == config.model), "")
 
