@@ -139,6 +139,37 @@ def test_chunked_is_plain(name, chunk_size):
   assert_same(values_and_gradients(name, image, text, chunk_size=chunk_size), values_and_gradients(name, image, text))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode_equals_finite_differences_of_float64(name, chunk_size):
+  """The oracle is the plain formula in NumPy's float64, differentiated numerically, once and twice."""
+  rng = np.random.default_rng(3)
+  image, text = embeddings(12, 6)
+  point = (image, text, np.float32(20.0), np.float32(-5.0))
+  towards = tuple(np.asarray(rng.normal(size=np.shape(x)), np.float32) for x in point)
+
+  def plain(t):
+    x, y, scale, bias = (np.float64(p) + t * np.float64(d) for p, d in zip(point, towards, strict=True))
+    x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
+    logits = scale * x @ y.T
+    if name == "sigmoid":
+      return np.logaddexp(0, (1 - 2 * np.eye(len(x))) * (logits + bias)).sum() / len(x)
+    own = np.diag(logits)
+    return (np.logaddexp.reduce(logits, 0) + np.logaddexp.reduce(logits, 1) - 2 * own).mean() / 2
+
+  def loss(*point):
+    return loss_of(name, *point, chunk_size=chunk_size, forward_mode=True)[0]
+
+  h = 1e-4
+  first, second = (plain(h) - plain(-h)) / (2 * h), (plain(h) - 2 * plain(0) + plain(-h)) / h**2
+  value, tangent = jax.jit(lambda *p: jax.jvp(loss, p, towards))(*point)
+  assert_near(value, plain(0), 1e-6)
+  assert_near(tangent, first, 1e-5)
+  gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+  along = jax.jit(lambda *p: jax.jvp(gradient, p, towards)[1])(*point)  # forward over reverse: a row of the Hessian
+  assert_near(sum(np.vdot(a, d) for a, d in zip(along, towards, strict=True)), second, 1e-4)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_a_gradient_the_value_is_the_same(name):
   image, text = embeddings()
@@ -351,6 +382,7 @@ def test_an_unknown_benchmark_is_one_line():
   ({"text": np.zeros((2, 4), np.float32)}, r"the same shape.*got \[3, 4\] and \[2, 4\]"),
   ({"scale": np.ones(1, np.float32)}, r"scale: expected a scalar, got shape \[1\]"),
   ({"chunk_size": 0}, "chunk_size: expected None or a whole number of rows, at least 1, got 0"),
+  ({"axis_name": "batch", "forward_mode": True}, "forward_mode: not with axis_name='batch'"),
   ({"axis_name": "batch"}, "axis_name: 'batch' is neither an axis of shard_map or pmap here, nor of the mesh"),
 ])
 def test_a_wrong_argument_is_named(change, message):
