@@ -239,6 +239,24 @@ RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.
            "data.tokenizer.path", "data.features", "decoding", "evals", "first")
 
 
+# The least that a field may be, where less is no other meaning but a mistake.
+LEAST = {
+  "batch_size": 1, "steps": 1, "seed": 0, "log_every": 1, "watchdog": 0, "checkpoint.every": 1, "checkpoint.keep": 0,
+  "data.length": 1, "data.workers": 0, "data.threads": 0, "data.prefetch": 0, "data.damaged": 0, "loss.chunk_size": 0,
+  "loss.accumulate": 1, "captions.micro_batch": 1, "compute.unroll": 1, "optim.max_skips": 1, "decoding.beams": 1,
+  "decoding.max_new_tokens": 1, "decoding.top_k": 0}
+LEAST_OF_EVALUATION = {"every": -1, "batch_size": 1, "damaged": 0}
+
+
+def check_numbers(config: Config) -> None:
+  """Raises UserError for the first number that is less than its field may be."""
+  values = flatten(config)
+  least = LEAST | {f"evals.{e}.{name}": n for e in config.evals for name, n in LEAST_OF_EVALUATION.items()}
+  for name, n in least.items():
+    if values[name] < n:
+      raise UserError(f"config.{name}={values[name]}: wanted {n} or more")
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
   """Returns {"optim.lr": 5e-4, …}: every leaf of a configuration by its dotted name; tuples count as leaves."""
   items = config if isinstance(config, dict) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}

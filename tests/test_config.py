@@ -1,13 +1,15 @@
 """A configuration comes back from its JSON, and nothing else passes for one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from limber_jax import cli, registry
-from limber_jax.config import Evaluation, Source, from_json, to_json
+from limber_jax.config import Evaluation, Source, check_numbers, from_json, to_json
 from limber_jax.errors import UserError
+from limber_jax.train import setup, train
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 LIMBER = EXPERIMENTS / "quickstart_limber.py"
@@ -18,6 +20,7 @@ def test_an_experiment_comes_back_from_its_json(path):
   config = cli.load_experiment(str(path))
   back = from_json(to_json(config), "x")
   assert back == config and type(back.model) is type(config.model)
+  check_numbers(config)
 
 
 def test_names_with_dots_come_back():
@@ -74,3 +77,18 @@ def test_a_json_with_a_mistake_is_refused(change, message):
 def test_what_is_no_json_object_is_no_configuration(text):
   with pytest.raises(UserError, match=r"^x: no configuration, for it is no JSON"):
     from_json(text, "x")
+
+
+@pytest.mark.parametrize(("name", "value", "least"), [
+  ("batch_size", 0, 1), ("batch_size", -8, 1), ("log_every", 0, 1), ("checkpoint.every", 0, 1), ("steps", 0, 1),
+  ("loss.accumulate", 0, 1), ("data.workers", -1, 0), ("optim.max_skips", 0, 1), ("evals.digits.batch_size", 0, 1)])
+def test_a_number_that_is_too_small_is_one_line(name, value, least, tmp_path):
+  config = cli.load_experiment(str(LIMBER))
+  holder, *fields, last = config, *name.split(".")
+  for field in fields:
+    holder = holder[field] if isinstance(holder, dict) else getattr(holder, field)
+  setattr(holder, last, value)
+  for call in (lambda: train(config, str(tmp_path / "run")), lambda: setup(config)):
+    with pytest.raises(UserError, match=f"^config.{re.escape(name)}={value}: wanted {least} or more$"):
+      call()
+  assert not (tmp_path / "run").exists()
