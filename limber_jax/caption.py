@@ -31,6 +31,7 @@ if __name__ == "__main__":
       model = _flags.open(len(paths), _prompt.value)
       rows = ({"image": w.path, "error": w.error} if w.error else {"image": w.path, "caption": w.text}
               for w in captions(model, paths))
-      return output.write(rows, {"image": max(map(len, [*paths, "image"])), "caption": 0}, len(paths))
+      widths = {"image": max(map(len, [*map(cli.printable, paths), "image"])), "caption": 0}
+      return output.write(rows, widths, len(paths))
 
   cli.run(_main)

@@ -19,13 +19,14 @@ import numpy as np
 from absl import flags
 
 import limber_jax
+from limber_jax import cli, parallel
 from limber_jax import config as config_lib
-from limber_jax import parallel
 from limber_jax.checkpoint import Checkpoints, abstract
 from limber_jax.classify import attempt
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
 from limber_jax.data import transforms
 from limber_jax.data.images import ImageFlags, ImageOptions
+from limber_jax.data.sources import folder
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.generate import row_keys
 from limber_jax.models.encoders import ENCODERS
@@ -79,8 +80,7 @@ class Captioner:
 
   def read(self, path: str) -> np.ndarray:
     """Returns the image in a file as the encoder takes it, uint8 [H, W, 3]; raises UserError or OSError."""
-    with open(path, "rb") as file:
-      return self._preprocess({"image": file.read()}, None)["image"]
+    return self._preprocess({"image": folder.read_image(path)}, None)["image"]
 
   def write(self, requests: Sequence[tuple[str, Segments]], shots: Sequence[np.ndarray] = ()) -> Iterator[Written]:
     """Yields what the language model writes after each of the requests, in their order.
@@ -446,7 +446,7 @@ class Output:
     for number, row in enumerate(rows, 1):
       if "error" in row:
         unread += 1
-        print(f"{row['image']}: {row['error']}", file=sys.stderr, flush=True)
+        print(f"{cli.printable(row['image'])}: {row['error']}", file=sys.stderr, flush=True)
       elif self._json:
         print(json.dumps(row), file=self._file, flush=not self._file)
       else:
@@ -469,5 +469,5 @@ class Output:
     cells = []
     for name, width in widths.items():
       text = row[name] if name == "image" else " ".join(row[name].split())
-      cells.append(f"{''.join(c if c.isprintable() else '�' for c in text):<{width}}")
+      cells.append(f"{cli.printable(text):<{width}}")
     print("  ".join(cells).rstrip(), flush=True)

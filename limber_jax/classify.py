@@ -20,6 +20,7 @@ from limber_jax import cli, config, parallel
 from limber_jax.config import Compute
 from limber_jax.data import tokenizers, transforms
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions
+from limber_jax.data.sources import folder
 from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import classifier, lines, load_templates
 from limber_jax.models import clip
@@ -77,8 +78,7 @@ class Classifier:
 
   def read(self, path: str) -> np.ndarray:
     """Returns the image in a file as the model takes it, uint8 [H, W, 3]; raises UserError or OSError."""
-    with open(path, "rb") as file:
-      return self._preprocess({"image": file.read()}, None)["image"]
+    return self._preprocess({"image": folder.read_image(path)}, None)["image"]
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Returns probabilities [n, L] of the labels for images uint8 [n, H, W, 3]: softmax at the model's temperature."""
@@ -109,21 +109,24 @@ def attempt(read: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
 
 
 def find(inputs: Sequence[str], images: ImageOptions = PLAIN) -> list[str]:
-  """Returns the files among `inputs` and the images in the folders among them, however deep, by name.
+  """Returns the files among `inputs` and the images in the folders among them, as `folder.images_below` has them.
+
+  Folders that cannot be read are named on stderr.
 
   Raises:
     UserError: a folder without images, or nothing at all.
   """
-  found = []
+  found, suffixes = [], tuple(dict.fromkeys((*folder.SUFFIXES, *images.suffixes)))
   for path in inputs:
     if not os.path.isdir(path):
       found.append(path)
       continue
-    inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-              if name.lower().endswith(images.suffixes)]
+    inside, refused = folder.images_below(path, suffixes)
+    for name, reason in refused.items():
+      print(f"{name}: {reason}", file=sys.stderr, flush=True)
     if not inside:
-      raise UserError(f"{path}: no images in this folder; looked for {', '.join(images.suffixes)}")
-    found += sorted(inside)
+      raise UserError(f"{path}: no images in this folder; looked for {', '.join(suffixes)}")
+    found += inside
   if not found:
     raise UserError("no images given; name files or folders after the flags")
   return found
@@ -172,14 +175,15 @@ if __name__ == "__main__":
       tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
     model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value,
                        images=images)
-    wide, narrow = max(map(len, [*paths, "image"])), max(map(len, [*labels, "label"]))
+    names = {path: cli.printable(path) for path in paths}
+    wide, narrow = max(map(len, [*names.values(), "image"])), max(map(len, [*labels, "label"]))
     if not _json.value:
       print(f"{'image':<{wide}}  {'label':<{narrow}}  {'p':>6}  next")
     unread = 0
     for path, result in model.classify(paths):
       if isinstance(result, str):
         unread += 1
-        print(f"{path}: {result}", file=sys.stderr, flush=True)
+        print(f"{names[path]}: {result}", file=sys.stderr, flush=True)
         continue
       best, *others = [(labels[i], float(result[i])) for i in np.argsort(-result, kind="stable")]
       if _json.value:
@@ -187,7 +191,7 @@ if __name__ == "__main__":
                           "probabilities": dict(zip(labels, result.tolist(), strict=True))}), flush=True)
       else:
         runners_up = ", ".join(f"{label} {p:.1%}" for label, p in others[:2])
-        print(f"{path:<{wide}}  {best[0]:<{narrow}}  {best[1]:>6.1%}  {runners_up}", flush=True)
+        print(f"{names[path]:<{wide}}  {best[0]:<{narrow}}  {best[1]:>6.1%}  {runners_up}", flush=True)
     if unread:
       print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if unread else 0

@@ -58,6 +58,10 @@ def load_experiment(path: str) -> Config:
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Parses flags, calls `main(positional arguments)` and exits; a UserError becomes one line and exit code 2."""
 
+  for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, nor a terminal able to show all that is
+    if hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="backslashreplace")
+
   def guarded(argv: Sequence[str]) -> int:
     # app.run has just set both to INFO, where JAX, Orbax and Grain announce each backend tried, save and worker.
     logging.root.setLevel(logging.WARNING)
@@ -75,6 +79,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       return _failed(1)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def printable(text: str) -> str:
+  """Returns text for one line of a terminal: what cannot be shown, such as a byte that is no UTF-8, is escaped."""
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _failed(code: int) -> int:

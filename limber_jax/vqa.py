@@ -95,7 +95,8 @@ if __name__ == "__main__":
       model = _flags.open(len(questions))
       rows = ({"image": w.path, "error": w.error} if w.error else {**q, "answer": w.text}
               for q, w in zip(questions, answers(model, questions, shots), strict=True))
-      widths = {name: max(len(name), *(len(q[name]) for q in questions)) for name in ("image", "question")}
+      widths = {name: max(len(name), *(len(cli.printable(q[name])) for q in questions))
+                for name in ("image", "question")}
       return output.write(rows, {**widths, "answer": 0} if _questions.value else {"answer": 0}, len(questions))
 
   cli.run(_main)

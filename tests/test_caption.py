@@ -66,7 +66,7 @@ def command(*arguments, module="caption"):
 
 def shown(text):
   """Returns a text as a table shows it."""
-  return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 def by_the_task(run, paths, name=""):
@@ -221,7 +221,7 @@ def test_a_table_shows_paths_as_they_are_and_texts_on_one_line(capsys):
   rows = [{"image": "a  b.png", "caption": "one\n two\x1b[2J"}, {"image": "c\udc80.png", "caption": ""}]
   with Output() as output:
     assert output.write(rows, {"image": 8, "caption": 0}, 2) == 0
-  assert capsys.readouterr().out == "image     caption\na  b.png  one two�[2J\nc�.png\n"
+  assert capsys.readouterr().out == "image     caption\na  b.png  one two\\x1b[2J\nc\\udc80.png\n"
 
 
 def test_many_images_are_counted_on_stderr_and_a_file_is_whole_or_not_there(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from limber_jax.classify import Classifier, find, read_labels
-from limber_jax.config import Compute, Tokenizer
+from limber_jax.config import Compute, Source, Tokenizer
+from limber_jax.data.sources.folder import Folder
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.models.text import TextSize
@@ -74,11 +76,11 @@ def test_probabilities_equal_those_of_transformers(weights, photos, transformers
   assert np.ptp(ours(images), axis=1).min() > 0.02  # the labels are not all alike to it
 
 
-def run(*arguments):
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+def run(*arguments, env=None):
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"} | (env or {})
   done = subprocess.run([sys.executable, "-m", "limber_jax.classify", *arguments], capture_output=True, text=True,
                         env=env, timeout=240)
-  return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+  return done.returncode, done.stdout.split("\n")[:-1], done.stderr.split("\n")[:-1]
 
 
 def test_a_mistake_ends_the_command_with_one_line(weights):
@@ -116,6 +118,42 @@ def test_the_command_prints_a_table(weights, photos):
     shares = [float(word.rstrip("%,")) for word in line.split() if word.rstrip(",").endswith("%")]
     assert line[column:].startswith(("a dog", "a cat", "0 "))
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.16)
+
+
+def test_a_name_that_is_not_utf8_is_shown_escaped_and_loses_no_other_image(weights, photos, tmp_path):
+  for name in (b"a.png", b"b\xff.png", b"c\n.png", "d\u2028é.png".encode()):
+    with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+      file.write((photos / "a.png").read_bytes())
+  (tmp_path / "e\x1b[2J.png").write_text("no image")
+  for encoding in ("utf-8:strict", "ascii:strict"):
+    env = {"PYTHONIOENCODING": encoding}
+    code, out, errors = run(f"--weights={weights}", "--labels=a dog,a cat", "--tokenizer=bytes", str(tmp_path), env=env)
+    e = "é" if encoding.startswith("utf") else r"\xe9"
+    names = ["a.png", r"b\udcff.png", r"c\n.png", rf"d\u2028{e}.png"]
+    assert sorted(line.split("  ")[0] for line in out[1:]) == sorted(f"{tmp_path}/{name}" for name in names)
+    assert code == 1 and errors[0].startswith(rf"{tmp_path}/e\x1b[2J.png: image of 8 bytes cannot be decoded")
+    assert errors[1:] == ["1 of 5 images could not be read"]
+
+
+def test_folders_are_read_as_class_folders_are(photos, tmp_path):
+  """Links are followed, each place is read once, and what macOS leaves beside images is none."""
+  here, there = tmp_path / "here", tmp_path / "there"
+  for folder in (here / "deep" / "er", there, here / ".hidden"):
+    folder.mkdir(parents=True)
+  for place in (here / "a.png", here / "._a.png", here / "deep/er/b.ppm", there / "c.png", here / ".hidden/d.png"):
+    Image.open(photos / "a.png").save(place, format="PPM" if place.suffix == ".ppm" else "PNG")
+  (here / "link").symlink_to(there)
+  (here / "deep" / "loop").symlink_to(here)
+  (here / "one.png").symlink_to(there / "c.png")
+  (here / "gone.png").symlink_to(tmp_path / "nothing")
+  names = ("a.png", "deep/er/b.ppm", "gone.png", "link/c.png", "one.png")
+  assert find([str(here)]) == [str(here / name) for name in names]
+  classes = tmp_path / "classes"
+  (classes / "x").mkdir(parents=True)
+  shutil.copytree(here, classes / "x" / "here", symlinks=True)
+  os.remove(classes / "x" / "here" / "deep" / "loop")  # class folders are followed to a depth, not round a circle
+  ids = [os.path.relpath(Folder(Source("folder", str(classes), "")).annotation(i)["id"], "x/here") for i in range(5)]
+  assert [os.path.join(here, name) for name in sorted(ids)] == find([str(here)])
 
 
 def test_mistakes_are_told_in_a_line(weights, photos, tmp_path):

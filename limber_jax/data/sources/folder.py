@@ -271,6 +271,32 @@ class _Tar:
       raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
 
 
+def images_below(folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], dict[str, str]]:
+  """Returns (the paths of the images below a directory, however deep, sorted; what was left out there, and why).
+
+  As of class folders: links are followed, a directory that several lead to is read once, and names that begin with a
+  dot are left out.
+  """
+  tree, found, seen, todo = _Directory(folder), [], set(), [""]
+  while todo:
+    here = todo.pop()
+    real = os.path.realpath(os.path.join(folder, here))
+    if real in seen:
+      continue
+    seen.add(real)
+    folders, files = tree.entries(here)
+    found += [os.path.join(folder, here, f) for f in files if f.lower().endswith(suffixes)]
+    todo += [os.path.join(here, f) for f in reversed(folders)]
+  return sorted(found), {os.path.join(folder, name): reason for name, reason in tree.refused.items()}
+
+
+def read_image(path: str) -> bytes | np.ndarray:
+  """Returns a file as a record's "image" holds it; raises OSError, or UserError for a PPM that cannot be decoded."""
+  with open(path, "rb") as file:
+    data = file.read()
+  return _pixels(data, path) if path.lower().endswith(".ppm") else data
+
+
 def _images(tree: _Directory | _Tar, folder: str, depth: int) -> Iterator[str]:
   """Yields the paths of the images in a folder and in those below it."""
   folders, files = tree.entries(folder)
