@@ -24,6 +24,7 @@ from limber_jax.data.sources import folder
 from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import classifier, lines, load_templates
 from limber_jax.models import clip
+from limber_jax.models.text import check_end
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
 
@@ -53,6 +54,7 @@ class Classifier:
     if words.vocab_size > size.text.vocab:
       raise UserError(f"tokenizer {tokenizer.name!r} has {words.vocab_size} ids, the model at {weights} only "
                       f"{size.text.vocab}; name the model's own by --tokenizer and --tokenizer_path")
+    check_end(size.text, words.eot, f"tokenizer {tokenizer.name!r}")
     self._mesh = parallel.make_mesh({"data": -1})
     self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
     replicated = parallel.replicated(self._mesh)

@@ -257,14 +257,26 @@ def check_numbers(config: Config) -> None:
       raise UserError(f"config.{name}={values[name]}: wanted {n} or more")
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-  """Returns {"optim.lr": 5e-4, …}: every leaf of a configuration by its dotted name; tuples count as leaves."""
-  items = config if isinstance(config, dict) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+# Of a field of a size: it came later than the first runs, and its default is what they did.
+LATER = {"later": True}
+
+
+def flatten(config: Any, prefix: str = "", *, known: bool = False) -> dict[str, Any]:
+  """Returns {"optim.lr": 5e-4, …}: every leaf of a configuration by its dotted name; tuples count as leaves.
+
+  With `known` a field marked LATER is left out where it has its default: so what is written down of a model, and what
+  is hashed, stays what it was before there was such a field.
+  """
+  if isinstance(config, dict):
+    items = config
+  else:
+    items = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+             if not (known and LATER.items() <= f.metadata.items() and getattr(config, f.name) == f.default)}
   out = {}
   for key, value in items.items():
     name = f"{prefix}{key}"
     if isinstance(value, dict) or dataclasses.is_dataclass(value):
-      out |= flatten(value, f"{name}.")
+      out |= flatten(value, f"{name}.", known=known)
     else:
       out[name] = list(value) if isinstance(value, tuple) else value
   return out
@@ -303,8 +315,8 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
   The annotations of the fields say what belongs where: of several dataclasses the one is built whose `kind` is there,
   and `Config.model` is the one that registry.SIZES names for the task. Of dicts of dataclasses no key has a dot.
 
-  A setting of a Config that is not there came later than the run, and has its default. A size has all of its fields:
-  a model is not to be guessed.
+  A setting of a Config that is not there came later than the run, and has its default. A size has all of its fields,
+  for a model is not to be guessed, but those marked LATER, whose defaults are what was done before there was a choice.
 
   Raises:
     UserError: a field is missing, unknown or of another type.
@@ -342,6 +354,8 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
 
   def later(f: dataclasses.Field, name: str) -> bool:
     given = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+    if LATER.items() <= f.metadata.items():
+      return True
     return issubclass(root, Config) and name.partition(".")[0] not in ("model", "task") and given
 
   def leaf(hint: Any, name: str, value: Any) -> Any:

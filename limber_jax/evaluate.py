@@ -162,7 +162,7 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
 
 def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
   """Returns what results of items depend on beside the evaluation and its data."""
-  settings = {name: config_lib.flatten(getattr(s.config, name)) for name in ("model", "decoding")}
+  settings = {name: config_lib.flatten(getattr(s.config, name), known=True) for name in ("model", "decoding")}
   if options := ImageOptions.of(s.config.data).changes():
     settings["images"] = options
   return {"weights": digests, **settings, "tokenizer": s.tokenizer.fingerprint(), "length": s.task.length,

@@ -1,5 +1,6 @@
 """Weights in and out: every table both ways, other libraries opening what is written, and what is refused."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -20,13 +21,14 @@ from limber_jax import config as config_lib
 from limber_jax import parallel
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Checkpoint, Compute, Config, Init
+from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import beit, clip, encoders, gptj, nfnet
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.encoders import Encoder, EncoderSize
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.resnet import ResNetSize
-from limber_jax.models.text import TextSize
+from limber_jax.models.text import TextSize, check_end
 from limber_jax.models.vit import ViTSize
 from limber_jax.state import TrainState
 from limber_jax.weights import convert, export, files, load
@@ -184,6 +186,67 @@ def test_transformers_opens_an_export_and_gives_the_same_embeddings(tmp_path, tr
     assert np.abs(a - b.numpy()).max() <= 1e-5 * np.abs(b.numpy()).max()
   processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out")
   assert (tuple(processor.image_mean), tuple(processor.image_std)) == (size.mean, size.std)
+
+
+def test_a_text_is_pooled_at_the_first_end_of_a_vocabulary_with_ids_above_it(tmp_path, transformers, open_clip):
+  """As transformers and open_clip do, which give the same embeddings of an export."""
+  import torch
+
+  end = 60
+  config = transformers.CLIPConfig(
+    text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=99,
+                     max_position_embeddings=12, bos_token_id=0, eos_token_id=end),
+    vision_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2,
+                       image_size=32, patch_size=8), projection_dim=32)
+  model = transformers.CLIPModel(config).eval()
+  for parameter in model.parameters():
+    parameter.data += 0.1 * torch.randn(parameter.shape)
+  model.save_pretrained(tmp_path / "hf")
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 99, (6, 12))
+  tokens[tokens == end] = 98                       # row 0 has no end: both take the first token
+  for row, place in enumerate((3, 7, 11, 0, 5), 1):
+    tokens[row, place:] = [end] * (12 - place)     # padded with ends, as transformers' tokenizer of CLIP does
+  tokens[5, 6:] = 97                               # or with an id above them
+  with torch.no_grad():
+    want = model.get_text_features(input_ids=torch.tensor(tokens)).pooler_output.numpy()
+
+  def ours(loaded):
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    return embed(loaded.size, loaded.params, {}, images, tokens)[1]
+
+  loaded = load.load(str(tmp_path / "hf"))
+  assert loaded.size.text.eos == end
+  assert np.abs(ours(loaded) - want).max() <= 1e-5 * np.abs(want).max()
+  for to in export.FORMATS:
+    path = str(tmp_path / f"to_{to}")
+    export.save(path, to, loaded.size, loaded.params, {})
+    assert load.load(path).size == loaded.size
+  again = transformers.CLIPModel.from_pretrained(tmp_path / "to_hf").eval()
+  other = open_clip.create_model(f"local-dir:{tmp_path / 'to_open_clip'}").eval()
+  with torch.no_grad():
+    theirs = (again.get_text_features(input_ids=torch.tensor(tokens)).pooler_output.numpy(),
+              other.encode_text(torch.tensor(tokens)).numpy())
+  for x in theirs:
+    assert np.abs(x - want).max() <= 1e-5 * np.abs(want).max()
+  plain = dataclasses.replace(loaded.size, text=dataclasses.replace(loaded.size.text, eos=-1))
+  with pytest.raises(UserError, match=r"has text.eos=60, but this config's model has -1; set --config.model.text"):
+    load.load_into(str(tmp_path / "hf"), "text", plain, load.shapes(plain)["text"])
+  two = dataclasses.replace(loaded.size, text=dataclasses.replace(loaded.size.text, eos=2))
+  with pytest.raises(UserError, match="transformers takes an eos_token_id of 2 for the highest id"):
+    export.save(str(tmp_path / "two"), "hf", two, loaded.params, {})
+
+
+def test_a_size_of_before_there_was_an_end_of_its_own_is_read(tmp_path):
+  size = SIZES["vit"]
+  export.save(str(tmp_path / "out"), "limber", size, *random_model(size))
+  config = json.loads((tmp_path / "out" / "limber_config.json").read_text())
+  assert "text.eos" not in config and load.load(str(tmp_path / "out")).size.text.eos == -1
+  run = Config("run", size)
+  values = {k: v for k, v in config_lib.flatten(run).items() if not k.endswith((".eos", "resample_positions"))}
+  config_lib.check_same(run, json.dumps(values), "a run of before")
+  with pytest.raises(UserError, match="tokenizer ends a text with id 258, but the text tower is pooled at id 60"):
+    check_end(TextSize(eos=60), ByteTokenizer().eot, "tokenizer")
 
 
 def test_what_the_libraries_save_themselves_loads(tmp_path, open_clip, transformers):
@@ -906,7 +969,8 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path):
   ("hf", "config.json", lambda c: c["text_config"].update(hidden_act="gelu"),
    "hidden_act: expected one of quick_gelu, gelu for both towers, got 'quick_gelu' and 'gelu'"),
   ("hf", "config.json", lambda c: c["vision_config"].update(layer_norm_eps=1e-6), "layer_norm_eps: expected 1e-05"),
-  ("hf", "config.json", lambda c: c["text_config"].update(eos_token_id=70), "text_config.eos_token_id is 70"),
+  ("hf", "config.json", lambda c: c["text_config"].update(eos_token_id=99),
+   "text_config.eos_token_id is 99, which is no id of its vocabulary of 99"),
   ("hf", "config.json", lambda c: c["text_config"].update(hidden_size="64"), "'hidden_size' expected int, got str"),
   ("limber", "limber_config.json", lambda c: c.pop("text.vocab"), "text.vocab is missing"),
 ])

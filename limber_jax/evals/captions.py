@@ -22,6 +22,7 @@ from limber_jax.evals.words import references_of
 from limber_jax.metrics import captions as metric
 from limber_jax.metrics.clipscore import PREFIX, clip_score, ref_clip_score
 from limber_jax.models import clip
+from limber_jax.models.text import check_end
 from limber_jax.parallel import from_first, place, replicated
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
@@ -176,6 +177,7 @@ class Scorer:
     if self._tokenizer.vocab_size > size.text.vocab:
       raise UserError(f"scorer {weights}: its tokenizer {settings.name!r} has {self._tokenizer.vocab_size} ids, the "
                       f"model only {size.text.vocab}")
+    check_end(size.text, self._tokenizer.eot, f"scorer {weights}: its tokenizer {settings.name!r}")
     self.transform = transforms.Chain((transforms.Decode(), transforms.ResizeCrop(size.image.image_size, "center")))
     self.digest = digest((loaded.params, loaded.stats))
     self._predict = Contrastive(clip.build(size, Compute(dtype="float32")), "softmax", 0, 1, ()).predict()

@@ -152,6 +152,8 @@ def build(size: ClipSize, compute: Compute) -> Clip:
     raise UserError(f"model.image: {i.heads} heads do not divide a width of {32 * i.width}")
   if size.text.width % size.text.heads:
     raise UserError(f"model.text: {size.text.heads} heads do not divide a width of {size.text.width}")
+  if not -1 <= size.text.eos < size.text.vocab:
+    raise UserError(f"model.text: eos={size.text.eos} is no id of a vocabulary of {size.text.vocab}")
   tower = ViT if isinstance(i, ViTSize) else ResNet
   return Clip(size, tower(i, size.embed_dim, size.activation, compute),
               TextTransformer(size.text, size.embed_dim, size.activation, compute))

@@ -1,12 +1,13 @@
 """CLIP's text transformer. Source: CLIP (arXiv 2103.00020), section 2.4, and OpenAI's release."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute
+from limber_jax.config import LATER, Compute
+from limber_jax.errors import UserError
 from limber_jax.models.layers import (
   BLOCK_SHARDING,
   HF_BLOCK,
@@ -30,13 +31,24 @@ class TextSize:
   width: int = 512
   layers: int = 12
   heads: int = 8
+  # The id that ends a text, which is pooled where it comes first; -1: the highest id that the text holds, as OpenAI
+  # had it. A vocabulary with ids above that of the end needs the former.
+  eos: int = field(default=-1, metadata=LATER)
+
+
+def check_end(size: TextSize, eot: int, where: str) -> None:
+  """Raises UserError if a tokenizer, named by `where`, ends texts with another id than the tower pools at."""
+  if size.eos not in (-1, eot):
+    raise UserError(f"{where} ends a text with id {eot}, but the text tower is pooled at id {size.eos}; take the "
+                    "tokenizer that the model was trained with")
 
 
 class TextTransformer(nn.Module):
   """Causal transformer pooled at the end-of-text token. tokens int32 [B, T] -> tokens [B, T, D], pooled [B, E].
 
-  There is no padding mask: padding follows the end-of-text token, which causal attention never lets look ahead. The
-  end-of-text id is the highest of the vocabulary, so the first maximum of the ids is where the text ends.
+  There is no padding mask: padding follows the end-of-text token, which causal attention never lets look ahead. Where
+  the size names no end-of-text id it is the highest of the vocabulary, so the first maximum of the ids is where the
+  text ends. A text without the id that is named is pooled at its first token, as transformers and open_clip do.
   """
 
   size: TextSize
@@ -63,7 +75,7 @@ class TextTransformer(nn.Module):
     x, _ = scan(Block, size.layers, self.compute)(size.heads, True, self.activation, init, self.compute,
                                                   name="blocks")(x)
     x = LayerNorm(name="ln_final")(x)
-    end = tokens.argmax(-1)  # [B]
+    end = (tokens if size.eos < 0 else tokens == size.eos).argmax(-1)  # [B]
     pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]  # [B, D]
     pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype,
                       kernel_init=nn.initializers.normal(D**-0.5), name="head")(pooled)

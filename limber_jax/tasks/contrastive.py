@@ -13,6 +13,7 @@ from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import clip
+from limber_jax.models.text import check_end
 from limber_jax.parallel import BATCH, place
 from limber_jax.tasks import pieces
 from limber_jax.weights import load
@@ -54,6 +55,7 @@ class Contrastive:
 
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
     side = self.model.size.image.image_size
+    check_end(self.model.size.text, tokenizer.eot, f"config.data.tokenizer={data.tokenizer.name!r}")
     if train:
       return transforms.train(side, tokenizer, self.length, data.crop, data.crop_scale, data.draft)
     return transforms.evaluation(side, tokenizer, self.length)

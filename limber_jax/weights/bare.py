@@ -24,7 +24,7 @@ from limber_jax.weights.convert import pattern, shape_of
 
 MARKS = {"input_resolution": "image.image_size", "context_length": "text.context", "vocab_size": "text.vocab"}
 # What only a configuration tells.
-UNSEEN = ("activation", "image.heads", "text.heads")
+UNSEEN = ("activation", "image.heads", "text.heads", "text.eos")
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from limber_jax.weights import identify
 
 # open_clip's defaults, of the settings that we have too.
 _OPEN_CLIP_IMAGE = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64}
-_OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "layers": 12, "heads": 8}
+_OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "layers": 12, "heads": 8, "eos_id": 2,
+                   "pool_type": "argmax"}
 _OPEN_CLIP_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
 # Of its other settings, those that change nothing here: values that say what we do anyway, and settings of a tokenizer,
 # of training, or of a kind of tower that another setting would have to choose.
 _OPEN_CLIP_SAME = {"vision_cfg.pool_type": "tok", "vision_cfg.pos_embed_type": "learnable", "vision_cfg.mlp_ratio": 4,
-                   "text_cfg.pool_type": "argmax", "text_cfg.proj_type": "linear", "text_cfg.mlp_ratio": 4}
-_OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_pooler_.*|tokenizer_.*|pad_id|eos_id|"
+                   "text_cfg.proj_type": "linear", "text_cfg.mlp_ratio": 4}
+_OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_pooler_.*|tokenizer_.*|pad_id|"
                               r"patch_dropout|output_tokens")
 
 
@@ -44,6 +45,8 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
                         f"{identify.LOADABLE['clip']}" if what else
                         f"{where}.{name}={value!r}: the models here have no such setting")
   v, t = _OPEN_CLIP_IMAGE | model["vision_cfg"], _OPEN_CLIP_TEXT | model["text_cfg"]
+  if t["pool_type"] not in ("argmax", "eos"):
+    raise UserError(f"text_cfg.pool_type={t['pool_type']!r}: the models here have no such setting")
   side = _side(v["image_size"])
   if isinstance(v["layers"], list):
     image = ResNetSize(image_size=side, layers=tuple(v["layers"]), width=v["width"],
@@ -51,7 +54,8 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
   else:
     image = ViTSize(image_size=side, patch=_side(v["patch_size"]), width=v["width"], layers=v["layers"],
                     heads=v["width"] // v["head_width"])
-  text = TextSize(t["context_length"], t["vocab_size"], t["width"], t["layers"], t["heads"])
+  text = TextSize(t["context_length"], t["vocab_size"], t["width"], t["layers"], t["heads"],
+                  t["eos_id"] if t["pool_type"] == "eos" else -1)
   return ClipSize(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu",
                   tuple(preprocess.get("mean") or clip.MEAN), tuple(preprocess.get("std") or clip.STD))
 
@@ -90,10 +94,12 @@ def hf_size(values: dict[str, Any]) -> ClipSize:
     image = ViTSize(image_size=_side(v.image_size), patch=_side(v.patch_size), width=v.hidden_size,
                     layers=v.num_hidden_layers, heads=v.num_attention_heads)
   if t:
-    if t.eos_token_id not in (2, t.vocab_size - 1):  # 2 stands for the highest id of a text
-      raise UserError(f"text_config.eos_token_id is {t.eos_token_id}, but the text tower here is pooled at the highest "
-                      f"id of a text; set it to 2 if no text of yours holds an id above {t.eos_token_id}")
-    text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads)
+    eos = t.eos_token_id
+    if type(eos) is not int or not 0 <= eos < t.vocab_size:
+      raise UserError(f"text_config.eos_token_id is {eos!r}, which is no id of its vocabulary of {t.vocab_size}")
+    eos = -1 if eos in (2, t.vocab_size - 1) else eos  # 2 stands for the highest id of a text
+    text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads,
+                    eos)
   return ClipSize(hf.projection_dim, image, text, acts[0])
 
 

@@ -123,7 +123,7 @@ def _gptj_config(size: GPTJSize, dtype: str) -> dict[str, Any]:
 
 
 def _limber(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
-  return {"limber_config.json": flatten(size)}, "params.safetensors", convert.identity(tree)
+  return {"limber_config.json": flatten(size, known=True)}, "params.safetensors", convert.identity(tree)
 
 
 def open_clip_config(size: ClipSize) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def open_clip_config(size: ClipSize) -> dict[str, Any]:
     "quick_gelu": size.activation == "quick_gelu",
     "vision_cfg": vision,
     "text_cfg": {"context_length": t.context, "vocab_size": t.vocab, "width": t.width, "heads": t.heads,
-                 "layers": t.layers},
+                 "layers": t.layers} | ({"pool_type": "eos", "eos_id": t.eos} if t.eos >= 0 else {}),
   }
 
 
@@ -160,6 +160,8 @@ def _hf(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Row
   if "logit_bias" in tree:
     raise UserError("transformers' CLIPModel has no logit_bias (this model was trained with loss.kind='sigmoid'); "
                     "use --to=open_clip")
+  if t.eos == 2:
+    raise UserError("transformers takes an eos_token_id of 2 for the highest id of a text; use --to=open_clip")
   both = {"hidden_act": size.activation, "layer_norm_eps": 1e-5, "projection_dim": size.embed_dim}
   config = {
     "architectures": ["CLIPModel"],
@@ -171,8 +173,8 @@ def _hf(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Row
       "hidden_size": t.width, "intermediate_size": 4 * t.width, "num_hidden_layers": t.layers,
       "num_attention_heads": t.heads, **both,
       # As in OpenAI's own configurations: 2 makes CLIPModel pool at the highest id, which is our rule for any
-      # vocabulary. Any other number makes it look for that id, and take the first token where it finds none.
-      "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+      # vocabulary without an end of its own. Any other number makes it look for that id, as ours does then.
+      "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2 if t.eos < 0 else t.eos,
     },
     "vision_config": {
       "model_type": "clip_vision_model", "image_size": i.image_size, "patch_size": i.patch, "hidden_size": i.width,

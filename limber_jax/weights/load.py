@@ -119,6 +119,9 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
                    _ignored_beside(opened, part))
   _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads,
                                         "mean": size.mean, "std": size.std})
+  if part == "text" and opened.size.text.eos != size.text.eos:
+    raise UserError(f"{path} has text.eos={opened.size.text.eos}, but this config's model has {size.text.eos}; "
+                    f"set --config.model.text.eos={opened.size.text.eos}")
   return tree[part], tree.get("stats", {}).get(part, {})
 
 
@@ -173,7 +176,7 @@ def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, gi
                     "needed here")
   if model:
     said = configs.described(model)
-    for field in ("activation", *(f"{part}.heads" for part in opened.parts)):
+    for field in (f for f in bare.UNSEEN if f.partition(".")[0] in ("activation", *opened.parts)):
       ours, theirs = (flatten(size)[field] for size in (said, opened.size))
       if ours != theirs:
         raise UserError(f"{path} has {field}={theirs!r}, but {flag}={model} says {ours!r}")
