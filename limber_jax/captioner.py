@@ -278,7 +278,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "best", name
 
 def _named(size: Any, known: Mapping[str, Any]) -> Any:
   """Returns the name of a size, or all of its fields where it has none."""
-  return next((name for name, make in known.items() if make() == size), config_lib.flatten(size))
+  return next((name for name, make in known.items() if make() == size), config_lib.flatten(size, known=True))
 
 
 def check_map(config: Config, name: str) -> None:

@@ -72,7 +72,7 @@ class Classifier:
       return np.concatenate(jax.device_get(out))[: len(rows)]
 
     self._embed_image = functools.partial(embed, "embed_image")
-    self._preprocess = transforms.Chain((transforms.Decode(), transforms.ResizeCrop(size.image.image_size, "center")))
+    self._preprocess = transforms.Chain((transforms.Decode(), transforms.own_rule(size, size.image.image_size)))
     self._preprocess = transforms.with_options(self._preprocess, images)
     text = classifier(functools.partial(embed, "embed_text"), functools.partial(words, truncate=False), labels,
                       templates, size.text.context)

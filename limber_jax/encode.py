@@ -24,6 +24,7 @@ from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.signals import StopRequest
 from limber_jax.train import cached, setup
+from limber_jax.weights.adopt import adopt
 
 SHARD_MB = 512
 PROGRESS = 10.0  # seconds between two lines of progress
@@ -57,9 +58,9 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
   held = lock.Lock(os.path.join(out, lock.NAME), what=f"--out={out}", otherwise="choose another directory",
                    first=parallel.from_first)
   with held, StopRequest() as stop:
-    s = setup(config, only="image")
     main = jax.process_index() == 0
     log = log if main else lambda _: None
+    s = setup(dataclasses.replace(config, model=adopt(config, log=log)), only="image")
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     what = features.describe(source, cached(s))
     batch_size = batch_size or config.batch_size // config.loss.accumulate

@@ -30,6 +30,7 @@ from limber_jax.models import clip
 from limber_jax.signals import StopRequest
 from limber_jax.train import Setup, check_frozen, evaluate, make_context, make_eval, setup
 from limber_jax.weights import load
+from limber_jax.weights.adopt import adopt
 from limber_jax.weights.digest import digest
 
 WAIT = 60.0          # seconds, until others have written their results
@@ -110,7 +111,7 @@ def _check_run(config: Config, workdir: str) -> None:
     raise UserError(f"--workdir={workdir}: no run there (no config.json); train one with python -m limber_jax.train "
                     f"--config=… --workdir={workdir}, or evaluate weights from elsewhere with --weights=…")
   with open(path, encoding="utf-8") as file:
-    config_lib.check_same(config, file.read(), workdir)
+    config_lib.check_same(dataclasses.replace(config, model=adopt(config, workdir)), file.read(), workdir)
 
 
 def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict, dict, int]:
@@ -118,6 +119,7 @@ def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict,
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     checkpoints.find(checkpoint)  # before the frozen parts are loaded, which may take long
+    config.model = adopt(config, workdir)
     s = setup(config, workdir)
 
     def read(step):
@@ -142,6 +144,8 @@ def imported(config: Config, workdir: str, weights: str, model: str = "") -> tup
     raise UserError("--model is of the weights of a CLIP; the models of a map are those of config.model")
   else:
     config.init = dataclasses.replace(config.init, prompt=weights)
+    main = jax.process_index() == 0
+    config.model = adopt(config, weights=weights, log=lambda line: main and print(line, file=sys.stderr))
   s = setup(config, workdir)
   state = s.init()
   return s, state.params, state.stats, 0
@@ -171,7 +175,10 @@ def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
 
 def _published(config: Config) -> str:
   """Returns the name of a published CLIP, "" of any other model."""
-  return next((name for name, make in clip.PUBLISHED.items() if make() == config.model), "")
+  if config.task != "contrastive":
+    return ""
+  plain = dataclasses.replace(config.model, **{name: getattr(clip.ClipSize, name) for name in clip.PIXELS})
+  return next((name for name, make in clip.PUBLISHED.items() if make() == plain), "")
 
 
 def _moved(evaluation: Evaluation, data: str) -> Evaluation:

@@ -34,6 +34,7 @@ from limber_jax.state import SHARDING, Frozen, TrainState, check_trainable, spli
 from limber_jax.tasks.base import Task
 from limber_jax.tasks.step import make_step
 from limber_jax.watchdog import Watchdog
+from limber_jax.weights.adopt import adopt
 from limber_jax.weights.digest import digest
 
 
@@ -57,7 +58,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   """Returns what training and evaluation share.
 
   Args:
-    config: the experiment.
+    config: the experiment; its model's preprocessing is what `weights.adopt` made it.
     workdir: of the run, where random frozen parts are kept; "" draws them anew.
     only: such as "image": the other kinds of frozen parts are not loaded.
 
@@ -219,6 +220,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     # First what is quick to say: that there are no data.
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     damage = damage_lib.Damage(workdir, source, config.data, config.batch_size)
+    config = dataclasses.replace(config, model=adopt(config, workdir, log=log if main else lambda _: None))
     s = setup(config, workdir)
     _claim(workdir, config, main)
     until_end.enter_context(ledger)
@@ -228,7 +230,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     rows = parallel.local_rows(config.batch_size, s.mesh)
     if config.data.features:
       source = FeatureSource(source, config.data.features, cached(s))
-    fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed)
+    fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed,
+                                            s.task.pixel_settings(config.data))
     # One process looks at the flag wherever it waits; several agree on it in the step, see `flagged`.
     single = jax.process_count() == 1
     alone = stop if single else lambda: False

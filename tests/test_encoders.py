@@ -577,8 +577,8 @@ def test_devices_and_bfloat16_change_features_by_rounding_only(name):
 
 
 @pytest.mark.parametrize("change,message", [
-  ({"resize": "longest"}, "model.resize='longest': choose one of shortest, squash, native"),
-  ({"resample": "nearest"}, "model.resample='nearest'"),
+  ({"resize": "fit"}, "model.resize='fit': choose one of shortest, longest, squash, native"),
+  ({"resample": "cubic"}, "model.resample='cubic'"), ({"std": (0.1, 0.0, 0.1)}, "model.std="),
   ({"features": "cls"}, "model.features='cls'"),
   ({"tower": BeitSize(patch=15)}, "patches of 15 do not tile 224"),
   ({"tower": BeitSize(heads=3)}, "3 heads do not divide a width of 1024"),

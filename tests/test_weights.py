@@ -112,7 +112,8 @@ def test_a_saved_model_loads_bit_for_bit_with_its_size(tmp_path, name, to):
   params, stats = random_model(size, logit_bias=to != "hf")
   export.save(str(tmp_path / "out"), to, size, params, stats)
   loaded = load.load(str(tmp_path / "out"))
-  assert loaded.size == size
+  # transformers knows but one way to round the place of a crop.
+  assert loaded.size == dataclasses.replace(size, crop_rounding="down" if to == "hf" else "even")
   assert_equal((loaded.params, loaded.stats), (params, stats))
 
 
@@ -262,7 +263,7 @@ def test_what_the_libraries_save_themselves_loads(tmp_path, open_clip, transform
   assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
   loaded = load.load(str(tmp_path / "hf"))
   assert loaded.size == ClipSize(32, ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2),
-                                 TextSize(context=12, vocab=99, width=64, layers=2, heads=2))
+                                 TextSize(context=12, vocab=99, width=64, layers=2, heads=2), crop_rounding="down")
   np.testing.assert_array_equal(loaded.params["text"]["blocks"]["attn"]["v"]["kernel"][1],
                                 model.text_model.encoder.layers[1].self_attn.v_proj.weight.detach().numpy().T)
 
@@ -627,10 +628,6 @@ def test_a_beit_of_another_build_is_refused_by_name(tmp_path, change, message):
   config = BEIT_CONFIG | {"model_type": "beit", "use_shared_relative_position_bias": True}
   (tmp_path / "config.json").write_text(json.dumps(config | change))
   with pytest.raises(UserError, match=f"{tmp_path / 'config.json'}: {message}"):
-    load.load_part(str(tmp_path), "image", size, like)
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.4, 0.4]}))
-  with pytest.raises(UserError, match=r"image_mean is \[0.4, 0.4, 0.4\], but this config's encoder has \[0.5, 0.5"):
     load.load_part(str(tmp_path), "image", size, like)
 
 
@@ -1032,7 +1029,7 @@ def test_the_convert_command_rewrites_a_model(saved, tmp_path):
   assert result.returncode == 0, result.stderr
   assert result.stdout.endswith("M parameters for hf; tokenizer files are not part of it\n")
   loaded = load.load(str(tmp_path / "out"))
-  assert loaded.size == size
+  assert loaded.size == dataclasses.replace(size, crop_rounding="down")
   assert_equal(loaded.params, params)
 
 

@@ -254,7 +254,8 @@ def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows:
   return _batches(examples, 0, -(-n // batch_size), workers, threads, prefetch)
 
 
-def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_size: int, seed: int) -> str:
+def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_size: int, seed: int,
+                     pixels: dict[str, Any] | None = None) -> str:
   """Returns 64 hex digits that change with anything that decides what the batch of a step holds; see `order`.
 
   Where the data and the tokenizer are kept does not count, nor how they are read.
@@ -268,6 +269,8 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
     del settings["source"][name]
   del settings["tokenizer"]["path"]
+  if pixels:  # what `Task.pixel_settings` returns
+    settings["pixels"] = pixels
   what = [source.fingerprint(), tokenizer.fingerprint(), settings, batch_size, seed]
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

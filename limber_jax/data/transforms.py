@@ -21,8 +21,10 @@ MAX_BYTES = 20_000_000         # of an encoded image: a photo of 32 megapixels h
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
 DRAFT = 2                      # times what is needed that a JPEG file has at least when it is decoded at a fraction
 RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
-CROPS = ("random", "center", "resized", "squash", "native")
-RESAMPLES = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+CROPS = ("random", "center", "resized", "squash", "native", "longest")
+RESAMPLES = {name: Image.Resampling[name.upper()]
+             for name in ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")}
+ROUNDINGS = ("even", "down")
 
 
 def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_scale: Sequence[float],
@@ -36,15 +38,18 @@ def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_s
     crop, crop_scale: see `ResizeCrop`.
     draft: see `config.Data`.
   """
-  rule = ResizeCrop(image_size, crop, tuple(crop_scale))
-  return Chain((*images({"image": rule}, draft), Tokenize(tokenizer, context),
-                Keep(("image", "tokens"))))
+  return pairs(ResizeCrop(image_size, crop, tuple(crop_scale)), tokenizer, context, ("image", "tokens"), draft)
 
 
 def evaluation(image_size: int, tokenizer: Tokenizer, context: int) -> Transform:
   """Returns (record, None) -> as `train` has it, with the center crop, the first text, and "label": int32 [] if any."""
-  return Chain((Decode(), ResizeCrop(image_size, "center"), Tokenize(tokenizer, context),
-                Keep(("image", "tokens", "label"))))
+  return pairs(ResizeCrop(image_size, "center"), tokenizer, context, ("image", "tokens", "label"))
+
+
+def pairs(rule: "ResizeCrop", tokenizer: Tokenizer, context: int, kept: Sequence[str], draft: bool = False
+          ) -> Transform:
+  """Returns (record, rng) -> what of {"image": uint8 [H, W, 3] by `rule`, "tokens": int32 [context], …} is `kept`."""
+  return Chain((*images({"image": rule}, draft), Tokenize(tokenizer, context), Keep(tuple(kept))))
 
 
 def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int, start: bool = False,
@@ -163,24 +168,47 @@ class ResizeCrop:
   """"image": PIL's or uint8 [h, w, 3] -> uint8 [size, size, 3], scaled by PIL's filter `resample` (antialiased).
 
   crop:
-    center: the shortest side to `size`, then the middle: CLIP's preprocessing, equal to torchvision's
+    center: the shortest side to `resize_to`, then the middle: CLIP's preprocessing, equal to torchvision's
       Resize(size, BICUBIC) and CenterCrop(size) to the bit.
+    longest: the longest side to `resize_to`, then the middle, with `fill_color` beside it: open_clip's, to the bit.
+    squash: both sides to `resize_to`, whatever the aspect, then the middle: BEiT's preprocessing.
+    native: the middle at its own resolution, black where the image is smaller: how LiMBeR's code fed NF-ResNet50.
     random: the shortest side to `size`, then a random place: the paper's only augmentation (arXiv 2103.00020, 2.4).
     resized: a random box of a share `scale` of the area and a ratio of sides in RATIO, scaled: open_clip's.
-    squash: both sides to `size`, whatever the aspect: BEiT's preprocessing.
-    native: the middle at its own resolution, black where the image is smaller: how LiMBeR's code fed NF-ResNet50.
+
+  resize_to: pixels; 0 is `size`. Beside what is smaller than `size` comes `fill_color`, a grey of 0 to 255.
+  crop_rounding: where the middle begins if the pixels that are cut off, or missing, are odd in number. even: half of
+    them rounded to the even number, as torchvision does | down: rounded down, as transformers does.
   """
 
   size: int
   crop: str
   scale: tuple[float, ...] = (0.9, 1.0)
   resample: str = "bicubic"
+  resize_to: int = 0
+  crop_rounding: str = "even"
+  fill_color: int = 0
 
   def __post_init__(self):
     choose("data.crop", self.crop, CROPS)
     choose("resample", self.resample, tuple(RESAMPLES))
+    choose("crop_rounding", self.crop_rounding, ROUNDINGS)
     if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise UserError(f"config.data.crop_scale={self.scale}: wanted two shares of the area, 0 < low <= high <= 1")
+
+  def changes(self, crop: str = "") -> dict[str, Any]:
+    """Returns the settings that came later than the first runs and are not what those did.
+
+    Args:
+      crop: the crop where no other filter than bicubic was there to choose; "" where bilinear was, too.
+    """
+    out = {name: value for name, default in (("resize_to", 0), ("crop_rounding", "even"), ("fill_color", 0))
+           if (value := getattr(self, name)) != default}
+    if self.resample not in (("bicubic",) if crop else ("bicubic", "bilinear")):
+      out["resample"] = self.resample
+    if self.crop != (crop or self.crop) or self.crop == "longest":
+      out["crop"] = self.crop
+    return out
 
   @property
   def least(self) -> int:
@@ -188,29 +216,51 @@ class ResizeCrop:
     if self.crop == "native":
       return MAX_PIXELS  # never
     smallest = math.sqrt(self.scale[0] * RATIO[0]) if self.crop == "resized" else 1  # box, as a share of a side
-    return math.ceil(DRAFT * self.size / smallest)
+    return math.ceil(DRAFT * max(self.size, self.resize_to) / smallest)
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image = record["image"] if isinstance(record["image"], Image.Image) else Image.fromarray(record["image"])
-    square, resample = (self.size, self.size), RESAMPLES[self.resample]
+    resample = RESAMPLES[self.resample]
     if self.crop == "resized":
       box = random_box(image.width, image.height, self.scale, rng)
-      image = image.crop(box).resize(square, resample)
-    elif self.crop == "squash":
-      image = image.resize(square, resample)
-    else:
-      width, height = image.size if self.crop == "native" else shortest(image, self.size)
-      slack = width - self.size, height - self.size
-      # round() as torchvision does it: half to even
-      left, top = (int(rng.integers(s + 1)) if self.crop == "random" else round(s / 2) for s in slack)
-      if width > self.size and (width, height) != image.size:
-        # PIL scales rows, rounds to whole numbers, and then scales columns: only of those that are wanted here.
-        image = image.resize((width, image.height), resample).crop((left, 0, left + self.size, image.height))
-        width, left = self.size, 0
-      if (width, height) != image.size:
-        image = image.resize((width, height), resample)
-      image = image.crop((left, top, left + self.size, top + self.size))
-    return record | {"image": np.asarray(image)}
+      return record | {"image": np.asarray(image.crop(box).resize((self.size, self.size), resample))}
+    width, height = self._scaled(image)
+    left, top = (self._start(side - self.size, rng) for side in (width, height))
+    if width > self.size and (width, height) != image.size and image.width >= image.height:
+      # PIL scales rows, rounds to whole numbers, and then scales columns: only of those that are wanted here. Of images
+      # that are higher than wide it may begin with the columns (Pillow 13), which rounds otherwise.
+      image = image.resize((width, image.height), resample).crop((left, 0, left + self.size, image.height))
+      width, left = self.size, 0
+    if (width, height) != image.size:
+      image = image.resize((width, height), resample)
+    if self.fill_color and min(left, top) < 0:
+      whole = Image.new("RGB", (self.size, self.size), (self.fill_color,) * 3)
+      whole.paste(image, (-left, -top))
+      return record | {"image": np.asarray(whole)}
+    return record | {"image": np.asarray(image.crop((left, top, left + self.size, top + self.size)))}
+
+  def _scaled(self, image: Image.Image) -> tuple[int, int]:
+    """Returns the (width, height) that the whole image is scaled to."""
+    side = self.resize_to or self.size
+    if self.crop == "native":
+      return image.size
+    if self.crop == "squash":
+      return side, side
+    return longest(image, side) if self.crop == "longest" else shortest(image, side)
+
+  def _start(self, slack: int, rng: np.random.Generator | None) -> int:
+    """Returns where the result begins in an image that has `slack` more pixels in a row or column, below 0 fewer."""
+    if self.crop == "random":
+      return int(rng.integers(slack + 1))
+    if self.crop == "longest" and slack < 0:
+      return -(-slack // 2)  # torchvision pads before it crops
+    return slack // 2 if self.crop_rounding == "down" else round(slack / 2)
+
+
+def own_rule(size: Any, image_size: int) -> ResizeCrop:
+  """Returns the preprocessing that a models.clip.ClipSize or models.encoders.EncoderSize says."""
+  return ResizeCrop(image_size, {"shortest": "center"}.get(size.resize, size.resize), resample=size.resample,
+                    resize_to=size.resize_to, crop_rounding=size.crop_rounding, fill_color=size.fill_color)
 
 
 def shortest(image: Image.Image, size: int) -> tuple[int, int]:
@@ -221,6 +271,15 @@ def shortest(image: Image.Image, size: int) -> tuple[int, int]:
   if width * height > MAX_PIXELS:
     raise UserError(f"image of {image.width} × {image.height} pixels would be scaled to {width} × {height}; "
                     f"at most {MAX_PIXELS:,} pixels are handled")
+  return width, height
+
+
+def longest(image: Image.Image, size: int) -> tuple[int, int]:
+  """Returns (width, height) with the longest side `size` pixels; raises UserError if nothing is left of the other."""
+  ratio = max(image.size) / size
+  width, height = (round(side / ratio) for side in image.size)
+  if not (width and height):
+    raise UserError(f"image of {image.width} × {image.height} pixels would be scaled to {width} × {height}")
   return width, height
 
 

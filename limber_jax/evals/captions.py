@@ -1,6 +1,7 @@
 """Captions against the captions that people wrote: COCO and NoCaps, as in section 5.1 of arXiv 2209.15162."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -178,8 +179,11 @@ class Scorer:
       raise UserError(f"scorer {weights}: its tokenizer {settings.name!r} has {self._tokenizer.vocab_size} ids, the "
                       f"model only {size.text.vocab}")
     check_end(size.text, self._tokenizer.eot, f"scorer {weights}: its tokenizer {settings.name!r}")
-    self.transform = transforms.Chain((transforms.Decode(), transforms.ResizeCrop(size.image.image_size, "center")))
+    self.transform = transforms.Chain((transforms.Decode(), transforms.own_rule(size, size.image.image_size)))
     self.digest = digest((loaded.params, loaded.stats))
+    # What is kept of images depends on their preprocessing too; CLIP's own, as ever, has no name there.
+    pixels = {name: value for name in clip.PIXELS if (value := getattr(size, name)) != getattr(clip.ClipSize, name)}
+    self._pixels = f"_{hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:8]}" if pixels else ""
     self._predict = Contrastive(clip.build(size, Compute(dtype="float32")), "softmax", 0, 1, ()).predict()
     whole = replicated(context.mesh)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.float32, sharding=whole),
@@ -203,7 +207,7 @@ class Scorer:
     def embed(params, stats, batch):
       return {"embedding": self._predict["embed_image"](params, stats, batch["scorer_image"])}
 
-    found = runner.collect(f"scorer_{self.digest[:16]}", embed, *self._variables, keep=("embedding",))
+    found = runner.collect(f"scorer_{self.digest[:16]}{self._pixels}", embed, *self._variables, keep=("embedding",))
     if len(lost := np.setdiff1d(index, found.index)):
       raise UserError(f"evaluation 'captions': image {lost[0]} could be read for its caption, and not for CLIPScore")
     images = found.arrays["embedding"][np.searchsorted(found.index, index)]

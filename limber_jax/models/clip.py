@@ -1,6 +1,7 @@
 """CLIP: an image tower and a text tower into one embedding space. Source: arXiv 2103.00020."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute, choose, unflatten
+from limber_jax.config import LATER, Compute, choose, unflatten
 from limber_jax.errors import UserError
 from limber_jax.models import resnet, text, vit
 from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
@@ -20,6 +21,12 @@ from limber_jax.models.vit import ViT, ViTSize
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+# How an image becomes pixels: what the fields of a size may be.
+RESIZES = ("shortest", "longest", "squash", "native")
+RESAMPLES = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
+ROUNDINGS = ("even", "down")
+PIXELS = ("mean", "std", "resize", "resample", "resize_to", "crop_rounding", "fill_color")  # and the fields themselves
+
 
 @dataclass
 class ClipSize:
@@ -29,8 +36,14 @@ class ClipSize:
   image: ViTSize | ResNetSize = field(default_factory=ViTSize)
   text: TextSize = field(default_factory=TextSize)
   activation: str = "quick_gelu"
+  # How an image becomes pixels; data.transforms.ResizeCrop says what the words mean.
   mean: tuple[float, float, float] = MEAN
   std: tuple[float, float, float] = STD
+  resize: str = field(default="shortest", metadata=LATER)      # shortest | longest | squash | native
+  resample: str = field(default="bicubic", metadata=LATER)     # a filter of PIL's
+  resize_to: int = field(default=0, metadata=LATER)            # pixels of the side that is resized; 0 = image_size
+  crop_rounding: str = field(default="even", metadata=LATER)   # even: torchvision's | down: transformers'
+  fill_color: int = field(default=0, metadata=LATER)           # grey beside images that are smaller than the crop
 
 
 def _size(embed_dim, image, text_width) -> Callable[[], ClipSize]:
@@ -136,9 +149,26 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
   return (images.astype(jnp.float32) / 255 - m) / s
 
 
+def check_pixels(size: Any) -> None:
+  """Raises UserError if a ClipSize or EncoderSize says of the pixels what cannot be."""
+  choose("model.resize", size.resize, RESIZES)
+  choose("model.resample", size.resample, RESAMPLES)
+  choose("model.crop_rounding", size.crop_rounding, ROUNDINGS)
+  if size.resize_to < 0:
+    raise UserError(f"config.model.resize_to={size.resize_to}: wanted pixels, or 0 for as many as the model takes")
+  if not 0 <= size.fill_color <= 255:
+    raise UserError(f"config.model.fill_color={size.fill_color}: wanted 0 to 255")
+  for name in ("mean", "std"):
+    value = getattr(size, name)
+    if len(value) != 3 or not all(math.isfinite(x) and (x != 0 or name == "mean") for x in value):
+      raise UserError(f"config.model.{name}={value}: wanted three numbers"
+                      f"{', none of them 0' if name == 'std' else ''}")
+
+
 def build(size: ClipSize, compute: Compute) -> Clip:
   """Returns the towers of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
   choose("model.activation", size.activation, tuple(ACTIVATIONS))
+  check_pixels(size)
   choose("compute.dtype", compute.dtype, ("float32", "bfloat16", "float16"))
   i = size.image
   if isinstance(i, ViTSize):

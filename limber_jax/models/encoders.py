@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute, choose
+from limber_jax.config import LATER, Compute, choose
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import beit, clip, nfnet, resnet, vit
 from limber_jax.models.beit import Beit, BeitSize
@@ -26,8 +26,6 @@ from limber_jax.parallel import Rules
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-RESIZES = ("shortest", "squash", "native")
-RESAMPLES = ("bicubic", "bilinear")
 FEATURES = ("tokens", "pooled")
 
 Tower = ViTSize | ResNetSize | BeitSize | NfResNetSize
@@ -41,12 +39,16 @@ class EncoderSize:
   mean: tuple[float, ...] = clip.MEAN  # of the training images, on the scale 0..1
   std: tuple[float, ...] = clip.STD
   # shortest: the short side to image_size, then the central square | squash: straight to a square, aspect not kept |
-  # native: the central square of the pixels as they are, black where the image is smaller
+  # longest: the long side, and fill_color beside it | native: the central square of the pixels as they are, whatever
+  # the directory of the weights says; black where the image is smaller
   resize: str = "shortest"
-  resample: str = "bicubic"            # bicubic | bilinear
+  resample: str = "bicubic"            # a filter of PIL's
   features: str = "tokens"             # tokens | pooled: what goes to the language model
   embed_dim: int = 512                 # E of CLIP's towers; the others pool to their own width
   activation: str = "quick_gelu"       # of CLIP's towers
+  resize_to: int = field(default=0, metadata=LATER)           # pixels of the side that is resized; 0 = image_size
+  crop_rounding: str = field(default="even", metadata=LATER)  # even: torchvision's | down: transformers'
+  fill_color: int = field(default=0, metadata=LATER)          # grey beside images that are smaller than the crop
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ class Encoder:
   @classmethod
   def of(cls, size: EncoderSize, compute: Compute) -> "Encoder":
     """Returns the encoder of `size`, computing as `compute` says; raises UserError if its sizes do not fit together."""
-    choose("model.resize", size.resize, RESIZES)
-    choose("model.resample", size.resample, RESAMPLES)
+    clip.check_pixels(size)
     choose("model.features", size.features, FEATURES)
     choose("compute.dtype", compute.dtype, ("float32", "bfloat16", "float16"))
     t = size.tower

@@ -25,6 +25,13 @@ class Task(Protocol):
     """Returns (record, rng) -> arrays of a batch's row; the rng is None where not `train`."""
     ...
 
+  def pixel_settings(self, data: Data) -> dict[str, Any]:
+    """Returns, as JSON, how `transform` makes a training batch's pixels, where runs had no such choice at first; or {}.
+
+    What `data` itself says is left out.
+    """
+    ...
+
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns (params {"image": …, "text": …, "logit_scale": []}, stats {"image": …}), by part."""
     ...

@@ -110,15 +110,20 @@ class Captioning:
                         "config.data.features cannot hold; set --config.data.crop=own, or center")
       out[part("image", name)] = {
         "shape": [encoder.num_tokens, encoder.feature_dim], "dtype": self.model.lm.compute.dtype,
-        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample} | draft,
-        "encoder": flatten(encoder.size)}
+        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample} | rule.changes() | draft,
+        "encoder": flatten(encoder.size, known=True)}
     return out
+
+  def pixel_settings(self, data: Data) -> dict[str, Any]:
+    found = {name: self.rule(name, data.crop, data.crop_scale) for name in self.model.encoders}
+    return {part("image", name): changes for name, rule in found.items() if (changes := rule.changes())}
 
   def rule(self, name: str = "", crop: str = "own", scale: tuple[float, ...] = (0.9, 1.0)) -> transforms.ResizeCrop:
     """Returns what becomes of an image for the encoder of map `name`; crop "own" is the encoder's preprocessing."""
     size = self.model.encoders[name].size
-    own = {"shortest": "center"}.get(size.resize, size.resize)
-    return transforms.ResizeCrop(size.tower.image_size, own if crop == "own" else crop, tuple(scale), size.resample)
+    if crop == "own":
+      return dataclasses.replace(transforms.own_rule(size, size.tower.image_size), scale=tuple(scale))
+    return transforms.ResizeCrop(size.tower.image_size, crop, tuple(scale), size.resample)
 
   def pixels_of(self, name: str) -> str:
     """Returns the key of a batch that holds the images for the encoder of map `name`."""

@@ -54,11 +54,18 @@ class Contrastive:
     return self.model.size.text.context
 
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
-    side = self.model.size.image.image_size
     check_end(self.model.size.text, tokenizer.eot, f"config.data.tokenizer={data.tokenizer.name!r}")
-    if train:
-      return transforms.train(side, tokenizer, self.length, data.crop, data.crop_scale, data.draft)
-    return transforms.evaluation(side, tokenizer, self.length)
+    kept = ("image", "tokens") if train else ("image", "tokens", "label")
+    return transforms.pairs(self._rule(data, train), tokenizer, self.length, kept, train and data.draft)
+
+  def pixel_settings(self, data: Data) -> dict[str, Any]:
+    return self._rule(data, train=True).changes("center" if data.crop == "own" else data.crop)
+
+  def _rule(self, data: Data, train: bool) -> transforms.ResizeCrop:
+    size = self.model.size
+    if not train or data.crop == "own":
+      return transforms.own_rule(size, size.image.image_size)
+    return transforms.ResizeCrop(size.image.image_size, data.crop, tuple(data.crop_scale), size.resample)
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     image = self.model.init_image(jax.random.fold_in(rng, 0))

@@ -55,6 +55,9 @@ class LanguageModelling:
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
     return transforms.captioning({}, tokenizer, self.length, start=True)
 
+  def pixel_settings(self, data: Data) -> dict[str, Any]:
+    return {}
+
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"lm": gptj.init_params(self.model, rng)}, {}
 

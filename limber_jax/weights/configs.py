@@ -1,6 +1,7 @@
 """What other libraries' configurations say of a model, as sizes of ours; what these models lack is refused by name."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,10 @@ from limber_jax.models.layers import ACTIVATIONS
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.weights import identify
+from limber_jax.weights import identify, preprocessing
+from limber_jax.weights.preprocessing import Preprocessing
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # transformers' files, in its order
 
 # open_clip's defaults, of the settings that we have too.
 _OPEN_CLIP_IMAGE = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64}
@@ -31,8 +35,11 @@ _OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_p
 
 
 def open_clip_size(values: dict[str, Any]) -> ClipSize:
-  """Returns the size of a CLIP of open_clip's, from its open_clip_config.json; to be called inside of `naming`."""
-  model, preprocess = values["model_cfg"], values.get("preprocess_cfg") or {}
+  """Returns the size of a CLIP of open_clip's, from its open_clip_config.json, with CLIP's own preprocessing.
+
+  To be called inside of `naming`.
+  """
+  model = values["model_cfg"]
   for where, given, known in (("model_cfg", model, _OPEN_CLIP_MODEL),
                               ("vision_cfg", model["vision_cfg"], _OPEN_CLIP_IMAGE),
                               ("text_cfg", model["text_cfg"], _OPEN_CLIP_TEXT)):
@@ -56,8 +63,13 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
                     heads=v["width"] // v["head_width"])
   text = TextSize(t["context_length"], t["vocab_size"], t["width"], t["layers"], t["heads"],
                   t["eos_id"] if t["pool_type"] == "eos" else -1)
-  return ClipSize(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu",
-                  tuple(preprocess.get("mean") or clip.MEAN), tuple(preprocess.get("std") or clip.STD))
+  return ClipSize(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu")
+
+
+def open_clip_preprocessing(path: str, image_size: int) -> Preprocessing:
+  """Returns what an open_clip_config.json says; raises UserError as `preprocessing.from_open_clip`, with its name."""
+  with naming(path):
+    return preprocessing.from_open_clip(read_json(path).get("preprocess_cfg") or {}, image_size)
 
 
 # model_type of transformers -> the towers that such a model has.
@@ -65,7 +77,7 @@ HF_PARTS = {"clip": ("image", "text"), "clip_vision_model": ("image",), "clip_te
 
 
 def hf_size(values: dict[str, Any]) -> ClipSize:
-  """Returns the size of a CLIPModel of transformers, from its config.json, with CLIP's own mean and std.
+  """Returns the size of a CLIPModel of transformers, from its config.json, with CLIP's own preprocessing.
 
   Of one tower alone (`HF_PARTS`) the other is what it is by default. To be called inside of `naming`.
   """
@@ -103,15 +115,21 @@ def hf_size(values: dict[str, Any]) -> ClipSize:
   return ClipSize(hf.projection_dim, image, text, acts[0])
 
 
-def hf_mean_std(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Returns what the image processor beside a CLIPModel says; without one, CLIP's, as transformers does."""
-  for name in ("preprocessor_config.json", "processor_config.json"):
+def hf_preprocessing(path: str, image_size: int, kind: str) -> Preprocessing:
+  """Returns what the image processor beside a model of transformers does; without one, its default at `image_size`.
+
+  Args:
+    path: the directory.
+    image_size, kind: as of `preprocessing.from_hf`, whose errors it raises with the name of the file.
+  """
+  for name in PROCESSORS:
     if os.path.isfile(file := os.path.join(path, name)):
       with naming(file):
         values = read_json(file)
-        values = values.get("image_processor", values)
-        return tuple(values.get("image_mean", clip.MEAN)), tuple(values.get("image_std", clip.STD))
-  return clip.MEAN, clip.STD
+        if name == "processor_config.json" and "image_processor" not in values:
+          continue  # of a time when it held other settings only
+        return preprocessing.from_hf(values.get("image_processor", values), image_size, kind)
+  return preprocessing.of_hf(kind)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -181,7 +199,10 @@ CONFIGS = ("limber_config.json", "open_clip_config.json", "config.json")
 
 
 def size_in(path: str) -> ClipSize:
-  """Returns the size of the CLIP that a configuration file describes: of ours, open_clip's or transformers'."""
+  """Returns the size of the CLIP that a configuration file describes: of ours, open_clip's or transformers'.
+
+  Its preprocessing is what the file says, or the one that belongs to it in its directory.
+  """
   with naming(path):
     values = read_json(path)
     if "image.kind" in values:
@@ -190,4 +211,8 @@ def size_in(path: str) -> ClipSize:
       return clip.size_from_dict({k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")})
     if "vision_cfg" in values:  # as in open_clip's own model_configs
       return open_clip_size({"model_cfg": values})
-    return open_clip_size(values) if "model_cfg" in values else hf_size(values)
+    size = open_clip_size(values) if "model_cfg" in values else hf_size(values)
+  side = size.image.image_size
+  said = (open_clip_preprocessing(path, side) if "model_cfg" in values
+          else hf_preprocessing(os.path.dirname(path), side, "CLIP"))
+  return dataclasses.replace(size, **dataclasses.asdict(said))

@@ -18,7 +18,7 @@ from limber_jax.models.clip import ClipSize
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
 from limber_jax.models.vit import ViTSize
-from limber_jax.weights import convert
+from limber_jax.weights import convert, preprocessing
 
 
 def save(path: str, to: str, size: ClipSize, params: dict[str, Any], stats: dict[str, Any]) -> None:
@@ -147,9 +147,7 @@ def _open_clip(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], s
   i, model = size.image, open_clip_config(size)
   if "logit_bias" in tree:
     model["init_logit_bias"] = float(tree["logit_bias"])
-  preprocess = {"size": i.image_size, "mode": "RGB", "mean": list(size.mean), "std": list(size.std),
-                "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
-  config = {"model_cfg": model, "preprocess_cfg": preprocess}
+  config = {"model_cfg": model, "preprocess_cfg": preprocessing.to_open_clip(size, i.image_size)}
   return {"open_clip_config.json": config}, "open_clip_model.safetensors", clip.OPENAI_WEIGHTS[i.kind]
 
 
@@ -181,14 +179,8 @@ def _hf(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Row
       "intermediate_size": 4 * i.width, "num_hidden_layers": i.layers, "num_attention_heads": i.heads, **both,
     },
   }
-  preprocess = {
-    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-    "do_resize": True, "size": {"shortest_edge": i.image_size}, "resample": 3,  # bicubic
-    "do_center_crop": True, "crop_size": {"height": i.image_size, "width": i.image_size},
-    "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": list(size.mean), "image_std": list(size.std),
-  }
-  return {"config.json": config, "preprocessor_config.json": preprocess}, "model.safetensors", clip.HF_WEIGHTS["vit"]
+  configs = {"config.json": config, "preprocessor_config.json": preprocessing.to_hf(size, i.image_size)}
+  return configs, "model.safetensors", clip.HF_WEIGHTS["vit"]
 
 
 FORMATS = {"hf": _hf, "open_clip": _open_clip, "limber": _limber}

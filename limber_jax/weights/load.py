@@ -50,6 +50,7 @@ from limber_jax.models.vit import ViTSize
 from limber_jax.weights import bare, configs, files, identify, names, positions
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.convert import convert, identity, pattern, stream
+from limber_jax.weights.preprocessing import Preprocessing
 
 PARTS = ("image", "text")
 _RESAMPLE = "--config.init.resample_positions=True"
@@ -73,6 +74,7 @@ class Opened:
   rows: Rows                     # paths of statistics start with "stats/"
   ignored: tuple[str, ...] = ()  # patterns of tensors that carry no weights
   parts: tuple[str, ...] = PARTS  # that are there
+  preprocessing: Callable[[], Preprocessing] | None = None  # what lies beside it says; None: what `size` has
 
 
 def load(path: str, model: str = "", *, flag: str = "--model") -> Loaded:
@@ -102,8 +104,8 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
   Args:
     path: as of `load`.
     part: "image" or "text".
-    size: the model that they are for. What shapes cannot show is compared with it: activation, heads, mean and std; a
-      state dict, beside which nothing says them, is taken for such a model.
+    size: the model that they are for. What shapes cannot show is compared with it: activation and heads; a state dict,
+      beside which nothing says them, is taken for such a model. Its preprocessing is what `adopt` made it.
     params: shapes that the parameters of the part shall have.
     stats: shapes that its statistics shall have; None or {} if it has none.
     resample: resample the positions of another image size or context length, see `weights.positions`.
@@ -111,14 +113,13 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
   Raises:
     UserError: as of `load`, or a leaf has another shape; the message names it.
   """
-  opened = open_model(path, parts=(part,), given=size)
+  opened = open_model(path, parts=(part,), given=size, preprocessing=False)
   with naming(path):
     source = positions.fitted(opened.source, opened.rows, {f"{part}/position": np.shape(params.get("position", ()))},
                               resample, _RESAMPLE)
     tree = convert(opened.rows, source, {part: params} | ({"stats": {part: stats}} if stats else {}),
                    _ignored_beside(opened, part))
-  _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads,
-                                        "mean": size.mean, "std": size.std})
+  _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads})
   if part == "text" and opened.size.text.eos != size.text.eos:
     raise UserError(f"{path} has text.eos={opened.size.text.eos}, but this config's model has {size.text.eos}; "
                     f"set --config.model.text.eos={opened.size.text.eos}")
@@ -156,7 +157,7 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
 
 
 def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, given: ClipSize | None = None,
-               flag: str = "--model", role: str = "clip") -> Opened:
+               flag: str = "--model", role: str = "clip", preprocessing: bool = True) -> Opened:
   """Returns the model at `path` with its tensors yet to be read; raises UserError as `load` does.
 
   Args:
@@ -164,6 +165,7 @@ def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, gi
     parts: that will be read; without the others a source will do.
     given: the model that they are for: believed of a state dict of which nothing says heads and activation.
     role: what is asked for, "clip" or "image", for messages.
+    preprocessing: give the size the preprocessing that lies beside the weights; without, it is not looked at.
   """
   _exists(path)
   for read in FORMATS:
@@ -174,6 +176,9 @@ def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, gi
   if missing := [part for part in parts if part not in opened.parts]:
     raise UserError(f"{path}: only the {' and '.join(opened.parts)} tower of a CLIP, but the {missing[0]} tower is "
                     "needed here")
+  if preprocessing and opened.preprocessing is not None:
+    size = dataclasses.replace(opened.size, **dataclasses.asdict(opened.preprocessing()))
+    opened = dataclasses.replace(opened, size=size)
   if model:
     said = configs.described(model)
     for field in (f for f in bare.UNSEEN if f.partition(".")[0] in ("activation", *opened.parts)):
@@ -217,9 +222,8 @@ def _ignored_beside(opened: Opened, part: str) -> tuple[str, ...]:
 def _check_clip(path: str, part: str, theirs: ClipSize, ours: dict[str, Any]) -> None:
   """Raises if the CLIP at `path` computes something else than `ours` says."""
   has = {"activation": theirs.activation, f"{part}.heads": getattr(theirs, part).heads}
-  has |= {"mean": tuple(theirs.mean), "std": tuple(theirs.std)} if part == "image" else {}
   for name, value in has.items():
-    if value != (tuple(ours[name]) if isinstance(value, tuple) else ours[name]):
+    if value != ours[name]:
       raise UserError(f"{path} has {name}={value!r}, but this config's model has {ours[name]!r}; "
                       f"set --config.model.{name}={value}")
 
@@ -284,7 +288,8 @@ def _open_clip(path: str) -> Opened | None:
     return None  # a directory for both libraries, whose weights are in transformers' names
   with naming(config):
     size = configs.open_clip_size(read_json(config))
-  return Opened(size, source, clip.OPENAI_WEIGHTS[size.image.kind], clip.OPENAI_IGNORED)
+  return Opened(size, source, clip.OPENAI_WEIGHTS[size.image.kind], clip.OPENAI_IGNORED,
+                preprocessing=functools.partial(configs.open_clip_preprocessing, config, size.image.image_size))
 
 
 def _hf(path: str) -> Opened | None:
@@ -296,11 +301,11 @@ def _hf(path: str) -> Opened | None:
     if (there := configs.HF_PARTS.get(str(values.get("model_type")))) is None:
       return None  # another model, which is named by whoever asked
     size = configs.hf_size(values)
-  size = dataclasses.replace(size, **dict(zip(("mean", "std"), configs.hf_mean_std(path), strict=True)))
   source = bare.whole_names(_weights(path, _HF_FILES))
   prefixes = {"image": "vision_model.", "text": "text_model."}
   there = tuple(part for part in there if any(name.startswith(prefixes[part]) for name in source))
-  return Opened(size, source, clip.HF_WEIGHTS["vit"], clip.HF_IGNORED, there)
+  said = functools.partial(configs.hf_preprocessing, path, size.image.image_size, "CLIP") if "image" in there else None
+  return Opened(size, source, clip.HF_WEIGHTS["vit"], clip.HF_IGNORED, there, said)
 
 
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
@@ -447,13 +452,12 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
   tower = size.tower
   encoder = Encoder.of(size, Compute(dtype="float32", attention="xla"))
   if tower.kind in ("vit", "resnet"):
-    opened = open_model(path, parts=("image",), role="image", given=ClipSize(
-      size.embed_dim, tower, activation=size.activation, mean=size.mean, std=size.std))
+    opened = open_model(path, parts=("image",), role="image", preprocessing=False, given=ClipSize(
+      size.embed_dim, tower, activation=size.activation))
     if opened.size.image.kind != tower.kind:
       raise UserError(f"{path} has an image tower of kind {opened.size.image.kind!r}, but this config's model has "
                       f"{tower.kind!r}")
-    _check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads,
-                                             "mean": size.mean, "std": size.std})
+    _check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads})
     rows = tuple((ours.replace("image/", "", 1), theirs, how) for ours, theirs, how in opened.rows
                  if ours.removeprefix("stats/").startswith("image/"))
     return _Part(_headed(path, opened, size), rows, _ignored_beside(opened, "image"))
@@ -463,8 +467,6 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
       _check_encoder(config, tower)
-    if tower.kind == "beit":
-      _check_pixels(path, size)
     source = _weights(path, _HF_FILES)
     if source is None:
       raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)}")
@@ -524,17 +526,6 @@ def _check_beit(values: dict[str, Any], tower: BeitSize) -> None:
     if (theirs := values.get(name, _BEIT[name])) not in (value, [value, value]):
       raise UserError(f"{name} is {theirs!r}, but this config's encoder has {value!r}")
   _same(values, _BEIT_SAME)
-
-
-def _check_pixels(path: str, size: EncoderSize) -> None:
-  """Raises if the image processor beside the weights normalises by other numbers than the encoder here."""
-  file = os.path.join(path, "preprocessor_config.json")
-  if os.path.isfile(file):
-    with naming(file):
-      values = read_json(file)
-      for name, ours in (("image_mean", size.mean), ("image_std", size.std)):
-        if name in values and list(values[name]) != list(ours):
-          raise UserError(f"{name} is {values[name]}, but this config's encoder has {list(ours)}")
 
 
 def _is_clip_run(path: str) -> bool:
@@ -599,6 +590,8 @@ def _check_run_size(values: dict[str, Any], part: str, size: Any) -> None:
   if not starts:
     raise UserError(f"a run whose model has no part {part!r}")
   for name, ours in flatten(size).items():
+    if name in clip.PIXELS:
+      continue
     theirs = values.get(starts[0] + name)
     if theirs != ours:
       raise UserError(f"{starts[0]}{name} is {theirs!r}, but this config's part {part!r} has {ours!r}")
