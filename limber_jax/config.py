@@ -16,13 +16,17 @@ from limber_jax import registry
 from limber_jax.errors import UserError, did_you_mean
 
 
+class Unnamed(str):
+  """A split that nobody named, which is a default: of data to train on. Evaluations never take it for granted."""
+
+
 @dataclass
 class Source:
   """Where records {id, image, text} come from. Each field means what the named source's docstring says."""
 
   name: str = "digits"      # a name in registry.SOURCES
   path: str = ""            # file or directory
-  split: str = "train"
+  split: str = Unnamed("train")  # in evaluations none is the default: the only one there is, or it is asked for
   images: str = ""          # directory that relative image paths start from; "" = the directory of `path`
   image_key: str = ""       # column or feature that holds the image or its path; "" = the source's own guess
   text_key: str = ""        # column or feature that holds the text

@@ -26,6 +26,7 @@ from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals import clip_benchmark
 from limber_jax.evals.base import Context, Stopped
+from limber_jax.evals.splits import named
 from limber_jax.models import clip
 from limber_jax.signals import StopRequest
 from limber_jax.train import Setup, check_frozen, evaluate, make_context, make_eval, setup
@@ -155,6 +156,7 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
   """Returns the entry of an evaluation; raises UserError in every process if it cannot be run in one of them."""
   run, problem = None, None
   try:
+    s.config.evals[name] = named(s.config.evals[name], name)
     run = make_eval(s, name, context)
   except UserError as error:
     problem = str(error)

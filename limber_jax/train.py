@@ -27,6 +27,7 @@ from limber_jax.data.features import FeatureSource
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Stopped
+from limber_jax.evals.splits import named
 from limber_jax.goodput import Ledger
 from limber_jax.log import Log
 from limber_jax.signals import Interrupted, StopRequest
@@ -154,7 +155,7 @@ def cached(setup: Setup) -> dict[str, dict[str, Any]]:
 
 def make_eval(setup: Setup, name: str, context: Context) -> Eval:
   """Returns an evaluation of the experiment, its data opened; raises UserError if it or its data do not fit."""
-  config = setup.config.evals[name]
+  config = named(setup.config.evals[name], name)
   cls = registry.lookup("evaluation", registry.EVALS, config.name)
   if missing := sorted(set(cls.needs) - setup.task.predict().keys()):
     fitting = [n for n, target in registry.EVALS.items()

@@ -188,10 +188,10 @@ def test_packed_images_are_upright_and_of_the_default_formats(tmp_path):
 
 
 def test_folders_and_the_inspecting_command_know_the_formats(tmp_path):
-  for name, format in (("a.png", "PNG"), ("b.gif", "GIF"), ("c.tif", "TIFF")):
+  for name, format in (("a.png", "PNG"), ("b.gif", "GIF"), ("c.avif", "AVIF")):
     colours().save(tmp_path / name, format)
-  assert [p[-5:] for p in find([str(tmp_path)], ImageOptions(("gif", "tiff")))] == ["a.png", "b.gif", "c.tif"]
-  assert len(find([str(tmp_path)])) == 1
+  assert [p[-5:] for p in find([str(tmp_path)], ImageOptions(("avif",)))] == ["a.png", "b.gif", ".avif"]
+  assert len(find([str(tmp_path)])) == 2  # the GIF is named, as everywhere
   (tmp_path / "t.tsv").write_text("filepath\ttitle\na.png\tx\nb.gif\ty\n")
   command = [sys.executable, "-m", "limber_jax.inspect", str(tmp_path / "t.tsv"), "--json", "--out="]
   told = [json.loads(subprocess.run([*command, *more], capture_output=True, text=True, check=False).stdout)

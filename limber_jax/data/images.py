@@ -47,8 +47,8 @@ class ImageOptions:
 
   @classmethod
   def of(cls, data: _Data) -> "ImageOptions":
-    """Returns those of `config.Data`; raises UserError if there is no such format."""
-    return cls(tuple(data.formats), data.exif)
+    """Returns those of `config.Data`, a flag's "gif,bmp" as two; raises UserError if there is no such format."""
+    return cls(tuple(name.strip() for given in data.formats for name in given.split(",")), data.exif)
 
   @property
   def suffixes(self) -> tuple[str, ...]:

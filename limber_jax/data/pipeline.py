@@ -29,6 +29,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from limber_jax.config import Data
 from limber_jax.data import slots
+from limber_jax.data.images import ImageOptions
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
@@ -263,9 +264,10 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   settings = dataclasses.asdict(data)
   for name in ("workers", "threads", "prefetch", "features", "damaged"):
     del settings[name]
-  for name in ("draft", "formats", "exif"):
-    if not settings[name]:
-      del settings[name]  # of runs from before there was any
+  del settings["formats"], settings["exif"]
+  settings |= ImageOptions.of(data).changes()
+  if not data.draft:
+    del settings["draft"]  # of runs from before there was any
   for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
     del settings["source"][name]
   del settings["tokenizer"]["path"]

@@ -62,6 +62,11 @@ class Awa2:
           self._damaged(name, "no images of it")
         self._files += [(label, f"{name}/{file}") for file in images]
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    del config
+    return tuple(SPLITS)
+
   def _damaged(self, name: str, reason: str) -> None:
     self.damage.append({"file": "JPEGImages", "id": name, "reason": reason})
 

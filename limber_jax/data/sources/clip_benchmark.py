@@ -67,6 +67,10 @@ class ClipBenchmark:
         f"without {TYPE} it is a set of classes; one of captions has the line retrieval there")
       raise UserError(f"{where}: no image with {what} (.{self._suffix}) in {len(paths)} tars; {there}{first}")
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    return tuple(splits(config.path)) if os.path.isdir(config.path) else ()
+
   def __len__(self) -> int:
     return int(self._starts[-1])
 

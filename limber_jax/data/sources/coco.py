@@ -70,6 +70,12 @@ class Coco:
       first = "; the first flaw: {id}: {reason}".format(**self.damage[0])
       raise UserError(f"{config.path}: none of its images has a caption{first}; wanted {WANTED}")
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    images = annotations.entries(annotations.load(config.path, WANTED), "images", config.path)
+    return tuple(sorted({image["split"] for image in images if not annotations.flaw(image, split=str, sentences=list)}
+                        )) or ("",)
+
   def _damaged(self, id_: str, reason: str) -> None:
     self.damage.append({"file": os.path.basename(self._path), "id": id_, "reason": reason})
 

@@ -53,6 +53,11 @@ class Digits:
     small = np.round(data.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]
     self._images = np.stack([Image.fromarray(i).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for i in small])
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    del config
+    return "train", "test", "all"
+
   def __len__(self) -> int:
     return len(self._number)
 

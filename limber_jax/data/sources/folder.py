@@ -1,6 +1,7 @@
 """Images by class: a directory or tar of class folders, or one of images with a list of their classes beside them."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ LISTS = (".txt", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("path", "filename", "filepath", "image", "img", "file", "file_name")  # of lists, the likeliest first
 LABEL_KEYS = ("label", "classid", "class", "class_id", "target")
 DEPTH = 4  # folders below a class
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval")
 
 LAYOUTS = "a directory or .tar with a folder of images for each class, or one with images and a list of them"
 
@@ -59,6 +61,9 @@ class Folder:
     self._tree = self._open(config.path)
     listed = config.split.lower().endswith(LISTS)
     self._start = self._outer(listed)
+    if not config.split and (parts := _parts(self._tree, self._start)):
+      raise UserError(f"{self._where}: its folders {', '.join(parts)} are no classes but parts of the data; name one: "
+                      f"source.split={parts[0]}")
     given = self._class_list() if config.text_key else None
     items, names = self._listed() if listed else self._in_folders(given)
     for name, reason in self._tree.refused.items():
@@ -77,6 +82,13 @@ class Folder:
     if not self._paths:
       first = f"; of what cannot be used the first is {self.damage[0]['id']}: {self.damage[0]['reason']}"
       raise UserError(f"{self._where}, split={config.split!r}: no images; wanted {LAYOUTS}" + first * bool(self.damage))
+
+  @classmethod
+  def splits(cls, config: Source) -> tuple[str, ...]:
+    self = cls.__new__(cls)
+    self._config, self._where = dataclasses.replace(config, split=""), f"source.path={config.path!r}"
+    self._tree = self._open(config.path)
+    return tuple(_parts(self._tree, self._outer(False))) or ("",)
 
   def _open(self, path: str) -> "_Directory | _Tar":
     if os.path.isdir(path):
@@ -295,6 +307,16 @@ def read_image(path: str) -> bytes | np.ndarray:
   with open(path, "rb") as file:
     data = file.read()
   return _pixels(data, path) if path.lower().endswith(".ppm") else data
+
+
+def _parts(tree: "_Directory | _Tar", start: str) -> list[str]:
+  """Returns the folders that are called as parts of data are, if these are not classes: they hold folders, and are
+  several, or the only ones with images."""
+  folders = tree.entries(start)[0]
+  found = [n for n in folders if n.lower() in SPLITS and tree.entries(posixpath.join(start, n))[0]]
+  rest = (n for n in folders if n not in found)
+  alone = len(found) == 1 and not any(any(_images(tree, posixpath.join(start, n), DEPTH)) for n in rest)
+  return found if len(found) > 1 or alone else []
 
 
 def _images(tree: _Directory | _Tar, folder: str, depth: int) -> Iterator[str]:

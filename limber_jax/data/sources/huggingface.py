@@ -53,6 +53,10 @@ class Huggingface:
     what = (sizes, self._starts.tolist(), self._columns, self._name)
     self._digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    return () if os.path.isfile(os.path.join(config.path, STATE)) else tuple(_names(config.path))
+
   def _open(self) -> None:
     """Maps the files; raises UserError for those that are missing, cut off or damaged."""
     batches, broken, self._schema = [], [], None
@@ -119,14 +123,21 @@ def _split(config: Source) -> str:
     what = f"neither {STATE} nor {SPLITS} in it" if os.path.isdir(path) else "no such directory"
     raise UserError(f"config.data.source.path={config.path!r}: {what}; wanted {WANTED}; point at yours with "
                     "--config.data.source.path=DIRECTORY")
-  file = os.path.join(path, SPLITS)
-  names = annotations.entries(annotations.load(file, WANTED), "splits", file)
-  known = [n for n in names if isinstance(n, str) and n == os.path.basename(n) and n not in ("", ".", "..")]
+  known = _names(path)
   split = config.split or (known[0] if len(known) == 1 else "")
   if split not in known:
     raise UserError(f"config.data.source.split={config.split!r}: no such split in {config.path}"
                     f"{did_you_mean(split, known)}")
   return os.path.join(path, split)
+
+
+def _names(path: str) -> list[str]:
+  """Returns the splits of a DatasetDict, none where there is none."""
+  file = os.path.join(path, SPLITS)
+  if not os.path.isfile(file):
+    return []
+  names = annotations.entries(annotations.load(file, WANTED), "splits", file)
+  return [n for n in names if isinstance(n, str) and n == os.path.basename(n) and n not in ("", ".", "..")]
 
 
 def _batches(path: str) -> tuple[pa.Schema, list[pa.RecordBatch]]:

@@ -216,6 +216,11 @@ class Parquet:
     self._digest = digest.hexdigest()[:16]
     self._reset()
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    names = _splits(config.path) if os.path.isdir(config.path) else {}
+    return () if {"", "data"} & names.keys() else tuple(sorted(names))
+
   def _layout(self, schema: pa.Schema, path: str) -> bool:
     """Returns whether images lie in folders beside; raises UserError for img2dataset's tables without any."""
     if self._columns.image or not {"key", "url"} <= set(schema.names):
@@ -311,13 +316,8 @@ def _files(config: Source) -> list[str]:
   """Returns the files of the split; raises UserError if there are none."""
   if not os.path.isdir(config.path):
     return shards(config.path, ".parquet", WANTED)
-  found = sorted(p for depth in ("*", "*/*", "*/*/*")
-                 for p in glob.glob(os.path.join(glob.escape(config.path), f"{depth}.parquet")) if os.path.isfile(p))
-  splits: dict[str, list[str]] = {}
-  for path in found:
-    inside, name = os.path.split(os.path.relpath(path, config.path))
-    named = re.fullmatch(r"(\w+)-\d+-of-\d+(-\w+)?\.parquet", name)
-    splits.setdefault(named[1] if named else os.path.basename(inside), []).append(path)
+  splits = _splits(config.path)
+  found = sorted(path for paths in splits.values() for path in paths)
   if config.split in splits:
     return splits[config.split]
   if not found:
@@ -326,3 +326,14 @@ def _files(config: Source) -> list[str]:
     raise UserError(f"config.data.source.split={config.split!r}: no such split in {config.path}"
                     f"{did_you_mean(config.split, splits)}")
   return found
+
+
+def _splits(directory: str) -> dict[str, list[str]]:
+  """Returns the files in and below a directory by their split: of the hub's names, else the folder they are in."""
+  splits: dict[str, list[str]] = {}
+  for path in sorted(p for depth in ("*", "*/*", "*/*/*")
+                     for p in glob.glob(os.path.join(glob.escape(directory), f"{depth}.parquet")) if os.path.isfile(p)):
+    inside, name = os.path.split(os.path.relpath(path, directory))
+    named = re.fullmatch(r"(\w+)-\d+-of-\d+(-\w+)?\.parquet", name)
+    splits.setdefault(named[1] if named else os.path.basename(inside), []).append(path)
+  return splits

@@ -70,6 +70,10 @@ class Tfds:
       digest.update(repr((name, split.shard_lengths, split.num_bytes)).encode())
     self._digest = digest.hexdigest()[:16]
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    return tuple(tfds.builder_from_directory(_directory(config.path)).info.splits)
+
   def _choose(self, field: str, fitting: list[str], likely: list[str]) -> str | None:
     """Returns the feature that a field of the configuration names; for "" the first likely one, None without any."""
     wanted = getattr(self._config, field)

@@ -84,6 +84,11 @@ class Vqa:
       digest.update(repr(tuple(entry)).encode())
     self._digest = digest.hexdigest()[:16]
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    folder = config.path if os.path.isdir(config.path) else os.path.dirname(config.path)
+    return tuple(s for s in SPLITS if os.path.isfile(os.path.join(folder, QUESTIONS.format(s)))) or SPLITS
+
   def _by_id(self, table: dict[str, Any], key: str, path: str, find_flaw: Callable[[dict[str, Any]], str]
              ) -> tuple[dict[int, dict[str, Any]], set[int]]:
     """Returns (the entries that can be used by the id of their question, the ids of all)."""

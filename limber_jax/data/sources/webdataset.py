@@ -119,6 +119,13 @@ class Webdataset:
       raise UserError(f"config.data.source.path={config.path!r}: no image with a caption in {len(paths)} tars{first}"
                       f"{layout}")
 
+  @staticmethod
+  def splits(config: Source) -> tuple[str, ...]:
+    if not os.path.isdir(config.path) or glob.glob(os.path.join(glob.escape(config.path), "*.tar")):
+      return ()
+    found = glob.glob(os.path.join(glob.escape(config.path), "*", "*.tar"))
+    return tuple(sorted({os.path.basename(os.path.dirname(path)) for path in found}))
+
   def __len__(self) -> int:
     return int(self._starts[-1])
 
