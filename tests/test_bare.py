@@ -109,7 +109,7 @@ def test_a_state_dict_of_any_build_is_right_or_refused_and_right_with_its_model(
   assert refused == 40
 
 
-def test_the_configuration_beside_a_state_dict_is_read_and_checked(tmp_path, open_clip):
+def test_the_configuration_beside_a_state_dict_is_read_and_checked(tmp_path, open_clip, capsys):
   config = random_config(1)
   model = open_clip_model(open_clip, config)
   save_bare(tmp_path / "epoch_1.pt", model, 1, marks=False)
@@ -117,6 +117,8 @@ def test_the_configuration_beside_a_state_dict_is_read_and_checked(tmp_path, ope
   beside.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
   loaded = load.load(str(tmp_path / "epoch_1.pt"))
   assert flatten(loaded.size) == flatten(configs.described(str(beside)))
+  said = f"heads and activation ({loaded.size.activation}) are taken from {beside}\n"
+  assert capsys.readouterr().err.endswith(said)
   assert loaded.size.activation == ("quick_gelu" if config["quick_gelu"] else "gelu")
   other = {**config, "vision_cfg": config["vision_cfg"] | {"layers": 7}}
   beside.write_text(json.dumps({"model_cfg": other, "preprocess_cfg": {}}))
@@ -163,7 +165,7 @@ def test_only_openais_marks_on_a_published_size_stand_for_a_configuration(open_c
   layout = bare.layout(source, "x.pt")
   marks = {"input_resolution": np.array(config["vision_cfg"]["image_size"]), "context_length": np.array(77),
            "vocab_size": np.array(49408)}
-  size = lambda tensors, model="": bare.size(tensors, "x.pt", layout, ("image", "text"), model, None, "--model")  # noqa: E731
+  size = lambda tensors, model="": bare.size(tensors, "x.pt", layout, ("image", "text"), model, None, "--model")[0]  # noqa: E731
   published = clip.PUBLISHED.get(OPENAI.get(theirs, ""))
   with pytest.raises(UserError, match=SAYS_NEITHER) as error:
     size(source)
@@ -199,13 +201,15 @@ def tiny(tmp_path, tiny_params):
   return convert.export(clip.OPENAI_WEIGHTS["vit"], tiny_params), tiny_params, str(tmp_path / "said")
 
 
-def test_a_run_takes_a_state_dict_for_the_model_of_its_config(tmp_path, tiny):
+def test_a_run_takes_a_state_dict_for_the_model_of_its_config(tmp_path, tiny, capsys):
   tensors, params, _ = tiny
   path = str(tmp_path / "x.safetensors")
   save_file(tensors, path)
   for part in ("image", "text"):
     got, _ = load.load_into(path, part, TINY, load.shapes(TINY)[part])
     jax.tree.map(np.testing.assert_array_equal, got, params[part])
+  said = f"{path}: heads and activation (gelu) are taken from the config, for nothing beside the file says them\n"
+  assert capsys.readouterr().err == said
 
 
 def nested(prefix):

@@ -222,7 +222,7 @@ def test_a_text_is_pooled_at_the_first_end_of_a_vocabulary_with_ids_above_it(tmp
   for to in export.FORMATS:
     path = str(tmp_path / f"to_{to}")
     export.save(path, to, loaded.size, loaded.params, {})
-    assert load.load(path).size == loaded.size
+    assert load.load(path).size.text == loaded.size.text
   again = transformers.CLIPModel.from_pretrained(tmp_path / "to_hf").eval()
   other = open_clip.create_model(f"local-dir:{tmp_path / 'to_open_clip'}").eval()
   with torch.no_grad():
@@ -701,7 +701,11 @@ def test_an_image_tower_of_a_clip_is_an_encoder(tmp_path, name, to):
   assert_equal(jax.device_get((got, got_stats)), (params["image"], stats.get("image", {})))
   other = clip_encoder(size)
   other.activation = "quick_gelu"
-  with pytest.raises(UserError, match=r"has activation='gelu', but this config's model has 'quick_gelu'"):
+  with pytest.raises(UserError, match=r"has activation='gelu', but this config's model has 'quick_gelu'; set --config"
+                                      r".model.image.activation=gelu"):
+    load.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
+  other.activation, other.tower = "gelu", dataclasses.replace(size.image, heads=1)
+  with pytest.raises(UserError, match=rf"set --config.model.image.tower.heads={size.image.heads}"):
     load.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
 
 
@@ -763,6 +767,24 @@ def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_cl
              tmp_path / "hf" / "pytorch_model.bin")
   os.remove(tmp_path / "hf" / "model.safetensors")
   assert_equal(load.load(str(tmp_path / "hf")).params, params)
+
+
+@pytest.mark.parametrize("table", ["beit", "nf_resnet"])
+def test_wrappers_come_off_an_encoder_and_a_language_model_too(tmp_path, capsys, table):
+  torch = pytest.importorskip("torch")
+  size = encoders.ENCODERS[TABLES[table][0]]()
+  like, _ = encoder_like(size)
+  params, lm = random_tree(like), random_tree(lm_like())
+  for file, tensors in (("image.pth", convert.export(TABLES[table][1], params)),
+                        ("lm.pt", convert.export(gptj.HF_WEIGHTS, lm))):
+    state = {f"module.{k}": torch.tensor(v) for k, v in tensors.items()}
+    torch.save({"model_ema": state, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+               tmp_path / file)
+  got, _ = load.load_part(str(tmp_path / "image.pth"), "image", size, like)
+  jax.tree.map(np.testing.assert_array_equal, got, params)
+  got, _ = load.load_part(str(tmp_path / "lm.pt"), "lm", GPTJ_MU, lm_like())
+  jax.tree.map(np.testing.assert_array_equal, got, lm)
+  assert capsys.readouterr().err.count("names are taken without 'model_ema.module.'; optimizer set aside") == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit itself is deprecated

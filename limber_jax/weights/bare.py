@@ -127,8 +127,8 @@ def shown(source: Mapping[str, Any], names: Layout, parts: tuple[str, ...]) -> d
 
 
 def size(source: Mapping[str, Any], path: str, names: Layout, parts: tuple[str, ...], model: str,
-         given: ClipSize | None, flag: str) -> ClipSize:
-  """Returns the size of a state dict.
+         given: ClipSize | None, flag: str) -> tuple[ClipSize, str]:
+  """Returns (size, who says of it what shapes do not show) of a state dict; "" where the user or OpenAI says it.
 
   Args:
     source: its tensors.
@@ -159,9 +159,9 @@ def size(source: Mapping[str, Any], path: str, names: Layout, parts: tuple[str, 
       if a != b and field.partition(".")[0] in ("activation", *parts):
         raise UserError(f"{said[0][0]} says {field}={a!r}, but {who} says {b!r}")
   if said:
-    return said[0][1]
+    return said[0][1], said[0][0] if said[0] in beside else ""
   if given is not None:
-    return given
+    return given, "the config, for nothing beside the file says them"
   both = f"{flag}={name} (QuickGELU, as OpenAI's), {flag}={name},activation=gelu (as most of open_clip's), or "
   raise UserError(f"a state dict says neither how many heads nor which activation its model has"
                   f"{', '.join(['', *unfit])}; say it by {both if name else f'{flag}='}FILE, a config.json of "

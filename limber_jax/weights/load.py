@@ -219,13 +219,14 @@ def _ignored_beside(opened: Opened, part: str) -> tuple[str, ...]:
   return (*opened.ignored, *others)
 
 
-def _check_clip(path: str, part: str, theirs: ClipSize, ours: dict[str, Any]) -> None:
-  """Raises if the CLIP at `path` computes something else than `ours` says."""
+def _check_clip(path: str, part: str, theirs: ClipSize, ours: dict[str, Any], encoder: bool = False) -> None:
+  """Raises if the CLIP at `path` computes something else than `ours` says: of a CLIP's config, or of an encoder's."""
   has = {"activation": theirs.activation, f"{part}.heads": getattr(theirs, part).heads}
   for name, value in has.items():
     if value != ours[name]:
+      field = f"image.{name}".replace("image.image", "image.tower") if encoder else name
       raise UserError(f"{path} has {name}={value!r}, but this config's model has {ours[name]!r}; "
-                      f"set --config.model.{name}={value}")
+                      f"set --config.model.{field}={value}")
 
 
 def shapes(size: ClipSize, logit_bias: bool = False) -> dict[str, Any]:
@@ -367,7 +368,9 @@ def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipSize | None,
   there = bare.parts(source, layout)
   with naming(file):
     wanted = tuple(part for part in there if part in parts) or there
-    size = bare.size(source, file, layout, wanted, model, given, flag)
+    size, who = bare.size(source, file, layout, wanted, model, given, flag)
+    if who:
+      _say(f"{file}: heads and activation ({size.activation}) are taken from {who}")
   return Opened(size, source, layout.rows, layout.ignored, there)
 
 
@@ -457,7 +460,8 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
     if opened.size.image.kind != tower.kind:
       raise UserError(f"{path} has an image tower of kind {opened.size.image.kind!r}, but this config's model has "
                       f"{tower.kind!r}")
-    _check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads})
+    _check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads},
+                encoder=True)
     rows = tuple((ours.replace("image/", "", 1), theirs, how) for ours, theirs, how in opened.rows
                  if ours.removeprefix("stats/").startswith("image/"))
     return _Part(_headed(path, opened, size), rows, _ignored_beside(opened, "image"))
