@@ -29,7 +29,7 @@ from limber_jax.data.images import ImageFlags, ImageOptions
 from limber_jax.data.sources import folder
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.generate import row_keys
-from limber_jax.models.encoders import ENCODERS
+from limber_jax.models.encoders import ENCODERS, EncoderSize
 from limber_jax.models.gptj import SIZES, Cache
 from limber_jax.models.limber import part
 from limber_jax.state import split
@@ -278,7 +278,8 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "best", name
 
 def _named(size: Any, known: Mapping[str, Any]) -> Any:
   """Returns the name of a size, or all of its fields where it has none."""
-  return next((name for name, make in known.items() if make() == size), config_lib.flatten(size, known=True))
+  plain = dataclasses.replace(size, crop_rounding="even") if isinstance(size, EncoderSize) else size
+  return next((name for name, make in known.items() if make() == plain), config_lib.flatten(size, known=True))
 
 
 def check_map(config: Config, name: str) -> None:

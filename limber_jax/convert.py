@@ -12,13 +12,15 @@ from absl import flags
 
 from limber_jax import captioner, cli
 from limber_jax.errors import UserError
-from limber_jax.weights import export, load
+from limber_jax.weights import export, load, preprocessing
 
 
 def convert(source: str, destination: str, to: str, model: str = "") -> None:
   """Writes the model at `source` into the new directory `destination`; raises UserError as `load` and `save` do."""
   loaded = load.load(source, model)
   export.save(destination, to, loaded.size, loaded.params, loaded.stats)
+  if note := preprocessing.otherwise(loaded.size, loaded.size.image.image_size, to):
+    print(f"--to={to}: {note}")
   count = sum(x.size for x in jax.tree.leaves(loaded.params))
   print(f"{destination}: {count / 1e6:.2f} M parameters for {to}; tokenizer files are not part of it")
 

@@ -179,7 +179,7 @@ def _published(config: Config) -> str:
   """Returns the name of a published CLIP, "" of any other model."""
   if config.task != "contrastive":
     return ""
-  plain = dataclasses.replace(config.model, **{name: getattr(clip.ClipSize, name) for name in clip.PIXELS})
+  plain = dataclasses.replace(config.model, crop_rounding="even")  # another only where transformers has it
   return next((name for name, make in clip.PUBLISHED.items() if make() == plain), "")
 
 

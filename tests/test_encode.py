@@ -251,7 +251,15 @@ class TestGoingOn:
       quiet(limber(), tmp_path / "features")
 
 
+def cropped():
+  """Returns `limber()` with an encoder whose directory asked for a larger resize and another rounding."""
+  config = limber()
+  config.model.image = dataclasses.replace(config.model.image, resize_to=40, crop_rounding="down")
+  return config
+
+
 OTHER = [
+  (cropped, r"\(image\.pixels\.resize_to: got None, wanted 40; image\.pixels\.crop_rounding: got None, wanted down"),
   (lambda: limber(seed=1), r"\(image\.weights: got [0-9a-f]{12}, wanted [0-9a-f]{12}"),
   (lambda: limber(split="train"), r"source: got \w+, wanted \w+; records: got 360, wanted 1437"),
   (lambda: limber(crop="center"), r"\(image\.pixels\.crop: got squash, wanted center"),

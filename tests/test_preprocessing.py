@@ -103,6 +103,7 @@ def test_what_is_not_said_is_what_each_processor_does_by_itself(transformers, na
   said = from_hf({"image_processor_type": f"{name}ImageProcessorFast"}, side)
   np.testing.assert_allclose((said.mean, said.std), (theirs.image_mean, theirs.image_std))
   assert said.resample == FILTERS[theirs.resample] and RESAMPLES[said.resample] == theirs.resample
+  assert PROCESSORS[name].crop == getattr(theirs.crop_size, "height", None)
   assert PROCESSORS[name].square is bool(getattr(theirs, "default_to_square", True))
   picture = image(300, 260)
   ours = np.asarray(own_rule(said, side)({"image": picture}, None)["image"])
@@ -134,6 +135,7 @@ def test_what_is_not_said_is_what_each_processor_does_by_itself(transformers, na
   ({"image_std": [0.5, 0.0, 0.5]}, r"image_std is \[0.5, 0.0, 0.5\], and nothing can be divided by 0"),
   ({"image_std": 0}, "image_std is 0, and"), ({"image_mean": "0.5"}, "image_mean is '0.5', expected a number"),
   ({"image_processor_type": "ConvNextImageProcessor"}, "image_processor_type is 'ConvNextImageProcessor'; those read"),
+  ({"image_processor_type": "ViTImageProcessor", "do_center_crop": True, "crop_size": None}, "crop_size: expected"),
   ({"image_processor_type": 3}, "image_processor_type is 3"), ({"use_square_size": True}, "use_square_size is True"),
 ], ids=str)
 def test_what_cannot_be_done_as_transformers_does_is_refused_by_name(tmp_path, changes, message):

@@ -1049,6 +1049,7 @@ def test_the_convert_command_rewrites_a_model(saved, tmp_path):
   path, _, size, params = saved
   result = convert_command(path, tmp_path / "out", "--to=hf")
   assert result.returncode == 0, result.stderr
+  assert result.stdout.startswith("--to=hf: where an odd number of pixels is to be cut off, it may cut one pixel f")
   assert result.stdout.endswith("M parameters for hf; tokenizer files are not part of it\n")
   loaded = load.load(str(tmp_path / "out"))
   assert loaded.size == dataclasses.replace(size, crop_rounding="down")

@@ -44,23 +44,24 @@ class _Processor:
   """What an image processor of transformers does where its file is silent."""
 
   size: dict[str, int]
-  square: bool         # what a size of one number means: both sides, or the shortest
-  crop: int            # 0: no crop
+  square: bool           # what a size of one number means: both sides, or the shortest
+  crops: bool
+  crop: int | None       # pixels
   resample: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
 
-_CLIP = _Processor({"shortest_edge": 224}, False, 224, 3, clip.MEAN, clip.STD)
+_CLIP = _Processor({"shortest_edge": 224}, False, True, 224, 3, clip.MEAN, clip.STD)
 # Those that resize, crop, rescale and normalise and do nothing else, by the start of their name.
 PROCESSORS = {
   "CLIP": _CLIP, "ChineseCLIP": _CLIP, "Bit": _CLIP,
-  "ViT": _Processor({"height": 224, "width": 224}, True, 0, 2, HALF, HALF),
-  "DeiT": _Processor({"height": 256, "width": 256}, True, 224, 3, HALF, HALF),
-  "Beit": _Processor({"height": 224, "width": 224}, True, 0, 3, HALF, HALF),
-  "Siglip": _Processor({"height": 224, "width": 224}, False, 0, 3, HALF, HALF),
-  "Blip": _Processor({"height": 384, "width": 384}, True, 0, 3, clip.MEAN, clip.STD),
-  "Pvt": _Processor({"height": 224, "width": 224}, True, 0, 3, IMAGENET_MEAN, IMAGENET_STD),
+  "ViT": _Processor({"height": 224, "width": 224}, True, False, None, 2, HALF, HALF),
+  "DeiT": _Processor({"height": 256, "width": 256}, True, True, 224, 3, HALF, HALF),
+  "Beit": _Processor({"height": 224, "width": 224}, True, False, 224, 3, HALF, HALF),
+  "Siglip": _Processor({"height": 224, "width": 224}, False, False, None, 3, HALF, HALF),
+  "Blip": _Processor({"height": 384, "width": 384}, True, False, None, 3, clip.MEAN, clip.STD),
+  "Pvt": _Processor({"height": 224, "width": 224}, True, False, None, 3, IMAGENET_MEAN, IMAGENET_STD),
 }
 _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
@@ -99,13 +100,13 @@ def from_hf(values: Any, image_size: int, kind: str = "CLIP") -> Preprocessing:
       raise UserError(f"{name} is {value!r}, expected true or false")
     if value and name not in _SWITCHES and (name.startswith("do_") or name in ("reduce_labels", "use_square_size")):
       raise UserError(f"{name} is {value!r}, which is not done here")
-  resizes, crops = values.get("do_resize", True), values.get("do_center_crop", default.crop > 0)
+  resizes, crops = values.get("do_resize", True), values.get("do_center_crop", default.crops)
   resize, side = "native", 0
   if resizes:
     square = values.get("default_to_square", default.square)
     resize, side = _resize("size", values.get("size", default.size), square)
   if crops:
-    end, field = _resize("crop_size", values.get("crop_size", default.crop or 224), True), "crop_size"
+    end, field = _resize("crop_size", values.get("crop_size", default.crop), True), "crop_size"
     if end[0] != "squash":
       raise UserError(f"crop_size is {values['crop_size']!r}, expected height and width")
     final = end[1]
@@ -243,6 +244,16 @@ def to_open_clip(size: Any, image_size: int) -> dict[str, Any]:
                       f"{name}={ours!r}; use --to=hf or limber")
   return {"size": image_size, "mode": "RGB", "mean": list(size.mean), "std": list(size.std),
           "interpolation": size.resample, "resize_mode": size.resize, "fill_color": size.fill_color}
+
+
+def otherwise(size: Any, image_size: int, to: str) -> str:
+  """Returns what another library makes of an exported ClipSize otherwise, in a sentence; "" if it does the same."""
+  theirs = {"hf": "down", "open_clip": "even"}.get(to, size.crop_rounding)
+  cuts = size.resize in ("shortest", "native") or (size.resize == "squash" and size.resize_to not in (0, image_size))
+  if theirs == size.crop_rounding or not cuts:
+    return ""
+  where = "up or left" if theirs == "down" else "down or right"
+  return f"where an odd number of pixels is to be cut off, it may cut one pixel further {where} than here"
 
 
 def _fits(name: str, side: int, image_size: int) -> None:
