@@ -747,6 +747,23 @@ def test_an_image_tower_alone_is_an_encoder_and_no_clip(tmp_path, transformers, 
     load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
 
 
+@pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_a_text_tower_alone_starts_a_text_tower_if_it_is_projected(tmp_path, transformers, name):
+  model = getattr(transformers, name)(transformers.CLIPTextConfig(
+    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, vocab_size=99,
+    max_position_embeddings=12, projection_dim=32, eos_token_id=98))
+  model.save_pretrained(tmp_path)
+  size = SIZES["vit"]
+  with pytest.raises(UserError, match="only the text tower of a CLIP, but the image tower is needed here"):
+    load.load(str(tmp_path))
+  if name == "CLIPTextModel":
+    with pytest.raises(UserError, match=r"text/head/kernel: no tensor 'text_projection.weight'"):
+      load.load_into(str(tmp_path), "text", size, load.shapes(size)["text"])
+  else:
+    got, _ = load.load_into(str(tmp_path), "text", size, load.shapes(size)["text"])
+    np.testing.assert_array_equal(got["head"]["kernel"], model.text_projection.weight.detach().numpy().T)
+
+
 def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_clip):
   import torch
 
@@ -977,7 +994,9 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("to,file,change,message", [
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"]["vision_cfg"].update(timm_model_name="vit_tiny"),
-   r"vision_cfg.timm_model_name='vit_tiny' \(an image tower of timm's, .*: the models here have no such setting; what"),
+   r"this is a CLIP with an image tower of timm's, as SigLIPs have \('vit_tiny'\); what can be loaded as a CLIP"),
+  ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"].update(multimodal_cfg={"layers": 12}),
+   "this is a CoCa, by the layers of its decoder"),
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"]["text_cfg"].update(pool_type="last"),
    "text_cfg.pool_type='last'"),
   ("open_clip", "open_clip_config.json", lambda c: c["model_cfg"].update(custom_text=True), "cfg.custom_text=True"),

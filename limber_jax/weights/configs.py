@@ -40,17 +40,18 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
   To be called inside of `naming`.
   """
   model = values["model_cfg"]
+  for cfg, name, what in (("vision_cfg", "timm_model_name", "a CLIP with an image tower of timm's, as SigLIPs have"),
+                          ("text_cfg", "hf_model_name", "a CLIP with a text tower of transformers'"),
+                          ("multimodal_cfg", "layers", "a CoCa, by the layers of its decoder")):
+    if value := (model.get(cfg) or {}).get(name):
+      raise UserError(f"this is {what} ({value!r}); {identify.LOADABLE['clip']}")
   for where, given, known in (("model_cfg", model, _OPEN_CLIP_MODEL),
                               ("vision_cfg", model["vision_cfg"], _OPEN_CLIP_IMAGE),
                               ("text_cfg", model["text_cfg"], _OPEN_CLIP_TEXT)):
     for name, value in given.items():
       if not (name in known or not value or value == _OPEN_CLIP_SAME.get(f"{where}.{name}")
               or _OPEN_CLIP_INERT.fullmatch(name)):
-        what = {"timm_model_name": " (an image tower of timm's, as SigLIP, EVA and ConvNeXt have in open_clip)",
-                "hf_model_name": " (a text tower of transformers')"}.get(name, "")
-        raise UserError(f"{where}.{name}={value!r}{what}: the models here have no such setting; "
-                        f"{identify.LOADABLE['clip']}" if what else
-                        f"{where}.{name}={value!r}: the models here have no such setting")
+        raise UserError(f"{where}.{name}={value!r}: the models here have no such setting")
   v, t = _OPEN_CLIP_IMAGE | model["vision_cfg"], _OPEN_CLIP_TEXT | model["text_cfg"]
   if t["pool_type"] not in ("argmax", "eos"):
     raise UserError(f"text_cfg.pool_type={t['pool_type']!r}: the models here have no such setting")
