@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from limber_jax import registry
 from limber_jax.config import Evaluation, Source
 from limber_jax.errors import UserError
 from limber_jax.evals import base
 from limber_jax.evals.base import Stopped, ranks
+from limber_jax.evals.grouped import by_image
 from limber_jax.evals.retrieval import Retrieval, prompt, recalls
-from tests import standins
+from tests import layouts, standins
 from tests.made import PREDICT, config, context, install, tables, unit
 
 MESHES = [(1, 1, 1), (4, 2, 1), (2, 1, 4)]
@@ -223,3 +225,64 @@ def test_tables_and_prepared_datasets_serve_retrieval_too(tmp_path):
   source = Source(name="tfds", path=prepared.path, split="test")
   found = Retrieval(config(source=source), context(image_size=16, length=40))(predict, params, {})
   assert (found["images"], found["captions"]) == (12, 36)
+
+
+# Rows of one image
+
+FIVE = 5
+
+
+def several(folder, name):
+  """Writes twelve images with five captions each, a record a caption in an order of its own; returns (source, path)."""
+  records = layouts.digits(12)
+  order = np.random.default_rng(0).permutation(12 * FIVE)
+  rows = [records[i // FIVE] | {"key": f"{i:04}", "text": f"{i // FIVE:02} {i % FIVE}"} for i in order]
+  match name:
+    case "captions" | "jsonl":
+      for i, record in enumerate(records):
+        (folder / f"{i}.png").write_bytes(record["image"])
+      lines = [{"image": f"{'./' * (j % 2)}{int(r['text'][:2])}.png", "caption": r["text"]} for j, r in enumerate(rows)]
+      path = folder / f"t.{name}"
+      path.write_text("filepath\ttitle\n" + "".join(f"{r['image']}\t{r['caption']}\n" for r in lines)
+                      if name == "captions" else "".join(json.dumps(r) + "\n" for r in lines))
+      return path
+    case "webdataset":
+      return layouts.write_webdataset(folder / "tars", rows, 25, "png")
+    case "parquet":
+      return layouts.write_img2dataset_parquet(folder / "parquet", rows)
+  raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", ["captions", "jsonl", "webdataset", "parquet"])
+def test_a_perfect_model_has_a_recall_of_1_on_data_with_a_record_a_caption(tmp_path, name, capsys):
+  config = Evaluation("retrieval", Source(name, str(several(tmp_path, name))), batch_size=8)
+  runs = Retrieval(config, context(image_size=32))
+  vectors = np.eye(12, dtype=np.float32)
+  pixels = [registry.lookup("data source", registry.SOURCES, "digits")(Source())[i]["image"].sum() for i in range(12)]
+  assert len(set(pixels)) == 12
+  predict = {  # an image is known by the sum of its pixels, a caption by its two digits
+    "embed_image": lambda params, stats, images: params["v"][jnp.argmax(
+      images.astype(jnp.int32).sum((1, 2, 3))[:, None] == params["sums"][None], axis=1)],
+    "embed_text": lambda params, stats, tokens: params["v"][(tokens[:, 1] - 49) * 10 + tokens[:, 2] - 49]}
+  found = runs(predict, {"v": vectors, "sums": np.array(pixels, np.int32)}, {})
+  assert found == {"i2t_r1": 1, "i2t_r5": 1, "i2t_r10": 1, "t2i_r1": 1, "t2i_r5": 1, "t2i_r10": 1, "images": 12,
+                   "captions": 60}
+  assert "60 records show 12 images" in capsys.readouterr().err and runs.facts()["items"] == 12
+
+
+def test_a_row_that_cannot_be_read_is_named_and_the_others_of_its_image_count(tmp_path):
+  path = several(tmp_path, "captions")
+  path.write_text(path.read_text() + "0.png\t \nmissing.png\ta\nmissing.png\tb\n")
+  source = by_image(registry.lookup("data source", registry.SOURCES, "captions")(Source("captions", str(path))))
+  assert len(source) == 13 and [len(source.annotation(i)["texts"]) for i in range(13)] == [5] * 12 + [2]
+  assert [d["id"] for d in source.damage] == ["record 60"] and "empty caption" in source.damage[0]["reason"]
+  with pytest.raises(UserError, match="No such file"):
+    source[12]
+
+
+def test_data_without_such_records_stay_what_they_are(tmp_path):
+  digits = registry.lookup("data source", registry.SOURCES, "digits")(Source())
+  assert by_image(digits) is digits
+  table = registry.lookup("data source", registry.SOURCES, "captions")(
+    Source("captions", str(several(tmp_path, "captions")), "images"))
+  assert by_image(table) is table and len(table) == 24  # of two spellings of each path

@@ -21,6 +21,7 @@ from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
+from limber_jax.evals.grouped import by_image
 from limber_jax.evals.items import Collected, Items
 from limber_jax.parallel import from_each, global_batch, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
@@ -81,10 +82,16 @@ class Eval(Protocol):
 class Runner:
   """Sends data through pure functions on the mesh: each jitted once, results whole in every process."""
 
-  def __init__(self, config: Evaluation, context: Context):
-    """Opens the source; raises UserError if it cannot, or if the batch does not divide over the devices."""
+  def __init__(self, config: Evaluation, context: Context, *, grouped: bool = False):
+    """Opens the source; raises UserError if it cannot, or if the batch does not divide over the devices.
+
+    With `grouped` its records are by image, as `grouped.by_image` has them.
+    """
     self.config, self.context = config, context
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
+    self.source = by_image(self.source) if grouped else self.source
+    for note in getattr(self.source, "notes", ()):
+      self._say(note)
     if not len(self.source):
       raise UserError(f"evaluation {config.name!r}: data source {config.source.name!r} has no records")
     self.transform = context.transform
@@ -176,6 +183,9 @@ class Runner:
 
   def _name(self, what: str) -> None:
     self._damage.append(what)
+    self._say(what)
+
+  def _say(self, what: str) -> None:
     if jax.process_index() == 0:
       print(f"{self.context.name or self.config.name}: {what}", file=sys.stderr, flush=True)
 

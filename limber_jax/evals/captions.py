@@ -67,7 +67,7 @@ class Captions:
     if self._scorer:
       sees = transforms.with_options(self._scorer.transform, context.images)
       context = dataclasses.replace(context, transform=WithScorer(context.transform, sees))
-    self._runner = Runner(config, context)
+    self._runner = Runner(config, context, grouped=True)
     self._write = Writer(self._runner)
     self._facts: dict[str, Any] = {}
 

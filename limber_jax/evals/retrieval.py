@@ -21,7 +21,7 @@ class Retrieval:
   image's is a wrong answer. Equal scores are ordered as the data are, the earlier first. A recall that could not fail,
   with no more than k to choose from, is left out. An image that cannot be read is left out with all its captions.
 
-  An image is a record: of data source "captions", split=images gives an image all its captions.
+  An image is a record; where several records show the same image, as in a table with a row a caption, they are one.
   templates: the prompt of captions, one sentence with {} for the caption. CLIP's is "a photo of {}", which is worth one
     or two points of R@1. "": captions as they are.
   """
@@ -29,7 +29,7 @@ class Retrieval:
   needs = ("embed_image", "embed_text")
 
   def __init__(self, config: Evaluation, context: Context):
-    self._runner = Runner(config, context)
+    self._runner = Runner(config, context, grouped=True)
     self._prompt = prompt(config.templates)
     texts = [self._texts(i) for i in range(len(self._runner.source))]
     self._owner = np.repeat(np.arange(len(texts)), [len(t) for t in texts])  # [captions]: the image of each

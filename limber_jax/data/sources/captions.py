@@ -150,6 +150,10 @@ class Captions:
       out["label"] = int(label)
     return out
 
+  def image_path(self, index: int) -> str:
+    """Returns the path of a record's image, which other records may have too."""
+    return self._row(index if self._groups is None else self._groups[index][0])[self._image].strip()
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     out = self.annotation(index)
     path, row = out["id"], index if self._groups is None else self._groups[index][0]

@@ -107,6 +107,12 @@ class Jsonl:
     except UserError as error:
       raise UserError(f"{self._path}, line {index + 1}: {error}") from error
 
+  def image_path(self, index: int) -> str:
+    """Returns the path of a record's image, which other records may have too; raises UserError if there is none."""
+    if path := self._read(index)[1]:
+      return path
+    raise UserError(f"{self._path}, line {index + 1}: a text without an image")
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     try:
       out, path = self._read(index)
