@@ -42,7 +42,8 @@ def get_config():
 """
 
 
-def write_set(folder, split, samples, *, image_format="webp", per_shard=1000, classes=None, templates=None, kind=""):
+def write_set(folder, split, samples, *, image_format="webp", per_shard=1000, classes=None, templates=None, kind="",
+              metadata=None):
   """Writes a set as CLIP_benchmark's exporter does: samples are (image bytes, suffix, label) in shards of so many."""
   os.makedirs(folder / split)
   shards = [samples[i : i + per_shard] for i in range(0, len(samples), per_shard)]
@@ -50,7 +51,8 @@ def write_set(folder, split, samples, *, image_format="webp", per_shard=1000, cl
   for shard, some in enumerate(shards):
     with tarfile.open(folder / split / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
       for image, suffix, label in some:
-        for name, data in ((suffix, encoded(label)), (image_format, image)):  # sorted, as webdataset has them
+        more = [] if metadata is None else [("npy", encoded(metadata[number]))]
+        for name, data in ((suffix, encoded(label)), *more, (image_format, image)):  # sorted, as webdataset has them
           member = tarfile.TarInfo(f"s{number:07d}.{name}")
           member.size, member.uname, member.gname, member.mode = len(data), "bigdata", "bigdata", 0o444
           tar.addfile(member, io.BytesIO(data))
@@ -90,6 +92,9 @@ def sets(tmp_path_factory):
   write_set(root / "wds_voc2007_multilabel", "test",
             [(image, "npy", (rng.random(5) < 0.4).astype(np.float32)) for image, *_ in labelled(40, seed=2)],
             classes=CLASSES[:5], templates=TEMPLATES[:2], kind="multilabel")
+  regions = rng.integers(0, 3, (30, 2))  # of a .npy beside a .cls, as DataComp's metadata
+  write_set(root / "wds_wilds-fmow_test", "test", labelled(30, seed=4), classes=CLASSES, templates=TEMPLATES,
+            metadata=regions)
   captions = ["\n".join(f"{i} {words}" for words in (f"is {i * i}", CLASSES[i % 5], "a third", "more")[: 4 - i % 2])
               for i in range(24)]
   write_set(root / "wds_flickr8k", "test", [(image, "txt", text) for (image, *_), text in zip(
@@ -121,11 +126,11 @@ def open_clip_model(open_clip, folder):
 
 
 def theirs(model, preprocess, tokenizer, folder):
-  """Returns (figures, ranks of the right class) of a set as CLIP_benchmark computes them, read by tarfile and torch."""
+  """Returns (figures, ranks of the right class, classes named) of a set as CLIP_benchmark computes them."""
   import torch
   import torch.nn.functional as F
 
-  images, labels = [], []
+  images, labels, groups = [], [], []
   for i in range(int((folder / "test" / "nshards.txt").read_text())):
     with tarfile.open(folder / "test" / f"{i}.tar") as tar:
       for member in tar:
@@ -133,8 +138,10 @@ def theirs(model, preprocess, tokenizer, folder):
         match member.name.rpartition(".")[2]:
           case "cls":
             labels.append(int(data))
-          case "npy":
+          case "npy" if "fmow" not in folder.name:
             labels.append(np.load(io.BytesIO(data)))
+          case "npy":
+            groups.append(int(np.load(io.BytesIO(data))[0]))
           case "txt":
             labels.append(data.decode().splitlines())
           case _:
@@ -151,7 +158,7 @@ def theirs(model, preprocess, tokenizer, folder):
         for way, s, p in (("image", scores, positive), ("text", scores.T, positive.T)):
           top = torch.zeros_like(p).scatter_(1, torch.topk(s, k, dim=1)[1], True)
           figures[f"{way}_retrieval_recall@{k}"] = (top & p).any(dim=1).float().mean().item()
-      return figures, None
+      return figures, None, None
     weights = []
     templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
     for name in (folder / "classnames.txt").read_text().splitlines():
@@ -161,13 +168,15 @@ def theirs(model, preprocess, tokenizer, folder):
   if isinstance(labels[0], np.ndarray):
     target = np.stack(labels)
     each = [sklearn.metrics.average_precision_score(target[:, c], logits[:, c]) for c in range(target.shape[1])]
-    return {"mean_average_precision": float(np.mean(each))}, None
+    return {"mean_average_precision": float(np.mean(each))}, None, None
   labels = np.array(labels)
   order = logits.argsort(dim=1, descending=True, stable=True).numpy()
   ranks = np.argmax(order == labels[:, None], axis=1)
   acc5 = float(np.mean(ranks < 5)) if logits.shape[1] >= 5 else float("nan")
+  each = [np.mean(ranks[np.array(groups) == g] < 1) for g in set(groups)]
   return {"acc1": float(np.mean(ranks < 1)), "acc5": acc5,
-          "mean_per_class_recall": sklearn.metrics.balanced_accuracy_score(labels, order[:, 0])}, ranks
+          "mean_per_class_recall": sklearn.metrics.balanced_accuracy_score(labels, order[:, 0]),
+          **({"acc_worst_region": min(each)} if each else {})}, ranks, order[:, 0]
 
 
 def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_clip, sets, tmp_path):
@@ -180,7 +189,8 @@ def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_cli
      f"--weights={tmp_path}/model"], capture_output=True, text=True, check=False, env=environment(tmp_path / "cache"))
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "w" / "results.json").read_text())["evaluations"]
-  assert set(found) == {"wds_vtab_flowers", "wds_mnist", "wds_voc2007_multilabel", "wds_flickr8k"}
+  assert set(found) == {"wds_vtab_flowers", "wds_mnist", "wds_voc2007_multilabel", "wds_flickr8k",
+                        "wds_wilds_fmow"}
   written = {}
   for path in (tmp_path / "w" / "clip_benchmark").iterdir():
     told = json.loads(path.read_text())
@@ -188,22 +198,29 @@ def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_cli
     assert path.name == "_".join([told["dataset"][4:].replace("/", "_"), told["pretrained"], told["model"], "en",
                                   told["task"]]) + ".json"
     written[told["dataset"]] = told
-  assert written.keys() == {"wds/vtab/flowers", "wds/mnist", "wds/voc2007_multilabel", "wds/flickr8k"}
+  assert written.keys() == {"wds/vtab/flowers", "wds/mnist", "wds/voc2007_multilabel", "wds/flickr8k",
+                             "wds/wilds/fmow"}
+  lines = [json.loads(line) for line in (tmp_path / "w" / "eval_results.jsonl").read_text().splitlines()]
+  assert {line["key"]: line["dataset"] for line in lines} == {
+    "vtab/flowers": "Oxford Flowers-102", "mnist": "MNIST", "wilds/fmow": "FMoW"}
   for folder, name in (("wds_vtab-flowers_test", "vtab/flowers"), ("wds_mnist_test", "mnist"),
-                       ("wds_voc2007_multilabel", "voc2007_multilabel"), ("wds_flickr8k", "flickr8k")):
-    figures, ranks = theirs(*model, sets / folder)
+                       ("wds_voc2007_multilabel", "voc2007_multilabel"), ("wds_flickr8k", "flickr8k"),
+                       ("wds_wilds-fmow_test", "wilds/fmow")):
+    figures, ranks, named = theirs(*model, sets / folder)
+    worst = figures.pop("acc_worst_region", None)
     assert written[f"wds/{name}"]["metrics"] == pytest.approx(figures, abs=1e-6, nan_ok=True), name
+    for line in lines:
+      if line["key"] == name:
+        main = figures["mean_per_class_recall" if name == "vtab/flowers" else "acc1"] if worst is None else worst
+        assert line["metrics"]["main_metric"] == pytest.approx(main, abs=1e-6)
+        assert worst is None or line["metrics"]["acc_worst_region"] == line["metrics"]["main_metric"]
+        assert (line["metrics"]["acc5"] is None) == (name == "mnist")
     if ranks is not None:
       items = tmp_path / "w" / "evaluation" / f"wds_{name.replace('/', '_')}" / "images.jsonl"
-      lines = [json.loads(line) for line in items.read_text().splitlines()[1:]]
-      assert [line["rank"] for line in lines] == ranks.tolist() and len(set(ranks.tolist())) > 2
+      rows = [json.loads(line) for line in items.read_text().splitlines()[1:]]
+      assert [row["rank"] for row in rows] == ranks.tolist() and len(set(ranks.tolist())) > 2
+      assert [row["predicted"] for row in rows] == named.tolist()
   assert written["wds/flickr8k"]["task"] == "zeroshot_retrieval"
-  lines = [json.loads(line) for line in (tmp_path / "w" / "eval_results.jsonl").read_text().splitlines()]
-  assert {line["key"]: line["dataset"] for line in lines} == {"vtab/flowers": "Oxford Flowers-102", "mnist": "MNIST"}
-  for line in lines:
-    metrics = written[f"wds/{line['key']}"]["metrics"]
-    assert line["metrics"]["main_metric"] == metrics["mean_per_class_recall" if "flowers" in line["key"] else "acc1"]
-    assert (line["metrics"]["acc5"] is None) == (line["key"] == "mnist")
 
 
 def test_mean_area_is_scikit_learns_average_precision_and_theirs_for_a_class_that_is_nowhere():
@@ -219,6 +236,15 @@ def test_mean_area_is_scikit_learns_average_precision_and_theirs_for_a_class_tha
   part = sklearn.metrics.average_precision_score(truth[30:, 3], scores[30:, 3])
   assert classification.mean_area(scores[:, 3:4], signs[:, 3:4]) == pytest.approx(part, abs=1e-12)
   assert classification.mean_area(np.full((4, 1), np.nan), np.ones((4, 1))) == 0
+
+
+def test_macro_f1_is_scikit_learns_over_the_classes_there_are():
+  rng = np.random.default_rng(0)
+  labels, named = rng.integers(0, 5, 80), rng.integers(0, 7, 80)
+  named = np.where(rng.random(80) < 0.5, labels, named)
+  wanted = sklearn.metrics.f1_score(labels, named, average="macro", labels=np.unique(labels))
+  assert classification.f1_macro(labels, named) == pytest.approx(wanted, abs=1e-12)
+  assert classification.worst_group(np.array([0, 0, 3, 3]), np.array([True, False, True, True])) == 0.5
 
 
 def opened(path, split="", **fields):
@@ -263,7 +289,10 @@ def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_figure
   found = suites.clip_benchmark(str(sets))
   assert {k: (e.name, e.source.split, e.templates, e.classes, e.every) for k, e in found.items()} == {
     "wds_vtab_flowers": ("zeroshot", "test", "", "", -1), "wds_mnist": ("zeroshot", "test", "", "", -1),
-    "wds_voc2007_multilabel": ("zeroshot", "test", "", "", -1), "wds_flickr8k": ("retrieval", "test", "", "", -1)}
+    "wds_voc2007_multilabel": ("zeroshot", "test", "", "", -1), "wds_flickr8k": ("retrieval", "test", "", "", -1),
+    "wds_wilds_fmow": ("zeroshot", "test", "", "", -1)}
+  assert {k: e.metrics for k, e in found.items() if e.metrics} == {
+    "wds_wilds_fmow": ("top1", "top5", "mean_per_class", "worst_group")}
   write_set(tmp_path / "vtab" / "pets", "test", labelled(4), classes=CLASSES, templates=TEMPLATES)
   write_set(tmp_path / "vtab" / "pets", "train", labelled(6, seed=1))
   nested = suites.clip_benchmark(str(tmp_path), probes=True)

@@ -7,6 +7,7 @@ https://github.com/mlfoundations/datacomp, tasklist.yml and evaluate.py.
 import json
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from limber_jax.data.sources import clip_benchmark as source
@@ -19,9 +20,19 @@ DEPTH = 2                           # folders down to a set: vtab/cifar10
 # The folder of a set is its name with - for /, mostly in wds_…_test.
 PREFIXES = ("vtab-", "wilds-")
 
-# DataComp's name of a task and its main metric, by the name of the set; the classes among its tasks whose main metric
-# needs nothing but the classes.
-TASKS = {name: (title, "acc1") for name, title in {
+
+@dataclass(frozen=True)
+class Task:
+  """A task of DataComp's on a set in this form."""
+
+  title: str
+  metric: str = "acc1"      # its main metric, by their name …
+  figure: str = "top1"      # … and as evaluation "zeroshot" calls it
+  key: str = ""             # where it is not the name of the set
+
+
+# By the name of the set. FairFace and UTKFace ask several questions of an image, and have no main metric.
+TASKS = {name: Task(title) for name, title in {
   "cifar10": "CIFAR-10", "vtab/cifar100": "CIFAR-100", "vtab/clevr_count_all": "CLEVR Counts",
   "vtab/clevr_closest_object_distance": "CLEVR Distance", "country211": "Country211",
   "vtab/dtd": "Describable Textures", "vtab/eurosat": "EuroSAT", "food101": "Food-101", "gtsrb": "GTSRB",
@@ -31,9 +42,21 @@ TASKS = {name: (title, "acc1") for name, title in {
   "voc2007": "Pascal VOC 2007", "vtab/pcam": "PatchCamelyon", "renderedsst2": "Rendered SST2",
   "vtab/resisc45": "RESISC45", "cars": "Stanford Cars", "stl10": "STL-10", "sun397": "SUN397",
   "vtab/svhn": "SVHN", "wilds/camelyon17": "Camelyon17",
-}.items()} | {name: (title, "mean_per_class_recall") for name, title in {
+}.items()} | {name: Task(title, "mean_per_class_recall", "mean_per_class") for name, title in {
   "vtab/caltech101": "Caltech-101", "fgvc_aircraft": "FGVC Aircraft", "vtab/flowers": "Oxford Flowers-102",
-  "vtab/pets": "Oxford-IIIT Pet"}.items()}
+  "vtab/pets": "Oxford-IIIT Pet"}.items()} | {
+  "wilds/iwildcam": Task("iWildCam", "F1-macro_all", "f1_macro"),
+  "wilds/fmow": Task("FMoW", "acc_worst_region", "worst_group"),
+  "dollar_street": Task("Dollar Street", "acc_top5_wg", "worst_group_top5", "fairness/dollar_street"),
+  "geode": Task("GeoDE", "acc_wg", "worst_group", "fairness/geode"),
+}
+USUAL = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class", "mean_average_precision": "map"}
+
+
+def metrics_of(name: str) -> tuple[str, ...]:
+  """Returns the figures of a set of classes, () for the usual ones."""
+  figure = TASKS[name].figure if name in TASKS else ""
+  return ("top1", "top5", "mean_per_class", figure) if figure and figure not in USUAL.values() else ()
 
 
 def sets(root: str) -> dict[str, str]:
@@ -86,10 +109,12 @@ def files(results: dict[str, Any], pretrained: str) -> dict[str, str]:
             "language": "en"}
     slug = "_".join(re.sub(r"[/\\\s]", "_", part) for part in (name, pretrained, model, "en", task))
     out[os.path.join(FOLDER, f"{slug}.json")] = json.dumps(told)
-    title, main = TASKS.get(name, ("", ""))
-    if main in metrics:
+    task = TASKS.get(name)
+    if task and task.figure in entry["figures"]:
+      main = entry["figures"][task.figure]
       found = {k: None if v != v else v for k, v in metrics.items()}  # theirs has no NaN
-      lines.append(json.dumps({"key": name, "dataset": title, "metrics": found | {"main_metric": metrics[main]}}))
+      lines.append(json.dumps({"key": task.key or name, "dataset": task.title,
+                               "metrics": found | {task.metric: main, "main_metric": main}}))
   return out | ({DATACOMP: "".join(f"{line}\n" for line in lines)} if lines else {})
 
 
@@ -99,9 +124,7 @@ def _metrics(entry: dict[str, Any]) -> dict[str, float]:
   if entry["evaluation"] == "retrieval":
     return {f"{what}_retrieval_recall@{k}": figures[f"{way}_r{k}"] for k in (1, 5, 10)
             for what, way in (("image", "t2i"), ("text", "i2t")) if f"{way}_r{k}" in figures}
-  out = {theirs: figures[ours] for theirs, ours in (
-    ("acc1", "top1"), ("acc5", "top5"), ("mean_per_class_recall", "mean_per_class"), ("mean_average_precision", "map"))
-    if ours in figures}
+  out = {theirs: figures[ours] for theirs, ours in USUAL.items() if ours in figures}
   if "acc1" in out and "acc5" not in out and entry["facts"]["classes"] <= 5:
     out["acc5"] = 1.0 if entry["facts"]["classes"] == 5 else float("nan")
   return out

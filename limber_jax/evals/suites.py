@@ -62,7 +62,8 @@ def clip_benchmark(path: str, split: str = "test", every: int = -1, probes: bool
       raise UserError(f"{folder}: no split {split!r}; it has {', '.join(there)}")
     key = f"wds_{re.sub(r'[^0-9A-Za-z]', '_', name)}"
     tested = Source("clip_benchmark", folder, split if split in there else there[0])
-    out[key] = Evaluation("retrieval" if kind == "retrieval" else "zeroshot", tested, every=every)
+    metrics = benchmark.metrics_of(name) if kind == "classification" else ()
+    out[key] = Evaluation("retrieval" if kind == "retrieval" else "zeroshot", tested, every=every, metrics=metrics)
     if probes and kind == "classification" and "train" in there and tested.split != "train":
       learnt = dataclasses.replace(tested, split="train")
       out[f"{key}_probe"] = Evaluation("linear_probe", tested, every=-1, train=learnt)

@@ -22,8 +22,9 @@ from limber_jax.evals import datasets
 from limber_jax.evals.base import Context
 from limber_jax.metrics import classification
 
-# Figures by what they need of the data: one class an image, two classes in all, several classes an image.
-FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5")
+# Figures by what they need of the data: one class an image, groups too, two classes in all, several classes an image.
+FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5", "f1_macro")
+OF_GROUPS = ("worst_group", "worst_group_top5")
 OF_TWO = ("roc_auc",)
 OF_SEVERAL = ("map11", "map")
 USUAL_TEMPLATES = "imagenet7"
@@ -44,6 +45,8 @@ class ZeroShot:
     top1, top5: the share of images whose class is among the first (five of more than 5 classes).
     mean_per_class: top1, averaged over the classes that have images.
     mean_top1_top5: the mean of the two.
+    f1_macro: the harmonic mean of precision and recall, averaged over the classes that have images, as WILDS has it.
+    worst_group, worst_group_top5: top1 and top5 of the group of images that has the least, where records have a group.
     roc_auc: of two classes, how often the second scores higher for an image of it than for one of the first.
     map11: of images with several classes each, as PASCAL VOC 2007 has it; with map the only one there.
     map: the same with all points of the curve, and 0 for a class that is nowhere, as CLIP_benchmark has it.
@@ -55,7 +58,7 @@ class ZeroShot:
   source.split: with commas between, figures are averaged over several splits, as those of UCF101 are.
 
   Equal scores go to the class that stands first. An item's record has "label" and the "rank" of that class, 0 the best,
-  or "labels", "difficult" and "scores".
+  "predicted" and perhaps "group", or "labels", "difficult" and "scores".
   """
 
   needs = ("embed_image", "embed_text")
@@ -69,7 +72,9 @@ class ZeroShot:
     if not self._several and "label" not in source.annotation(0):
       raise UserError(f"{self._where}: its records have no labels; set source.label_key, or choose another evaluation")
     self._classes, self._templates = chosen_classes(config, source), chosen_templates(config, source)
-    self._metrics = chosen_metrics(config, len(self._classes), self._several, getattr(source, "metrics", ()))
+    self._grouped = all("group" in runner.source.annotation(0) for runner in self._runners)
+    self._metrics = chosen_metrics(config, len(self._classes), self._several, getattr(source, "metrics", ()),
+                                   self._grouped)
     self._tokens = prompts(context.tokenizer, [n for c in self._classes for n in c.names], self._templates,
                            context.length)
 
@@ -113,14 +118,19 @@ class ZeroShot:
       return {"labels": labels, "difficult": difficult, **kept}
     label = int(row["label"])
     check_labels(row["label"][None], row["index"][None], count, self._where)
-    return {"label": label, "rank": rank(scores, label), **(kept if "roc_auc" in self._metrics else {})}
+    place, best = rank(scores, label), int(np.argmax(scores))
+    out = {"label": label, "rank": place, "predicted": label if place == 0 else best if best != label else -1}
+    if self._grouped:
+      out["group"] = int(source.annotation(int(row["index"]))["group"])
+    return {**out, **(kept if "roc_auc" in self._metrics else {})}
 
 
 def figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
   """Returns the figures of `ZeroShot` by name, and "count", from the records of its items.
 
   Args:
-    records: {"label", "rank"} each, with "scores" for roc_auc; {"labels", "difficult", "scores"} for map11.
+    records: {"label", "rank", "predicted"} each, with "scores" for roc_auc and "group" for the worst of these; for
+      map11 and map {"labels", "difficult", "scores"}.
     metrics: names of figures.
 
   Raises:
@@ -149,6 +159,11 @@ def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[
         out[name] = classification.top(ranks, int(name[3:]))
       case "mean_per_class":
         out[name] = classification.mean_per_class(labels, ranks == 0)
+      case "f1_macro":
+        out[name] = classification.f1_macro(labels, np.array([r["predicted"] for r in records]))
+      case "worst_group" | "worst_group_top5":
+        right = ranks < (5 if name.endswith("5") else 1)
+        out[name] = classification.worst_group(np.array([r["group"] for r in records]), right)
       case "mean_top1_top5":
         out[name] = (classification.top(ranks, 1) + classification.top(ranks, 5)) / 2
       case "roc_auc":
@@ -157,14 +172,15 @@ def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[
   return out
 
 
-def chosen_metrics(config: Evaluation, classes: int, several: bool, own: tuple[str, ...] = ()) -> tuple[str, ...]:
+def chosen_metrics(config: Evaluation, classes: int, several: bool, own: tuple[str, ...] = (), grouped: bool = False
+                   ) -> tuple[str, ...]:
   """Returns the names of the figures: config.metrics, else the data's own, or what they allow and the paper asks for.
 
   Raises:
     UserError: there is no such figure, or it cannot be had of these data.
   """
-  possible = OF_SEVERAL if several else tuple(m for m in FIGURES if classes > 5 or "top5" not in m) + OF_TWO * (
-    classes == 2)
+  possible = OF_SEVERAL if several else tuple(
+    m for m in FIGURES + OF_GROUPS * grouped if classes > 5 or "top5" not in m) + OF_TWO * (classes == 2)
   asked = datasets.SETS[config.classes].metric if config.classes in datasets.SETS else ""
   default = own or (OF_SEVERAL[:1] if several else
                     tuple(m for m in possible if m in ("top1", "top5", "mean_per_class", asked)))

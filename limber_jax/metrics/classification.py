@@ -24,6 +24,30 @@ def mean_per_class(labels: np.ndarray, right: np.ndarray) -> float:
   return float(np.mean(hits[there > 0] / there[there > 0]))
 
 
+def f1_macro(labels: np.ndarray, predicted: np.ndarray) -> float:
+  """Returns the F1 score, averaged over the classes that have items; of a class that nothing was right of, 0.
+
+  Args:
+    labels: int [N].
+    predicted: int [N].
+  """
+  each = []
+  for c in np.unique(labels):
+    right = np.count_nonzero((labels == c) & (predicted == c))
+    each.append(2 * right / (np.count_nonzero(labels == c) + np.count_nonzero(predicted == c)))
+  return float(np.mean(each))
+
+
+def worst_group(groups: np.ndarray, right: np.ndarray) -> float:
+  """Returns the share of items that are right, in the group that has the least.
+
+  Args:
+    groups: int [N].
+    right: bool [N].
+  """
+  return float(min(np.mean(right[groups == g]) for g in np.unique(groups)))
+
+
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
   """Returns the 11-point interpolated average precision of one class, as PASCAL VOC 2007 defines it.
 

@@ -5,6 +5,7 @@ A record is {"id": str, "image": encoded bytes | uint8 [h, w, 3], "text": str}, 
   "label": int               the number of its class
   "labels": tuple[int, ...]  the numbers of its classes, where an image has several, and then also
   "difficult": tuple[int, ...]  those of classes that only difficult objects have: not to be counted either way
+  "group": int             which part of the data it belongs to, for the figures of the worst
 Records of texts alone, for language models, have no "image".
 
 A source may have `damage`, a list of {"file", "id", "reason"}: what it found when it was opened that cannot be used and

@@ -38,7 +38,9 @@ class ClipBenchmark:
   incomplete: of a tar that is cut off: "refuse"; "keep" = what is whole in it is read, and the rest is named.
 
   dataset_type.txt says what tars hold beside the images: .cls, the number of a class, if it is "classification" or not
-  there; .npy, ones and zeros for all classes, if it is "multilabel"; .txt, a caption a line, if it is "retrieval".
+  there; .npy, ones and zeros for all classes, if it is "multilabel"; .txt, a caption a line, if it is "retrieval". A
+  .npy beside a .cls is DataComp's metadata of WILDS, Dollar Street and GeoDE: its first number is the "group", such as
+  the region, if that of the first record is a whole number.
   "text" is the name of the class, the names of the classes, or the first caption. `classes` and `templates` are those
   of classnames.txt and zeroshot_classification_templates.txt, whose {c} is our {}; None where there is no such file.
 
@@ -67,9 +69,19 @@ class ClipBenchmark:
         f"without {TYPE} it is a set of classes; one of captions has the line retrieval there")
       raise UserError(f"{where}: no image with {what} (.{self._suffix}) in {len(paths)} tars; {there}{first}")
 
+    self._grouped = kind == "classification" and self._has_groups()
+
   @staticmethod
   def splits(config: Source) -> tuple[str, ...]:
     return tuple(splits(config.path)) if os.path.isdir(config.path) else ()
+
+  def _has_groups(self) -> bool:
+    """Returns whether the first record has a whole number at the start of a .npy."""
+    shard, key, row = self._row(0)
+    try:
+      return bool(row[6]) and _first(shard.contents(key, *row[6:9])) is not None
+    except UserError:
+      return False
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -96,7 +108,8 @@ class ClipBenchmark:
           return out | {"text": ", ".join(map(self._name, labels)) or "none of the classes", "labels": labels,
                         "difficult": ()}
       label = self._one(data)
-      return out | {"text": self._name(label), "label": label}
+      group = {"group": _first(shard.contents(key, *row[6:9]))} if self._grouped else {}
+      return out | {"text": self._name(label), "label": label} | group
     except UnicodeDecodeError as error:
       raise UserError(f"{shard.path}: {key}: captions are not UTF-8 ({error.reason})") from error
     except UserError as error:
@@ -235,6 +248,14 @@ def _template(line: str, where: str) -> str:
   if not fields or any(f != ("c", "", None) for f in fields) or any("{}" in text for text, *_ in parts):
     raise UserError(f"{where}: wanted a sentence with {{c}} for the class, got {line!r}")
   return "".join(text + "{}" * (field is not None) for text, field, *_ in parts)
+
+
+def _first(data: bytes) -> int:
+  """Returns the first number in a .npy of metadata; raises UserError."""
+  values = _array(data).reshape(-1)[:1].tolist()
+  if not values or values[0] not in range(-2**31, 2**31):
+    raise UserError(f"wanted whole numbers in .npy, got {values[0] if values else 'none'}")
+  return int(values[0])
 
 
 def _array(data: bytes) -> np.ndarray:

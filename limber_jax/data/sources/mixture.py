@@ -16,7 +16,7 @@ from limber_jax.errors import UserError, did_you_mean
 
 WANTED = '{"sources": [{"weight": 3, "name": "webdataset", "path": …}, {"weight": 1, …}]}'
 PATHS = ("path", "images")
-LABELS = ("label", "labels", "difficult")
+LABELS = ("label", "labels", "difficult", "group")
 MAX_ROUND = 1_000_000
 
 
