@@ -282,7 +282,7 @@ def test_a_split_is_never_chosen_where_there_are_several(sets, tmp_path):
   with pytest.raises(UserError, match=r"no such split .*did you mean 'test'"):
     opened(tmp_path / "s", "tset")
   with pytest.raises(UserError, match=r"no such split .*known: test"):
-    opened(sets / "wds_mnist_test", Source().split or "train")
+    opened(sets / "wds_mnist_test", "train")
 
 
 def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_figures(sets, tmp_path):
