@@ -209,14 +209,27 @@ def test_a_tar_that_is_cut_off_or_damaged_is_refused_and_never_read_in_part(tmp_
     last = max(tar.getmembers(), key=lambda m: m.offset)
   end = last.offset_data + -(-last.size // 512) * 512
   broken = tmp_path / "broken.tar"
+  with tarfile.open(tmp_path / "x.tar") as tar:
+    ends = {m.name.removeprefix("./"): m.offset_data + m.size for m in tar if m.isfile()}
+  whole_set = opened(tmp_path / "x.tar")
+  ids = [whole_set.annotation(i)["id"] for i in range(count)]
   for length in (0, 100, 700, *range(1024, end, 397)):
     broken.write_bytes(whole[:length])
-    with pytest.raises(UserError, match=r"broken\.tar") as caught:
+    with pytest.raises(UserError, match=r"broken\.tar.*source\.incomplete=keep") as caught:
       opened(broken)
     assert "\n" not in str(caught.value), length
+    there = {id_ for id_ in ids if ends[id_] <= length}
+    if not there:
+      with pytest.raises(UserError, match=r"no class folders|no images"):
+        opened(broken, incomplete="keep")
+      continue
+    source = opened(broken, incomplete="keep")
+    assert {source.annotation(i)["id"] for i in range(len(source))} == there
+    assert any("cut off" in reason for reason in damage(source).values())
   broken.write_bytes(whole[:last.offset] + b"\x07" * 512 + whole[last.offset + 512:])
-  with pytest.raises(UserError, match=rf"byte {last.offset:,} of"):
-    opened(broken)
+  for incomplete in ("refuse", "keep"):  # damaged, not cut off
+    with pytest.raises(UserError, match=rf"byte {last.offset:,} of"):
+      opened(broken, incomplete=incomplete)
   broken.write_bytes(whole[:end])  # without the two empty blocks at the end, which not every program writes
   assert len(opened(broken)) == count
   import gzip

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from limber_jax.config import Source
+from limber_jax.data.sources import tars
 from limber_jax.data.transforms import MAX_PIXELS
 from limber_jax.errors import UserError, did_you_mean
 
@@ -49,6 +50,7 @@ class Folder:
   text_key: a file below path that names the classes, one a line, in the order of their numbers; "" = all there are.
   separator: between path and class, or columns; "" = a space in .txt, a tab in .tsv, and in .csv the semicolon if the
     first line has one, else the comma.
+  incomplete: of a tar that is cut off: "refuse"; "keep" = what is whole in it is read, and the rest is named.
 
   What cannot be used is in `damage`: classes without images, folders that cannot be read, lines that are none, images
   that are not there or are listed twice, and what in a tar is a link or has a name that leads out of it.
@@ -95,7 +97,7 @@ class Folder:
       return _Directory(path)
     for file in (path, f"{path}.tar"):
       if os.path.isfile(file):
-        return _Tar(file)
+        return _Tar(file, tars.keeps(self._config))
     raise UserError(f"{self._where}: no such file or directory; wanted {LAYOUTS}; point at yours with "
                     "--config.data.source.path=DIRECTORY")
 
@@ -232,10 +234,11 @@ class _Directory:
 class _Tar:
   """The files of a tar, found once and then read where they lie; nothing is unpacked."""
 
-  def __init__(self, path: str):
-    self._path = path
+  def __init__(self, path: str, keep: bool):
+    self._path, size = path, os.path.getsize(path)
     self.refused: dict[str, str] = {}
     self._at: dict[str, tuple[int, int]] = {}  # where the contents of a file begin, and their bytes
+    broken = ""
     try:
       with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
@@ -247,7 +250,7 @@ class _Tar:
             self.refused[member.name] = "its name leads out of the tar"
           elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
             self.refused[name] = "a link or device, no file"
-          else:
+          elif member.offset_data + member.size <= size:
             self._at[name] = member.offset_data, member.size  # of a name that comes twice the last counts, as in tar
         end = tar.offset
       with open(path, "rb") as file:
@@ -256,9 +259,16 @@ class _Tar:
     except (tarfile.TarError, OSError, EOFError) as error:
       why = ("cut off or damaged; fetch it again" if self._at else
              "no tar; a compressed one has no random access: unpack it with gunzip, xz or zstd first")
-      raise UserError(f"{path}, {os.path.getsize(path):,} bytes: {why} ({error})") from error
-    if any(rest):  # where tarfile stops at a damaged header, and says nothing
-      raise UserError(f"{path}, byte {end:,} of {os.path.getsize(path):,}: no header of a tar; fetch it again")
+      broken = f"{path}, {size:,} bytes: {why} ({error})"
+    else:
+      if any(rest):  # where tarfile stops at a damaged header, and says nothing
+        broken = f"{path}, byte {end:,} of {size:,}: no header of a tar; fetch it again"
+    if broken:
+      lost = tars.cut_off(path)
+      if not (lost and keep):
+        raise UserError(broken + f"; it is cut off: {tars.KEEP}" * bool(lost))
+      id_, reason = lost.lost(size)
+      self.refused[id_] = reason
     self._inside: dict[str, tuple[set[str], set[str]]] = {"": (set(), set())}
     for name in self._at:
       parts = name.split("/")

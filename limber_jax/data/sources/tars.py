@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
 
+from limber_jax.config import Source, choose
 from limber_jax.errors import UserError
+
+KEEP = "fetch it again, or read what is whole in it with source.incomplete=keep"
 
 MAX_NAME = 255  # bytes of a member's name
 
@@ -36,6 +39,37 @@ class CutOff(ValueError):
     super().__init__(message)
     self.position = position  # bytes that are whole
     self.inside = inside      # the name of the member that is not; b"" where it stops between two
+
+  def lost(self, size: int) -> tuple[str, str]:
+    """Returns (id, reason) of the damage to a tar of so many bytes."""
+    if self.inside:
+      return shown(self.inside), f"the tar is cut off inside it, at byte {size:,}; what came after it is lost too"
+    return f"byte {self.position:,}", "the tar is cut off here; what came after it is lost"
+
+
+def keeps(config: Source) -> bool:
+  """Returns whether tars that are cut off are read; raises UserError if config.incomplete says nothing of it."""
+  return choose("data.source.incomplete", config.incomplete, ("refuse", "keep")) == "keep"
+
+
+def cut_off(path: str) -> CutOff | None:
+  """Returns where a tar stops before its end, None where it does not or is damaged otherwise."""
+  try:
+    with open(path, "rb") as file, _mapped(file) as data:
+      for _ in members(data):
+        pass
+  except CutOff as error:
+    return error
+  except (ValueError, OSError):
+    pass  # what else is wrong is told by whoever reads it
+  return None
+
+
+def _mapped(file: BinaryIO) -> contextlib.AbstractContextManager[mmap.mmap | bytes]:
+  """Returns the bytes of an open file."""
+  if not os.fstat(file.fileno()).st_size:  # which no map can have
+    return contextlib.nullcontext(b"")
+  return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 _LINKS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe",
@@ -252,9 +286,6 @@ def _pread(path: str, size: int, offset: int) -> bytes:
   return data
 
 
-KEEP = "fetch it again, or read what is whole in it with source.incomplete=keep"
-
-
 def open_shards(paths: list[str], rule: Rule, keep: bool) -> tuple[list[Shard], list[dict[str, str]]]:
   """Returns tars with their indices, which are made where there are none, and what of their members is no record.
 
@@ -332,8 +363,7 @@ def _read(file: BinaryIO, rule: Rule) -> tuple[int, bool, int, int, bytes, bytes
 
 def _make(path: str, size: int, rule: Rule, keep: bool) -> bytes:
   """Returns the index of a tar; raises ValueError if it is not whole, and with `keep` only if it is damaged."""
-  with open(path, "rb") as opened, (mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else
-                                    contextlib.nullcontext(b"")) as data:
+  with open(path, "rb") as opened, _mapped(opened) as data:
     found = _Found(rule)
     good = size
     try:
@@ -389,11 +419,7 @@ class _Found:
   def cut(self, error: CutOff, size: int) -> None:
     """Names what a tar of `size` bytes lost."""
     self._lost = _plain(self._rule.split(error.inside)[0]), shown(error.inside)
-    if error.inside:
-      self.damage.append((shown(error.inside), f"the tar is cut off inside it, at byte {size:,}; what came after it is "
-                          "lost too"))
-    else:
-      self.damage.append((f"byte {error.position:,}", "the tar is cut off here; what came after it is lost"))
+    self.damage.append(error.lost(size))
 
   def records(self) -> Iterator[tuple[bytes, tuple[Member | None, ...]]]:
     """Yields (key, (image, text, sidecar)) of each record; what is none goes into `damage`."""

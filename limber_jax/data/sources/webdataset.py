@@ -11,7 +11,7 @@ import numpy as np
 
 from limber_jax.config import Source, choose
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
-from limber_jax.data.sources.tars import Rule, Shard, open_shards
+from limber_jax.data.sources.tars import Rule, Shard, keeps, open_shards
 from limber_jax.data.text import decode
 from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
@@ -195,11 +195,6 @@ def _split(config: Source) -> str:
     raise UserError(f"config.data.source.split={config.split!r}: no such folder in {config.path}"
                     f"{did_you_mean(config.split, folders)}")
   return config.path
-
-
-def keeps(config: Source) -> bool:
-  """Returns whether tars that are cut off are read; raises UserError if config.incomplete says nothing of it."""
-  return choose("data.source.incomplete", config.incomplete, ("refuse", "keep")) == "keep"
 
 
 def _rule(config: Source) -> Rule:
