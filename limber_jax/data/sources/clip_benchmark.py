@@ -14,7 +14,8 @@ import numpy as np
 
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import captions_of
-from limber_jax.data.sources.tars import Rule, Shard, keeps, open_shards
+from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
+from limber_jax.data.sources.tars import keeps
 from limber_jax.data.sources.webdataset import MAX_SHARDS, MAX_TEXT
 from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean

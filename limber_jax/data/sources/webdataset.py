@@ -11,7 +11,8 @@ import numpy as np
 
 from limber_jax.config import Source, choose
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
-from limber_jax.data.sources.tars import Rule, Shard, keeps, open_shards
+from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
+from limber_jax.data.sources.tars import keeps
 from limber_jax.data.text import decode
 from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
