@@ -88,8 +88,8 @@ def theirs(request, transformers, open_clip):
 
 
 @pytest.mark.parametrize(("kind", "changes"), [
-  ("hf", SQUASH), ("hf", {"resize_to": 51, "resample": "lanczos"}), ("open_clip", SQUASH),
-  ("open_clip", {"resize": "longest"})], ids=["hf-squash", "hf-crop", "open_clip-squash", "open_clip-longest"])
+  ("hf", SQUASH), ("open_clip", SQUASH), ("open_clip", {"resize": "longest"})],
+  ids=["hf-squash", "open_clip-squash", "open_clip-longest"])
 def test_embeddings_equal_the_other_librarys_from_file_to_embedding(tmp_path, photos, theirs, kind, changes):
   path = write(tmp_path / kind, kind, **changes)
   photos = photos[: 3 if changes.get("resize") == "longest" else 4]  # open_clip's own fails on a 1 × 40 image there
@@ -104,7 +104,7 @@ def test_embeddings_equal_the_other_librarys_from_file_to_embedding(tmp_path, ph
   transform = make_context(s, "").transform
   images = np.stack([transform({"image": Path(p).read_bytes(), "text": "a"}, None)["image"] for p in photos])
   frozen = {**s.frozen.params, **params}
-  by_evaluate = s.task.predict()["embed_image"](frozen, {**s.frozen.stats, **stats}, images)
+  by_evaluate = jax.jit(s.task.predict()["embed_image"])(frozen, {**s.frozen.stats, **stats}, images)
   np.testing.assert_allclose(cosine(by_evaluate, want), 1, atol=1e-5)
 
 
@@ -157,6 +157,28 @@ def test_every_encoder_of_a_limber_takes_what_its_own_weights_come_with(tmp_path
   task = Captioning.of(config)
   assert (task.rule("").crop, task.rule("x").crop) == ("squash", "longest")  # of caption, vqa, encode and evaluation
   assert task.pixels_of("x") == "image@x"
+
+
+def test_a_limber_sees_of_an_image_file_what_transformers_shows_its_own_tower(squash, photos, transformers):
+  import torch
+
+  config = tiny_limber(model=LimberSize(image=limber_size().image, lm=tiny_limber().model.lm), trainable=("prompt",),
+                       init=Init(image=squash), data=Data(crop="own"))
+  config.model = adopt(config, log=lambda _: None)
+  task = Captioning.of(config)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                      task.model.encoders[""].shapes()[0])
+  params, _ = load.load_part(squash, "image", config.model.image, like)
+  images = np.stack([task.pixels(config.data)({"image": Path(p).read_bytes()}, None)["image"] for p in photos])
+  ours = jax.jit(task.predict()["features"])({"image": params}, {}, {"image": images})
+
+  tower = transformers.CLIPModel.from_pretrained(squash).eval().vision_model
+  processor = transformers.CLIPImageProcessorPil.from_pretrained(squash)
+  with torch.no_grad():
+    files = [Image.fromarray(transforms.decode(Path(p).read_bytes())) for p in photos]
+    want = tower(processor(files, return_tensors="pt")["pixel_values"]).last_hidden_state[:, 1:].numpy()
+  np.testing.assert_allclose(cosine(ours, want), 1, atol=1e-5)
 
 
 def test_a_config_that_contradicts_the_weights_is_refused_and_native_pixels_are_left_alone(squash):
