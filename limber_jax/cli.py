@@ -2,8 +2,8 @@
 
 Exit codes: 0 done (also when a signal stopped the run after a checkpoint), 1 done with some inputs unreadable,
 2 a user's mistake, or a checkpoint that could not be saved, 4 no progress (limber_jax.watchdog), 130 interrupted by a
-second Ctrl-C. A process of several that ends because another one is gone dies of SIGABRT, after one line
-(limber_jax.peers).
+second Ctrl-C. A process of several that fails tells the others, which end with the same code and a line that names it;
+one that ends because another one is gone without a word dies of SIGABRT, after one line (limber_jax.peers).
 """
 
 import difflib
@@ -19,6 +19,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from limber_jax import peers
 from limber_jax.config import Config, flatten
 from limber_jax.errors import UserError
 
@@ -70,13 +71,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       return main(list(argv[1:])) or 0
     except UserError as error:
       print(f"error: {error}", file=sys.stderr, flush=True)
-      return _failed(2)
+      return _failed(2, str(error))
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr, flush=True)
-      return _failed(130)
-    except Exception:
+      return _failed(130, "interrupted")
+    except Exception as error:
       traceback.print_exc()
-      return _failed(1)
+      return _failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
   app.run(guarded, flags_parser=_parse)
 
@@ -86,10 +87,11 @@ def printable(text: str) -> str:
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _failed(code: int) -> int:
-  """Returns the exit code; a process of several ends here, for JAX would have it wait for others that wait for it."""
+def _failed(code: int, line: str) -> int:
+  """Returns the exit code; a process of several tells the others why and ends here: JAX would have it wait for them."""
   jax = sys.modules.get("jax")
   if jax is not None and jax.distributed.is_initialized():
+    peers.tell(code, line)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -56,6 +56,8 @@ def start() -> None:
   elif any(k in env for k in _CLUSTERS) or int(env.get("SLURM_NTASKS", "1")) > 1:
     peers.watch_stderr()
     jax.distributed.initialize(heartbeat_timeout_seconds=peers.HEARTBEAT)
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    peers.listen()
 
 
 def leave() -> NoReturn:

@@ -5,15 +5,20 @@ process that finds process 0 gone ends itself. The signs are given by threads ou
 computes or waits is never taken for dead. JAX ends a process by abort(), after a page of C++ stack. So what a process
 of several writes to stderr passes through a child of its own, which puts one line in the place of that page, and
 changes nothing else. (JAX 0.10's client takes a callback for this moment, and cannot call it: std::bad_cast.)
+
+A process that ends for a reason of its own, such as a save that failed, says so to the others first, by the
+coordination service: they may be waiting for it in the middle of a collective, where no exception can reach them.
 """
 
 import contextlib
 import gc
+import json
 import os
 import re
 import select
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,6 +30,14 @@ _BEGINS = re.compile(rb"^[IWEF]\d+ .*(coordination_service\w*|preemption_sync_ma
                      rb"^F\d+ .*JAX distributed service detected fatal errors", re.MULTILINE)
 _ENDS = b"JAX distributed service detected fatal errors"
 _HELD = 5.0     # seconds that such text is held back, to see whether the process ends
+
+_ENDING = "limber_jax/ending"  # the key of who ends first, and why
+_HEARD = "limber_jax/heard"    # … and of those who know
+_PATIENCE = 5.0  # seconds in which others are to have heard
+_GRACE = 2.0     # seconds in which a process with an error of its own may tell it itself
+_ASK = 20_000    # milliseconds after which the question for the key is asked anew
+
+_ends = threading.Event()  # set once this process ends with a line of its own
 
 # What a collective raises, of Gloo on CPUs or NCCL on GPUs, when another process is no longer there.
 _BROKEN = re.compile(r"Gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Cc]oordination ?[Ss]ervice|Socket closed")
@@ -99,6 +112,61 @@ def _pass_on(source: int, target: int, parent: int) -> None:
 def _write(fd: int, data: bytes) -> None:
   while data:
     data = data[os.write(fd, data) :]
+
+
+def _client():
+  from jax._src import distributed  # nothing public gives it
+
+  return distributed.global_state.client
+
+
+def _set(key: str, value: str) -> None:
+  with contextlib.suppress(Exception):  # it is set already, or process 0, which holds it, is gone
+    _client().key_value_set(key, value)
+
+
+def tell(code: int, line: str) -> None:
+  """Tells the other processes of the run that this one ends with an exit code and why, and waits until they know it."""
+  import jax
+
+  _ends.set()
+  me, others = jax.process_index(), [i for i in range(jax.process_count()) if i != jax.process_index()]
+
+  def talk():
+    _set(_ENDING, json.dumps({"process": me, "code": code, "line": line}))
+    until = time.monotonic() + _PATIENCE
+    for other in others:
+      with contextlib.suppress(Exception):
+        _client().blocking_key_value_get(f"{_HEARD}/{other}", max(int(1000 * (until - time.monotonic())), 1))
+
+  thread = threading.Thread(target=talk, daemon=True)  # so that nothing holds up the end for longer
+  thread.start()
+  thread.join(_PATIENCE + 1)
+
+
+def listen() -> None:
+  """From here on ends this process, with the same exit code, once another one tells that it ends, and says so."""
+  import jax
+
+  me = jax.process_index()
+
+  def wait():
+    while True:
+      try:
+        told = json.loads(_client().blocking_key_value_get(_ENDING, _ASK))
+        break
+      except Exception as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+          return  # JAX has left, or will end this process
+    _set(f"{_HEARD}/{me}", "")
+    if told["process"] == me or _ends.wait(_GRACE):
+      return
+    sys.stdout.flush()
+    sys.stderr.write(f"error: process {told['process']} ended: {told['line']}\n")
+    sys.stderr.flush()
+    os._exit(told["code"])
+
+  threading.Thread(target=wait, name="peers", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -422,8 +422,27 @@ def fails(self, step, batch):
 train.damage_lib.Damage.read = fails
 """)
   outputs = end(pair)
-  assert pair[1].returncode == code and outputs[1].splitlines()[-1] == says
-  assert pair[0].returncode not in (0, None) and outputs[0].splitlines()[-1].startswith("error: process 1 is gone")
+  assert [p.returncode for p in pair] == [code, code] and outputs[1].splitlines()[-1] == says
+  assert outputs[0].splitlines()[-1] == f"error: process 1 ended: {says.removeprefix('error: ')}"
+
+
+@pytest.mark.long
+def test_a_save_that_fails_in_one_process_ends_all_with_a_line_that_says_so(together, tmp_path):
+  pair = together(2, tmp_path / "run", steps=100_000, mesh="1, -1, 1", code="""
+import resource
+from limber_jax.checkpoint import Checkpoints
+save = Checkpoints.save
+def fails(self, state, *args):
+  if PROCESS == 1 and int(state.step) == 6:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+  return save(self, state, *args)
+Checkpoints.save = fails
+""")
+  outputs = end(pair)
+  line = f"{tmp_path}/run/checkpoints: step 6 could not be saved: File too large; the newest checkpoint is step 3"
+  assert [p.returncode for p in pair] == [2, 2], outputs
+  assert [output.splitlines()[-1] for output in outputs] == [f"error: process 1 ended: {line}", f"error: {line}"]
+  assert "Traceback" not in "".join(outputs) and whole_checkpoints(tmp_path / "run") == [3]
 
 
 @pytest.mark.long
