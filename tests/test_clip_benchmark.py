@@ -303,8 +303,12 @@ def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_figure
       "vtab/cifar10", "vtab/cifar10", "imagenet-a", "wilds/fmow", "vtab/dtd"]
   with pytest.raises(UserError, match=r"no sets there; wanted directories with SPLIT/nshards\.txt"):
     suites.clip_benchmark(str(tmp_path / "none"))
-  with pytest.raises(UserError, match=r"no split 'val'; it has test, train"):
-    suites.clip_benchmark(str(tmp_path), split="val")
+  write_set(tmp_path / "wds_mnist", "val", labelled(4)).joinpath("dataset_type.txt").write_text("x")
+  found = suites.clip_benchmark(str(tmp_path), split="val")  # each set that cannot be read says so for itself
+  assert [e.source.split for e in found.values()] == ["val", "val"]
+  for evaluation, message in zip(found.values(), ("no type 'x'", "no such split"), strict=True):
+    with pytest.raises(UserError, match=message):
+      ClipBenchmark(evaluation.source)
   write_set(tmp_path / "wds_vtab-pets_test", "test", labelled(4))
   with pytest.raises(UserError, match="are both the set 'vtab/pets'"):
     suites.clip_benchmark(str(tmp_path))

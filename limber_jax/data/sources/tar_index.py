@@ -94,16 +94,19 @@ class Shard:
       key = self._pread(size, _HEAD.size + self.records * _ROW.size + start)
       if zlib.crc32(key, zlib.crc32(data[:-4])) == crc:
         return key.decode(), tuple(row)
-    file = f"{self.path}.index" if isinstance(self.index, bytes) else self.index
-    raise UserError(f"{file}: damaged at record {place}; remove it, and it is made again")
+    raise UserError(f"{self._file}: damaged at record {place}; remove it, and it is made again")
 
   def contents(self, key: str, start: int, size: int, crc: int) -> bytes:
     """Returns the contents of a member, whose header must be the one that was indexed."""
     data = _pread(self.path, size + BLOCK, start - BLOCK)
     if zlib.crc32(data[:BLOCK]) != crc:
       raise UserError(f"{self.path}, byte {start - BLOCK:,}: not the header of {key} that its index was made from; "
-                      f"fetch it again, or remove {os.path.basename(self.path)}.index if it was replaced on purpose")
+                      f"fetch it again, or remove {os.path.basename(self._file)} if it was replaced on purpose")
     return data[BLOCK:]
+
+  @property
+  def _file(self) -> str:
+    return f"{self.path}.index" if isinstance(self.index, bytes) else self.index
 
   def _pread(self, size: int, offset: int) -> bytes:
     if isinstance(self.index, bytes):
