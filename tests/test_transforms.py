@@ -271,6 +271,7 @@ class TestDraft:
 
   def test_the_smallest_box_of_a_random_crop_still_has_twice_what_is_needed(self):
     assert ResizeCrop(32, "center").least == 64 and ResizeCrop(32, "resized", (0.25, 1.0)).least == 148
+    assert ResizeCrop(32, "center", resize_to=40).least == 80
     exact, draft = (self.at(290, "resized", draft, (0.25, 1.0)) for draft in (False, True))
     np.testing.assert_array_equal(exact, draft)
 
