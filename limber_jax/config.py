@@ -66,6 +66,7 @@ class Data:
   workers: int = 0          # Grain processes; 0 reads in threads of the training process
   threads: int = 8          # reading threads a process: decoding releases the GIL
   prefetch: int = 2         # batches ready ahead of the device
+  repeat: bool = False      # whether a batch may hold records twice, where there are fewer than it has
   # The share of the records seen that may be unreadable: others stand in for them. 0 ends the run at the first.
   damaged: float = 0.01
 
@@ -238,7 +239,7 @@ class Config:
 
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
 RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.threads", "data.prefetch",
-           "data.damaged", "compute.attention", "compute.remat", "compute.unroll", "data.source.path",
+           "data.damaged", "data.repeat", "compute.attention", "compute.remat", "compute.unroll", "data.source.path",
            "data.source.images", "data.source.key_dot", "data.source.incomplete", "data.source.quoting",
            "data.tokenizer.path", "data.features", "decoding", "evals", "first")
 

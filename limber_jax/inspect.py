@@ -21,7 +21,7 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from limber_jax import cli, registry
-from limber_jax.data import sources
+from limber_jax.data import checks, sources
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.pipeline import order
 from limber_jax.data.sources.packed import Packed
@@ -45,6 +45,7 @@ class Look:
   width: int = 0
   height: int = 0
   bytes: int = 0                    # of the encoded image
+  turned: bool = False              # its EXIF orientation asks to turn it
   texts: tuple[str, ...] = ()
   small: Image.Image | None = None  # of those on the contact sheet
 
@@ -59,15 +60,16 @@ def look(source: sources.Source, index: int, keep: bool, images: ImageOptions = 
       return Look(index, record["id"], texts=texts)
     image = record["image"]
     pixels = decode(image, images)
+    turn = None
     kind, size = "pixels", image.nbytes if isinstance(image, np.ndarray) else len(image)
     if isinstance(image, bytes):
-      kind = sniff(image)[0]
+      kind, turn = sniff(image)
     small = None
     if keep:
       small = Image.fromarray(pixels)
       scale = SIDE / max(small.size)  # an icon is enlarged, so that it can be seen
       small = small.resize([max(round(side * scale), 1) for side in small.size], Image.Resampling.BICUBIC)
-    return Look(index, record["id"], "", kind, pixels.shape[1], pixels.shape[0], size, texts, small)
+    return Look(index, record["id"], "", kind, pixels.shape[1], pixels.shape[0], size, turn is not None, texts, small)
   except UserError as error:
     return Look(index, record.get("id", ""), str(error))
 
@@ -93,6 +95,8 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
   reasons: Counter[str] = Counter()
   first: dict[str, str] = {}
   formats: Counter[str] = Counter()
+  empty: list[tuple[str, int]] = []  # captions that say nothing, and their records
+  turned = 0
   figures: dict[str, list[int]] = {name: [] for name in ("width", "height", "bytes", "characters", "captions")}
   with ThreadPoolExecutor(8) as pool:
     for found in _in_pieces(pool, source, indices, shown, images):
@@ -105,6 +109,8 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
       if found.format:
         for name in ("width", "height", "bytes"):
           figures[name].append(getattr(found, name))
+      turned += found.turned
+      empty += [(text, found.index) for text in checks.placeholders(found.texts)]
       figures["captions"].append(len(found.texts))
       figures["characters"] += map(len, found.texts)
       if found.small is not None:
@@ -116,7 +122,9 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
     reasons[kind] += 1
     first.setdefault(kind, "{file}: {id}: {reason}".format(**entry))
   told = {"records": n, "looked_at": count, "classes": None if source.classes is None else len(source.classes),
-          "formats": dict(formats.most_common()), "unreadable": unreadable, "found_at_opening": len(opening),
+          "formats": dict(formats.most_common()), "turned": turned, "notes": list(getattr(source, "notes", ())),
+          "placeholders": {"count": len(empty), "first": empty[0] if empty else None},
+          "unreadable": unreadable, "found_at_opening": len(opening),
           "damage": [{"reason": k, "count": c, "first": first[k]} for k, c in reasons.most_common()]}
   templates = getattr(source, "templates", None)
   return told | {"templates": templates and len(templates)} | {
@@ -191,6 +199,8 @@ def lines(told: dict[str, Any], name: str) -> Iterator[str]:
   part = "" if told["looked_at"] == told["records"] else f", {told['looked_at']:,} looked at (--sample=0 for all)"
   yield f"{name}: {told['records']:,} records{part}"
   yield "images      " + ", ".join(f"{count:,} {kind}" for kind, count in told["formats"].items())
+  if told["turned"]:
+    yield f"turned      {told['turned']:,} of them by their EXIF orientation, where --exif or config.data.exif heeds it"
   if told["width"]:
     yield f"width       {of('width', 'pixels')}"
     yield f"height      {of('height', 'pixels')}"
@@ -198,6 +208,11 @@ def lines(told: dict[str, Any], name: str) -> Iterator[str]:
   if told["characters"]:
     yield f"captions    {of('captions', 'a record')}"
     yield f"length      {of('characters', 'characters')}"
+  if count := told["placeholders"]["count"]:
+    caption, record = told["placeholders"]["first"]
+    yield f"            {count:,} say nothing, such as {caption!r} (record {record})"
+  for note in told["notes"]:
+    yield f"note        {note}"
   if told["classes"]:
     yield f"classes     {told['classes']:,}"
   if told["templates"]:

@@ -35,7 +35,7 @@ from PIL import Image
 
 from limber_jax import cli, lock, registry
 from limber_jax.config import Source
-from limber_jax.data import sources, text
+from limber_jax.data import checks, sources, text
 from limber_jax.data.features import ShardWriter
 from limber_jax.data.images import FORMATS, PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.sources import annotations, packed
@@ -163,6 +163,7 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
   """
   dropped: list[dict[str, Any]] = []
   writer, records = ShardWriter(packing.path(number)), 0
+  empty: list[str] = []  # captions that say nothing
   try:
     for index in packing.rows(number):
       if stop():
@@ -178,6 +179,7 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
         continue
       writer.write(data)
       records += 1
+      empty += checks.placeholders(record.get("texts", (record["text"],)))
     writer.close()
     writer = None
   finally:
@@ -186,7 +188,7 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
   path = packing.path(number)
   _write(packing.path(number, ".json"), [{
     "file": os.path.basename(path), "records": records, "bytes": os.path.getsize(path), "sha256": packed.digest(path),
-    "dropped": dropped}])
+    "dropped": dropped} | ({"placeholders": empty} if empty else {})])
   return dropped
 
 
@@ -235,6 +237,8 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
     todo = [k for k, told in enumerate(whole) if told is None]
     dropped = [d for told in whole if told for d in told["dropped"]]
     log(f"{config.name} {config.path}: {len(source):,} records, {len(todo)} of {packing.count} shards to write")
+    for note in getattr(source, "notes", ()):
+      log(note)
     total = sum(len(packing.rows(k)) for k in todo)
     records, start, said = 0, time.perf_counter(), time.perf_counter()
     for number, found in _written(source, packing, todo, workers, stop):
@@ -254,7 +258,7 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
     if stop() and any(packing.done(k) is None for k in todo):
       log(f"stopped by {stop.name}; the same command goes on after the shards that are whole")
       return None
-    manifest = _finish(config, source, packing, what)
+    manifest = _finish(config, source, packing, what, log)
   log(f"done: {manifest['records']:,} records in {packing.count} shards, {manifest['dropped']:,} dropped; train with "
       f"--config.data.source.name=packed --config.data.source.path={out}")
   return manifest
@@ -298,13 +302,18 @@ def _clear(out: str, keep: str = "") -> None:
       os.remove(os.path.join(out, name))
 
 
-def _finish(config: Source, source: sources.Source, packing: Packing, what: dict[str, Any]) -> dict[str, Any]:
+def _finish(config: Source, source: sources.Source, packing: Packing, what: dict[str, Any],
+            log: Callable[[str], None]) -> dict[str, Any]:
   """Writes the manifest and the list of what was dropped, now that all shards are there."""
   told = [packing.done(k) for k in range(packing.count)]
   dropped = [d for shard in told for d in shard.pop("dropped")]
+  empty = [text for shard in told for text in shard.pop("placeholders", ())]
   manifest = what | {"records": sum(s["records"] for s in told), "dropped": len(dropped), "shards": told}
   if not manifest["records"]:
     raise UserError(f"none of {packing.records:,} records can be read; the first: {dropped[0]['reason']}")
+  if empty:
+    manifest["placeholders"] = len(empty)
+    log(f"captions that say nothing: {len(empty):,}, such as {empty[0]!r}; they are kept")
   _write(os.path.join(packing.directory, DROPPED), _lines(config, source, dropped))
   _write(os.path.join(packing.directory, packed.MANIFEST), [manifest], indent=1)
   _clear(packing.directory)

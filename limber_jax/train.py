@@ -21,8 +21,8 @@ from limber_jax import cli, goodput, lock, optim, parallel, peers, registry
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
+from limber_jax.data import checks, pipeline, tokenizers, transforms
 from limber_jax.data import damage as damage_lib
-from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.features import FeatureSource
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
@@ -220,6 +220,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     ledger = Ledger(workdir, active=main, began=began)
     # First what is quick to say: that there are no data.
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
+    checks.check_enough(source, config)
+    notes = [*getattr(source, "notes", []), *filter(None, [checks.look(source) if main else ""])]
     damage = damage_lib.Damage(workdir, source, config.data, config.batch_size)
     config = dataclasses.replace(config, model=adopt(config, workdir, log=log if main else lambda _: None))
     s = setup(config, workdir)
@@ -270,6 +272,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     if damage.found:
       out.line(f"{len(damage.found):,} annotations cannot be used, and {damage_lib.FILE} names them; the first: "
                f"{damage_lib.told(damage.found[0])}")
+    for note in notes:
+      out.line(note)
 
     batches = pipeline.train_batches(
       source, transforms.with_options(s.task.transform(s.tokenizer, config.data, train=True),

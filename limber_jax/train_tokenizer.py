@@ -11,6 +11,7 @@ from absl import flags
 
 from limber_jax import cli, registry
 from limber_jax.config import Source
+from limber_jax.data import text
 from limber_jax.data.tokenizers import BpeTokenizer
 from limber_jax.errors import UserError
 
@@ -34,8 +35,10 @@ def lines(path: str) -> Iterator[str]:
     yield from captions(Source(name="captions", path=path))
     return
   try:
-    with open(path, encoding="utf-8") as file:
-      yield from file
+    with open(path, "rb") as file:
+      text.check_encoding(file.read(64), f"--source={path}")
+    with open(path, encoding="utf-8-sig") as file:
+      yield from map(text.clean, file)
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--source={path}: {error}") from error
 

@@ -15,6 +15,7 @@ from absl import flags
 from limber_jax import captioner, cli
 from limber_jax.captioner import Captioner, Written
 from limber_jax.classify import attempt
+from limber_jax.data import text
 from limber_jax.errors import UserError
 from limber_jax.tasks.interleaved import example_text, question_text
 
@@ -56,12 +57,14 @@ def read_lines(path: str, flag: str, fields: Sequence[str]) -> list[dict[str, st
     UserError: no such file, nothing in it, or another object; the message names the line.
   """
   try:
-    with open(path, encoding="utf-8") as file:
-      text = file.read()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{flag}={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    with open(path, "rb") as file:
+      words = text.decode(file.read(), f"{flag}={path}")
+  except OSError as error:
+    raise UserError(f"{flag}={path}: cannot be read ({error.strerror or error})") from error
+  if words.lstrip().startswith("[") and words.rstrip().endswith("]"):
+    raise UserError(f"{flag}={path}: one JSON array, expected an object a line; convert it: jq -c '.[]' OLD > NEW")
   out = []
-  for number, line in enumerate(text.split("\n"), 1):
+  for number, line in enumerate(words.split("\n"), 1):
     if not line.strip():
       continue
     try:

@@ -269,5 +269,5 @@ def test_a_missing_directory_and_a_list_in_another_encoding_are_named(tmp_path):
   with pytest.raises(UserError, match=r"no such file or directory; wanted .*--config\.data\.source\.path="):
     opened(tmp_path / "none")
   (tmp_path / "t.txt").write_bytes(b"a.png 0\n\xff\xfe")
-  with pytest.raises(UserError, match=r"t\.txt, byte 8: not UTF-8"):
+  with pytest.raises(UserError, match=r"t\.txt, byte 8 of 10: not UTF-8"):
     opened(tmp_path, "t.txt")

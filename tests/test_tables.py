@@ -1,20 +1,32 @@
 """Tables as people really have them: quotes, separators, line ends, encodings, columns, and captions that are none."""
 
 import csv
+import dataclasses
 import io
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from limber_jax import config as config_lib
 from limber_jax import registry
-from limber_jax.config import Source
+from limber_jax.config import Data, Source, Tokenizer
+from limber_jax.data import checks
 from limber_jax.data import text as text_lib
+from limber_jax.data.pipeline import data_fingerprint
 from limber_jax.data.sources.captions import Captions
+from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
+from limber_jax.evals.zeroshot import lines as list_lines
+from limber_jax.inspect import inspect, lines
 from limber_jax.pack import pack
+from limber_jax.train import train
+from limber_jax.vqa import read_lines
 from tests import layouts
+from tests.runs import tiny
 
 
 def png(value=0):
@@ -244,3 +256,120 @@ def test_a_fingerprint_changes_with_what_is_read_and_only_then(tmp_path):
   assert table(tmp_path, plain, "t.csv").fingerprint() == "4abb726fe0b5813a"  # as of 81b353f
   assert len(plain) == len(cleaned)
   assert table(tmp_path, cleaned, "t.csv").fingerprint() != table(tmp_path, plain, "t.csv").fingerprint()
+
+
+# Captions that say nothing, and other choices, are told
+
+def test_placeholders_are_counted_by_inspect_pack_and_a_runs_start_and_none_is_dropped(tmp_path):
+  words = ("nan", "None", "NA", "null", "N/A", " NaN ", "#N/A")
+  for i in range(40):
+    (tmp_path / f"{i}.png").write_bytes(png(i))
+  source = table(tmp_path, "filepath,title\n" + "".join(
+    f"{i}.png,{words[i] if i < len(words) else f'none of {i}'}\n" for i in range(40)), "t.csv")
+  assert len(texts(source)) == 40 and not flaws(source)
+  assert checks.look(source) == "7 of 40 captions looked at say nothing, such as 'nan'; they are kept"
+  found, _ = inspect(source)
+  assert found["placeholders"] == {"count": 7, "first": ("nan", 0)} and not found["damage"]
+  assert "            7 say nothing, such as 'nan' (record 0)" in list(lines(found, "t"))
+  said = []
+  manifest = pack(Source("captions", str(tmp_path / "t.csv")), str(tmp_path / "out"), log=said.append)
+  assert manifest["placeholders"] == 7 and manifest["records"] == 40 and manifest["dropped"] == 0
+  assert "captions that say nothing: 7, such as 'nan'; they are kept" in said
+
+
+def test_of_large_data_a_spread_sample_is_looked_at():
+  class Many:
+    def __len__(self):
+      return 10**9
+
+    def annotation(self, index):
+      return {"text": "nan" if index >= 5 * 10**8 else "a dog"}
+
+  assert checks.look(Many()).startswith("5,000 of 10,000 captions looked at say nothing")
+
+
+def test_inspect_tells_stray_quotes_empty_captions_and_choices(tmp_path):
+  for i in range(4):
+    (tmp_path / f"{i}.png").write_bytes(png(i))
+  found, _ = inspect(table(tmp_path, 'filepath\ttitle\tcaption\n0.png\tx\t"a\n1.png\tx\tb\n2.png\tx\t\n3.png\tx\tb\n'))
+  assert found["records"] == 4 and found["unreadable"] == 1 and "empty caption" in found["damage"][0]["reason"]
+  said = [line for line in lines(found, "t") if line.startswith("note ")]
+  assert len(said) == 2 and "'caption', not in 'title'" in said[0] and "quotes are letters, for line 2" in said[1]
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet", "huggingface"])
+def test_of_several_columns_of_captions_it_is_said_which_was_taken_in_other_sources_too(tmp_path, name):
+  rows = [{"image": "a.png", "title": "IMG_1.jpg", "caption": "a dog"}] * 2
+  if name == "jsonl":
+    (tmp_path / "t").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  elif name == "parquet":
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t")
+  else:
+    layouts.write_saved(tmp_path / "t", RECORDS)
+    data = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(tmp_path / "t" / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(
+        file, data.schema) as out:
+      out.write_table(data)
+  source = opened(name, tmp_path / "t")
+  assert texts(source) == ["a dog"] * 2
+  [note] = source.notes
+  assert "captions are in column 'caption', not in 'title'; source.text_key names another" in note
+
+
+# Too few for a batch
+
+def test_a_run_on_fewer_records_than_a_batch_is_refused_and_an_option_allows_it(tmp_path):
+  config = tiny(steps=3, data=Data(source=Source("captions", str(tmp_path / "t.tsv")), tokenizer=Tokenizer("bytes")))
+  for i in range(15):
+    (tmp_path / f"{i}.png").write_bytes(png(i))
+  source = table(tmp_path, "filepath\ttitle\n" + "".join(f"{i}.png\tthing {i}\n" for i in range(15)))
+  with pytest.raises(UserError, match=r"the data have 15 records, of which a batch wants 16.*data\.repeat") as caught:
+    train(config, str(tmp_path / "run"), log=lambda _: None)
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+  old = data_fingerprint(source, ByteTokenizer(), config.data, 16, 0)
+  config.data.repeat = True
+  checks.check_enough(source, config)
+  assert data_fingerprint(source, ByteTokenizer(), config.data, 16, 0) == old
+  config_lib.check_same(config, config_lib.to_json(dataclasses.replace(config, data=dataclasses.replace(
+    config.data, repeat=False))), "run")
+
+
+def test_a_member_of_a_mixture_needs_its_share_of_a_batch(tmp_path):
+  digits = {"name": "digits", "weight": 1}
+  (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 7)
+  (tmp_path / "mix.json").write_text(json.dumps({"sources": [digits, digits | {"name": "jsonl", "path": "a.jsonl"}]}))
+  mixture = registry.lookup("data source", registry.SOURCES, "mixture")(Source("mixture", str(tmp_path / "mix.json")))
+  checks.check_enough(mixture, tiny(batch_size=14))
+  with pytest.raises(UserError, match="source 1 of the mixture has 7 records, of which a batch wants 8"):
+    checks.check_enough(mixture, tiny(batch_size=16))
+
+
+# Other files of text
+
+@pytest.mark.parametrize(("data", "message"), [
+  ('[{"image": "a.png", "caption": "x"}]', "one JSON array, wanted an object a line.*jq -c"),
+  ('[\n {"image": "a.png",\n "caption": "x"}\n]\n', "one JSON array"),
+  ('{\n "image": "a.png",\n "caption": "x"\n}\n', "objects over several lines each"),
+  ('{"image": "a.png", "caption": "x"}\n'.encode("utf-16"), "UTF-16, wanted UTF-8"),
+])
+def test_json_that_is_no_lines_is_named_for_what_it_is(tmp_path, data, message):
+  (tmp_path / "a.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
+  with pytest.raises(UserError, match=rf"a\.jsonl: {message}") as caught:
+    opened("jsonl", tmp_path / "a.jsonl")
+  assert "\n" not in str(caught.value)
+
+
+def test_questions_and_lists_may_begin_with_a_byte_order_mark_and_other_encodings_are_named(tmp_path):
+  line = json.dumps({"image": "a.png", "question": "what?"})
+  path = tmp_path / "q"
+  path.write_text("\ufeff" + line)
+  assert read_lines(str(path), "--questions", ("question",))[0]["question"] == "what?"
+  path.write_text("\ufeffone\rtwo\r")
+  assert list_lines(str(path), "--labels_file") == ["one", "two"]
+  path.write_text(f"[{line}]")
+  with pytest.raises(UserError, match="one JSON array"):
+    read_lines(str(path), "--questions", ("question",))
+  path.write_bytes(line.encode("utf-16"))
+  for read in (lambda: read_lines(str(path), "--questions", ()), lambda: list_lines(str(path), "--labels_file")):
+    with pytest.raises(UserError, match="UTF-16, wanted UTF-8"):
+      read()

@@ -262,7 +262,7 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   Where the data and the tokenizer are kept does not count, nor how they are read.
   """
   settings = dataclasses.asdict(data)
-  for name in ("workers", "threads", "prefetch", "features", "damaged"):
+  for name in ("workers", "threads", "prefetch", "features", "damaged", "repeat"):
     del settings[name]
   del settings["formats"], settings["exif"]
   settings |= ImageOptions.of(data).changes()

@@ -16,6 +16,7 @@ import numpy as np
 
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
+from limber_jax.data.text import decode
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals import datasets
@@ -379,10 +380,11 @@ def load_templates(name: str) -> list[str]:
 def lines(path: str, what: str) -> list[str]:
   """Returns the lines of a UTF-8 file that are not empty; raises UserError, with `what` they are, if there are none."""
   try:
-    with open(path, encoding="utf-8-sig") as file:
-      found = [line.strip() for line in file if line.strip()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{what}: cannot read {path!r} ({getattr(error, 'strerror', None) or error})") from error
+    with open(path, "rb") as file:
+      text = decode(file.read(), f"{what}: {path}")
+  except OSError as error:
+    raise UserError(f"{what}: cannot read {path!r} ({error.strerror or error})") from error
+  found = [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]
   if not found:
     raise UserError(f"{what}: {path!r} is empty; wanted one a line")
   return found

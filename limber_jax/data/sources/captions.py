@@ -112,8 +112,7 @@ class Captions:
     """Says what was chosen where another choice was possible."""
     for found, what, field in ((images, "images", "image_key"), (captions, "captions", "text_key")):
       if len(found) > 1:
-        self.notes.append(f"{self._name}: {what} are in column {found[0]!r}, not in {', '.join(map(repr, found[1:]))}; "
-                          f"source.{field} names another")
+        self.notes.append(tables.choice(self._name, what, found, field))
     if why:
       letters = "fields are quoted as in CSV" if self._quoted else "quotes are letters"
       self.notes.append(f"{self._name}: {letters}, for {why}; source.quoting says otherwise")

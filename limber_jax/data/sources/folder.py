@@ -16,6 +16,7 @@ from PIL import Image
 
 from limber_jax.config import Source
 from limber_jax.data.sources import tars
+from limber_jax.data.text import decode
 from limber_jax.data.transforms import MAX_PIXELS
 from limber_jax.errors import UserError, did_you_mean
 
@@ -127,10 +128,7 @@ class Folder:
     if not self._tree.has(path):
       lists = [f for f in self._tree.entries(self._start)[1] if f.lower().endswith(LISTS)]
       raise UserError(f"{self._where}: no file {name!r} there{did_you_mean(name, lists)}")
-    try:
-      return self._tree.read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-      raise UserError(f"{self._config.path}/{name}, byte {error.start:,}: not UTF-8") from error
+    return decode(self._tree.read(path), f"{self._config.path}/{name}")
 
   def _in_folders(self, given: tuple[str, ...] | None) -> tuple[list[Item], list[str]]:
     """Returns the images in class folders, and the names of all of these folders."""

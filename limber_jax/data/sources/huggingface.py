@@ -46,6 +46,7 @@ class Huggingface:
       raise UserError(f"config.data.source.split={config.split!r}: {config.path} is of the split {own!r}")
     self._open()
     self._columns = Columns.of(self._schema, config, self._directory)
+    self.notes = self._columns.notes(self._schema, config, self._directory)
     self.classes = self._columns.classes
     if not len(self):
       raise UserError(f"{self._directory}: no rows; wanted {WANTED}")

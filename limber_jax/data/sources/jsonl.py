@@ -8,7 +8,7 @@ from typing import Any
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object, read_image
 from limber_jax.data.sources.captions import IMAGE_KEYS
-from limber_jax.data.sources.tables import line_starts
+from limber_jax.data.sources.tables import choice, line_starts
 from limber_jax.data.text import check_encoding, clean, flaw, has_controls
 from limber_jax.errors import UserError
 
@@ -49,8 +49,19 @@ class Jsonl:
     if not len(self._starts):
       raise UserError(f"{where} has no lines; wanted {LAYOUT}")
     self._check_lines()
+    self.notes = self._choices()
     # Where texts are not as the file has them, which they were once.
     self._cleaned = ("cleaned",) * has_controls(self._map, begin, escaped=True)
+
+  def _choices(self) -> list[str]:
+    """Returns what is to be said of a choice between several captions, as the first line has them."""
+    stop = int(self._starts[1]) if len(self._starts) > 1 else len(self._map)
+    try:
+      entry = one_object(self._map[int(self._starts[0]) : min(stop, int(self._starts[0]) + OBJECT)].rstrip(b"\r\n"))
+    except UserError:
+      return []
+    found = [key for key in TEXT_KEYS if key in entry]
+    return [] if self._config.text_key or len(found) < 2 else [choice(self._name, "captions", found, "text_key")]
 
   def _check_lines(self) -> None:
     """Raises UserError if the file is JSON, but no lines of it."""

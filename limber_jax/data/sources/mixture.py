@@ -41,6 +41,7 @@ class Mixture:
     entries = annotations.entries(annotations.load(path, WANTED), "sources", path)
     known = {f for f in Source.__dataclass_fields__ if f != "name"}
     self.damage: list[dict[str, str]] = []
+    self.notes: list[str] = []
     self._members, weights = [], []
     for number, entry in enumerate(entries):
       where = f"{path}, source {number}"
@@ -67,6 +68,7 @@ class Mixture:
         raise UserError(f"{where}: it has no records")
       self._members.append(member)
       weights.append(entry["weight"])
+      self.notes += getattr(member, "notes", [])
       self.damage += [d | {"id": f"{number}/{d['id']}"} for d in getattr(member, "damage", [])]
     self._weights = [w // int(np.gcd.reduce(weights)) for w in weights]
     if sum(self._weights) > MAX_ROUND:
@@ -87,6 +89,11 @@ class Mixture:
     number = int(self._round[place])
     own = rounds * self._weights[number] + int(self._turn[place])  # how many of this member have been before
     return int(self._starts[number]) + order(len(self._members[number]), _own_seed(seed, number), own)
+
+  def shares(self, batch_size: int) -> list[tuple[str, int, int]]:
+    """Returns (name, records, how many of them a batch holds at most) of each member."""
+    return [(f"source {i} of the mixture", len(member), -(-batch_size * weight // len(self._round)))
+            for i, (member, weight) in enumerate(zip(self._members, self._weights, strict=True))]
 
   def __len__(self) -> int:
     return int(self._starts[-1])

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from limber_jax.config import Source
+from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of, label_of, read_image
 from limber_jax.data.sources.webdataset import shards
 from limber_jax.data.text import clean, flaw
@@ -73,6 +74,12 @@ class Columns:
       raise UserError(f"{where}: no column of captions such as {', '.join(TEXTS[:3])}, and none of named classes; set "
                       f"config.data.source.text_key to one of {', '.join(texts) or 'none: it has no texts'}")
     return cls(image, text, label, names.get(label))
+
+  def notes(self, schema: pa.Schema, config: Source, where: str) -> list[str]:
+    """Returns what is to be said of a choice between several columns of captions."""
+    texts = [f.name for f in schema if _is_text(f.type) or (pa.types.is_list(f.type) and _is_text(f.type.value_type))]
+    known = [n for n in TEXTS if n in texts and n != self.image]
+    return [] if config.text_key or len(known) < 2 else [tables.choice(where, "captions", known, "text_key")]
 
   @property
   def described(self) -> list[str]:
@@ -178,6 +185,7 @@ class Parquet:
           if schema is None:
             self._columns = Columns.of(found, config, name)
             self._beside = self._layout(found, path)
+            self.notes = self._columns.notes(found, config, name)
             schema = found
           missing = [c for c in self._needed() if c not in found.names or found.field(c).type != schema.field(c).type]
           if missing:

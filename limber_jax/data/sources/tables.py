@@ -98,6 +98,12 @@ def choose(header: list[str], wanted: str, known: tuple[str, ...]) -> tuple[str 
   return next(iter(found), None), found
 
 
+def choice(where: str, what: str, found: list[str], field: str) -> str:
+  """Returns what is said of the column that was chosen, the first of several that could have been."""
+  return (f"{where}: {what} are in column {found[0]!r}, not in {', '.join(map(repr, found[1:]))}; source.{field} names "
+          "another")
+
+
 def check_columns(table: Table, header: list[str], text_keys: tuple[str, ...]) -> None:
   """Raises UserError if a first line without a column of images names addresses."""
   url, words = choose(header, "", URL_KEYS)[0], choose(header, "", text_keys)[0]
