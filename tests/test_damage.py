@@ -18,7 +18,7 @@ from PIL import Image
 
 from limber_jax import parallel, registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
-from limber_jax.data import damage, transforms
+from limber_jax.data import damage, images, transforms
 from limber_jax.data.pipeline import order, train_batches
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
@@ -394,7 +394,7 @@ FORMATS = {
 def readable(data):
   """Returns whether Pillow itself reads a file to its end."""
   try:
-    with Image.open(io.BytesIO(data), formats=transforms.FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
       image.convert("RGB")
     return True
   except Exception:
