@@ -2,6 +2,9 @@
 
 A RUN is a workdir in which limber_jax.evaluate has written results.json. One run is shown with every figure, what it
 rests on and the published rows that fit; several are rows of one table. Scores are times 100, as in the papers.
+
+--before=RUN names the run of the model before an intervention, such as fine-tuning: the table of robustness then has
+what each run gained over it under each shift, the relative robustness of Taori et al. (2020).
 """
 
 import json
@@ -171,12 +174,16 @@ def _check(value: Any, layout: Mapping[str, type], where: str) -> None:
       raise UserError(f"{where}: {key}: expected {kind.__name__}, got {got}; run limber_jax.evaluate again")
 
 
-def report(runs: Sequence[Run], pictures: Iterable[str] = ()) -> str:
+def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None = None) -> str:
   """Returns Markdown: tables beside the published figures, and of a single run all there is in its results.
 
   Args:
     runs: one or more; tables have them in the papers' order, unknown ones last.
     pictures: paths of images to show, relative to where the text will be.
+    before: what relative robustness is over.
+
+  Raises:
+    UserError: `before` was not measured under any of the shifts that the others were.
   """
   runs = _ordered(runs)
   one = runs[0] if len(runs) == 1 else None
@@ -187,7 +194,7 @@ def report(runs: Sequence[Run], pictures: Iterable[str] = ()) -> str:
                 "there, and – is one that there is not.")
   cited: dict[published.Table, None] = {}
   tables = [(panel.title, _panel(panel, runs, cited)) for panel in PANELS]
-  tables += [("Zero-shot classification", _zeroshot(runs, cited)), ("Effective robustness", _robustness(runs)),
+  tables += [("Zero-shot classification", _zeroshot(runs, cited)), ("Effective robustness", _robustness(runs, before)),
              ("Overlap with the training data", _overlap(runs, cited))]
   for title, table in tables:
     if table:
@@ -221,7 +228,7 @@ def write(results: dict[str, Any], workdir: str) -> None:
   _save([of(results, workdir)], os.path.join(workdir, "report.md"))
 
 
-def _save(runs: Sequence[Run], path: str) -> None:
+def _save(runs: Sequence[Run], path: str, before: Run | None = None) -> None:
   """Writes a report and its pictures."""
   stem = os.path.splitext(path)[0]
   pictures = []
@@ -235,7 +242,7 @@ def _save(runs: Sequence[Run], path: str) -> None:
       pictures.append(os.path.basename(f"{stem}_robustness.png"))
       robustness.draw(shifts, runs[0].title, f"{stem}_robustness.png")
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-      file.write(report(runs, pictures))
+      file.write(report(runs, pictures, before))
     os.replace(f"{path}.tmp", path)
   except OSError as error:
     raise UserError(f"{path}: cannot be written ({error.strerror})") from error
@@ -372,27 +379,39 @@ def _zeroshot_columns(scores: Sequence[Mapping[str, float]]) -> list[str]:
   return sorted(wanted, key=lambda column: place.get(column.split("/")[0], len(place)))
 
 
-def _shifts(run: Run) -> dict[str, dict[str, float]]:
+def _shifts(run: Run, before: Run | None = None) -> dict[str, dict[str, float]]:
   """Returns what robustness.summary says of a run."""
+  return robustness.summary(_shifted(run), _shifted(before) if before else None)
+
+
+def _shifted(run: Run) -> dict[str, dict[str, float]]:
+  """Returns the figures of a run under the shifts, by set."""
   figures: dict[str, dict[str, float]] = {}
   for column, value in run.scores.get(("shift", ""), {}).items():
     data, figure = column.split("/", 1)
     if data in robustness.SETS and math.isfinite(value):
       figures.setdefault(data, {})[figure] = value
-  return robustness.summary(figures)
+  return figures
 
 
-def _robustness(runs: Sequence[Run]) -> str:
-  """Returns the table of accuracy above what models trained on ImageNet have under a shift; "" if no run has any."""
+def _robustness(runs: Sequence[Run], before: Run | None) -> str:
+  """Returns the table of accuracy above what models trained on ImageNet have under a shift; "" if no run has any.
+
+  With `before` it has a column more: the accuracy under the shift less that of this run.
+  """
   rows = []
-  for run in runs:
-    found = _shifts(run)
+  keys = ("imagenet", "expected", "accuracy", "effective", "gap_cut", *(("relative",) if before else ()))
+  every = [_shifts(run, before) for run in runs]
+  if before and not any("relative" in row for found in every for row in found.values()):
+    raise UserError(f"--before={before.where}: no accuracy there under a shift that the other runs were measured "
+                    "under, each with ImageNet beside; evaluate it on the same sets first")
+  for run, found in zip(runs, every, strict=True):
     for data in [d for d in found if d != "mean"] + [d for d in found if d == "mean" and len(found) > 2]:
       title = f"mean of {found[data]['sets']:.0f}" if data == "mean" else _data_title(data)
-      rows.append((_label(run, runs), title, *(number(found[data].get(key)) for key in
-                                               ("imagenet", "expected", "accuracy", "effective", "gap_cut"))))
-  header = ("model", "shift", "ImageNet, same classes", "expected", "measured", "effective", "gap cut, %")
-  return markdown(header, rows, 5) if rows else ""
+      rows.append((_label(run, runs), title, *(number(found[data].get(key)) for key in keys)))
+  header = ("model", "shift", "ImageNet, same classes", "expected", "measured", "effective", "gap cut, %",
+            *((f"relative to {before.title}, {before.where}",) if before else ()))
+  return markdown(header, rows, len(keys)) if rows else ""
 
 
 def _overlap(runs: Sequence[Run], cited: dict) -> str:
@@ -705,16 +724,18 @@ def _style(axes: Axes, title: str, grid: str = "y") -> None:
 
 
 if __name__ == "__main__":
+  _before = flags.DEFINE_string("before", None, "Run of the model before an intervention: relative robustness is over "
+                                "it.")
   _out = flags.DEFINE_string("out", None, "Markdown file, with pictures beside it; printed if not given.")
 
   def _main(argv: list[str]) -> None:
     if not argv:
       raise UserError("no run given; for example python -m limber_jax.report runs/limber_clip runs/limber_beit")
-    runs = [read(workdir) for workdir in argv]
+    runs, before = [read(workdir) for workdir in argv], read(_before.value) if _before.value else None
     if _out.value:
-      _save(runs, _out.value)
+      _save(runs, _out.value, before)
       print(f"written to {_out.value}")
     else:
-      print(report(runs), end="")
+      print(report(runs, before=before), end="")
 
   cli.run(_main)

@@ -266,6 +266,23 @@ def test_shifts_are_beside_the_published_ones_and_have_their_robustness():
     assert float(row[5]) == pytest.approx(float(row[4]) - float(row[3]), abs=0.11)
 
 
+def test_relative_robustness_is_what_an_intervention_gained_under_each_shift():
+  """Taori et al. (2020), section 3: accuracy under the shift after it, less that before it."""
+
+  def run(name, **figures):
+    return results(name, {key: entry("shift", {"top1": value}, protocol={"classes": key})
+                          for key, value in figures.items()})
+
+  before, after = runs(run("standard", imagenet=0.76, imagenet_v2=0.63, imagenet_sketch=0.25),
+                       run("robust", imagenet=0.75, imagenet_v2=0.7, imagenet_sketch=0.21))
+  header, v2, sketch, mean = cells(report.report([after], before=before), "Effective robustness")
+  assert header[-1] == "relative to standard, runs/0"
+  assert (v2[-1], sketch[-1], mean[-1]) == ("7.0", "-4.0", "1.5")
+  assert cells(report.report([before, after], before=before), "Effective robustness")[1][-1] in ("0.0", "7.0")
+  with pytest.raises(UserError, match="--before=runs/0: no accuracy there under a shift that the other"):
+    report.report([after], before=runs(run("other", imagenet=0.7))[0])
+
+
 def test_overlap_is_beside_clips_own_and_corrected_for_the_number_of_data_sets():
   birds = {"top1": 0.4, "clean": 0.39, "overlap": 0.5, "share": 0.1, "gain": 0.01, "p": 0.02}
   text = report.report(runs(results("mine", {
