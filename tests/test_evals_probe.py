@@ -245,3 +245,54 @@ def test_penultimate_features_are_what_the_projection_gets(size):
     after = before @ params["image"]["pool"]["out"]["kernel"] + params["image"]["pool"]["out"]["bias"][None]
   unit = after / np.linalg.norm(after, axis=1, keepdims=True)
   np.testing.assert_allclose(unit, predict["embed_image"](params, stats, images), atol=1e-5)
+
+
+class Several(Split):
+  """The same images with several classes each, those of TRUTH."""
+
+  def annotation(self, index):
+    row = TRUTH[self._split][index]
+    return {"id": str(index), "text": "?", "labels": tuple(np.flatnonzero(row > 0).tolist()),
+            "difficult": tuple(np.flatnonzero(row == 0).tolist())}
+
+
+def _truth():
+  """Returns int [3, 200, 4]: a class is there where the features lean its way, difficult where it is close."""
+  lean = DATA[0] @ DATA[2].T + np.random.default_rng(1).normal(size=(3, 200, 4)) - 1.5
+  return np.where(np.abs(lean) < 0.15, 0, np.where(lean > 0, 1, -1))
+
+
+TRUTH = _truth()
+
+
+def eleven_points(scores, truth):
+  """The average precision as one would do it by hand: down the list, the best precision at each recall or beyond."""
+  order = [i for i in np.argsort(-scores) if truth[i] != 0]
+  points, found = [], 0
+  for seen, i in enumerate(order, 1):
+    found += truth[i] > 0
+    points.append((found, found / seen))
+  return sum(max((p for n, p in points if 10 * n >= level * found), default=0) for level in range(11)) / 11
+
+
+def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkeypatch):
+  monkeypatch.setitem(registry.SOURCES, "several", f"{__name__}:Several")
+  test, train, validation = (Source(name="several", split=s) for s in ("test", "train", "validation"))
+  evaluation = LinearProbe(config(source=test, train=train, validation=validation), context(workdir=tmp_path))
+  figures = evaluation(PREDICT, {}, {})
+  assert evaluation.facts()["metrics"] == ["map11"] and 1e-6 <= figures["strength"] <= 1e6
+  x, y = (np.concatenate([v[0], v[1][:60]]) for v in (DATA[0], TRUTH))
+  each = []
+  for c in range(4):
+    learnt = y[:, c] != 0
+    with threadpool_limits(1):
+      model = LogisticRegression(C=1 / figures["strength"], solver="newton-cg", tol=1e-8, max_iter=1000)
+      model.fit(x[learnt].astype(float), y[learnt, c] > 0)
+    each.append(eleven_points(model.decision_function(DATA[0][2, :100]), TRUTH[2, :100, c]))
+  assert figures["map11"] == pytest.approx(np.mean(each), abs=1e-9) and 0.5 < figures["map11"] < 1
+  assert (TRUTH == 0).any() and figures["zeroshot"] > 0 and not list(tmp_path.iterdir())
+  for changes, message in (({"shots": (1,)}, r"several classes each; wanted their names, and shots=\(0,\), got"),
+                           ({"metrics": ("accuracy",)}, "no figure 'accuracy' of 4 classes"),
+                           ({"train": split("train")}, "its images have one class each, those of the test set not")):
+    with pytest.raises(UserError, match=message):
+      LinearProbe(config(**({"source": test, "train": train} | changes)), context(workdir=tmp_path))

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from limber_jax.metrics import logistic
-from limber_jax.metrics.logistic import GRID, fit, objective, search
+from limber_jax.metrics.logistic import GRID, fit, fit_each, objective, search
 
 SEVEN = np.logspace(-6, 6, 7)
 
@@ -208,3 +208,20 @@ def test_bench_measures_both_in_the_same_run(every):
   assert out["scikit_learn_seconds_are_extrapolated"] == (every > 1)
   assert out["speed_against_scikit_learn"] == pytest.approx(out["scikit_learn_seconds"] / out["seconds"], rel=1e-2)
   assert out["excess_of_objective"]["largest"] < 1e-6 and out["iterations"] > 0
+
+
+@pytest.mark.parametrize("strength", [1e-2, 1.0, 100.0])
+def test_each_class_against_the_rest_is_scikit_learns(strength):
+  from sklearn.multiclass import OneVsRestClassifier
+
+  rng = np.random.default_rng(4)
+  x = rng.normal(size=(120, 12)).astype(np.float32)
+  truth = np.where(x @ rng.normal(size=(12, 3)) + rng.normal(size=(120, 3)) > 0.5, 1, -1)
+  with threadpool_limits(1):
+    model = OneVsRestClassifier(LogisticRegression(C=1 / strength, solver="newton-cholesky", tol=1e-10))
+    wanted = model.fit(x.astype(float), truth > 0).decision_function(x)
+  fits = fit_each(x, truth, [1e6, strength])
+  np.testing.assert_allclose(x @ fits.weights[1] + fits.bias[1], wanted, atol=2e-3 * np.abs(wanted).max())
+  assert np.abs(fits.weights[0]).max() < 1e-3
+  nowhere = fit_each(x, np.where(np.arange(3) == 1, -1, truth), [strength])
+  assert nowhere.bias[0, 1] == -np.inf and np.isfinite(nowhere.bias[0, [0, 2]]).all()

@@ -16,9 +16,19 @@ from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context
 from limber_jax.evals.datasets import SETS, open_runner
 from limber_jax.evals.items import Collected
-from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, chosen_templates, ensemble, prompts
+from limber_jax.evals.zeroshot import (
+  OF_SEVERAL,
+  by_class,
+  check_labels,
+  chosen_classes,
+  chosen_templates,
+  ensemble,
+  labels_of,
+  prompts,
+  truth_of,
+)
 from limber_jax.metrics import classification
-from limber_jax.metrics.logistic import GRID, fit, search
+from limber_jax.metrics.logistic import GRID, Fits, fit, fit_each, search
 from limber_jax.parallel import from_first
 
 METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
@@ -36,6 +46,9 @@ class LinearProbe:
     mean_per_class: accuracy, averaged over the classes that have images.
     mean_top1_top5: the mean of accuracy and the share whose class is among the first five.
     roc_auc: of two classes, how often the second scores higher for an image of it than for one of the first.
+    map11, map: of images with several classes each, and only of these; as in zero-shot. Each class is then told from
+      the rest by a classifier of its own, which learns nothing from images that have difficult objects of it only; a
+      fifth is drawn of all images, and there are no few shots.
   shots: "few_shot_4" of 4 images a class, averaged over `seeds`, each of which draws its own; a seed's 4 are among its
     8. Their strength is chosen as that of the whole probe is, on the same validation set, which makes it a better one
     than few images could choose: so it is in the paper (openai/CLIP #128). 0: "zeroshot", where the model has texts and
@@ -67,7 +80,11 @@ class LinearProbe:
     if any(k < 0 for k in config.shots) or not config.seeds:
       raise UserError(f"{where}: shots={config.shots}, seeds={config.seeds}: wanted shots of at least 0 and a seed")
     self._count = len(classes) if named else 0
-    self._metrics = _chosen_metrics(config, self._count, where)
+    self._several = "labels" in source.annotation(0)
+    if self._several and (not named or any(config.shots)):
+      raise UserError(f"{where}: its images have several classes each; wanted their names, and shots=(0,), got "
+                      + (f"shots={config.shots}" if named else "no names"))
+    self._metrics = _chosen_metrics(config, self._count, self._several, where)
     self._tokens = None
     if named and 0 in config.shots:
       self._classes, templates = classes, chosen_templates(config, source)
@@ -81,19 +98,29 @@ class LinearProbe:
       weights = by_class(ensemble(embed, self._tokens), self._classes)  # [C, E]
 
     def run(embedded, params, stats, batch):
-      out = {"feature": predict["penultimate"](params, stats, batch["image"]), "label": batch["label"]}
+      out = {"feature": predict["penultimate"](params, stats, batch["image"])}
+      out |= {"index": batch["index"]} if self._several else {"label": batch["label"]}
       return out | ({"embedding": predict["embed_image"](params, stats, batch["image"])} if embedded else {})
 
     found = {}
     for part, runner in self._runners.items():
       embedded = weights is not None and part == "test"
       found[part] = runner.collect(f"features {part}", partial(run, embedded), params, stats,
-                                   record=lambda row: {"label": int(row["label"])},
+                                   record=partial(self._record, part),
                                    keep=("feature", "embedding") if embedded else ("feature",))
     figures, self._facts = from_first(lambda: self._probe(found, weights))
     if jax.process_index() == 0 and any(self._config.shots):
       self._draw(figures)
     return figures
+
+  def _record(self, part: str, row: dict[str, np.ndarray]) -> dict[str, Any]:
+    if self._several:
+      source = self._runners[part].source
+      return labels_of(source, int(row["index"]), self._count, f"{self._where}, {part}")
+    return {"label": int(row["label"])}
+
+  def _fit(self, x: np.ndarray, y: np.ndarray, classes: int, strengths: Any) -> Fits:
+    return fit_each(x, y, strengths) if self._several else fit(x, y, classes, strengths)
 
   def facts(self) -> dict[str, Any]:
     """Returns `Runner.facts` of the test set and, below their names, of the others; "searched": the strengths tried."""
@@ -103,10 +130,17 @@ class LinearProbe:
   def _probe(self, found: dict[str, Collected], weights: np.ndarray | None) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns (figures, facts)."""
     x = {part: f.arrays["feature"] for part, f in found.items()}
-    y = {part: np.array([r["label"] for r in f.records], np.int64) for part, f in found.items()}
-    classes = self._count or max(int(labels.max()) for labels in y.values()) + 1
+    if self._several:
+      classes = self._count
+      y = {part: truth_of(f.records, classes) for part, f in found.items()}
+    else:
+      y = {part: np.array([r["label"] for r in f.records], np.int64) for part, f in found.items()}
+      classes = self._count or max(int(labels.max()) for labels in y.values()) + 1
     for part, labels in y.items():
-      check_labels(labels, found[part].index, classes, f"{self._where}, {part}")
+      if not self._several:
+        check_labels(labels, found[part].index, classes, f"{self._where}, {part}")
+      elif not (labels > 0).any():
+        raise UserError(f"{self._where}, {part}: none of its images has a class")
       if not np.isfinite(x[part]).all():
         raise UserError(f"{self._where}, {part}: the features of record "
                         f"{found[part].index[~np.isfinite(x[part]).all(axis=1)][0]} are no numbers")
@@ -114,7 +148,7 @@ class LinearProbe:
     if "validation" in x:
       whole = tuple(np.concatenate([v["train"], v["validation"]]) for v in (x, y))
     else:
-      held = held_out(y["train"], self._config.seeds[0])
+      held = held_out(np.zeros(len(y["train"]), int) if self._several else y["train"], self._config.seeds[0])
       for v in (x, y):
         v["train"], v["validation"] = v["train"][~held], v["train"][held]
     if not len(y["train"]) or not len(y["validation"]):
@@ -133,9 +167,9 @@ class LinearProbe:
 
     # Neighbours on the path are so close to each other that all of it takes less than the few that are looked at would,
     # each from the beginning.
-    path = fit(x["train"], y["train"], classes, GRID)
+    path = self._fit(x["train"], y["train"], classes, GRID)
     strength, looked = chosen(path.weights, path.bias)
-    last = fit(*whole, classes, [strength])
+    last = self._fit(*whole, classes, [strength])
     out = {name: measured("test", last.weights[0], last.bias[0], name) for name in self._metrics}
     facts = {"searched": looked, "iterations": int(path.iterations.sum() + last.iterations.sum()),
              "largest_gap": float(max(path.gap.max(), last.gap.max()))}
@@ -165,8 +199,12 @@ class LinearProbe:
 
 def _check(source: Source, other: Source, where: str) -> None:
   """Raises UserError if a source has no labels, or other classes than `other`."""
-  if "label" not in source.annotation(0):
+  kinds = [next((k for k in ("labels", "label") if k in s.annotation(0)), None) for s in (source, other)]
+  if kinds[0] is None:
     raise UserError(f"{where}: its records have no label, one class an image; set label_key, or choose other data")
+  if kinds[0] != kinds[1]:
+    raise UserError(f"{where}: its images have {'several classes each' if kinds[0] == 'labels' else 'one class each'}, "
+                    "those of the test set not")
   if source.classes and other.classes and tuple(source.classes) != tuple(other.classes):
     i = next((i for i, (a, b) in enumerate(zip(source.classes, other.classes, strict=False)) if a != b),
              min(len(source.classes), len(other.classes)))
@@ -174,25 +212,27 @@ def _check(source: Source, other: Source, where: str) -> None:
     raise UserError(f"{where}: its class {i} is {own}, that of the test set {theirs}")
 
 
-def _chosen_metrics(config: Evaluation, classes: int, where: str) -> tuple[str, ...]:
+def _chosen_metrics(config: Evaluation, classes: int, several: bool, where: str) -> tuple[str, ...]:
   """Returns config.metrics, or the paper's; raises UserError if there is no such figure of these classes, 0 unknown."""
-  possible = tuple(m for m in METRICS if m != "roc_auc" or classes == 2)
+  possible = tuple(OF_SEVERAL) if several else tuple(m for m in METRICS if m != "roc_auc" or classes == 2)
   own = SETS[config.classes].metric if config.classes in SETS else ""
   for name in config.metrics:
     if name not in possible:
       raise UserError(f"{where}, metrics: no figure {name!r} of {classes or 'unnamed'} classes"
                       f"{did_you_mean(name, possible)}")
-  return config.metrics or ((own,) if own in possible else ("accuracy",))
+  return config.metrics or ((own,) if own in possible else possible[:1])
 
 
 def figure(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
-  """Returns one of METRICS.
+  """Returns one of METRICS, or of OF_SEVERAL.
 
   Args:
     metric: its name.
     scores: float [N, C].
-    labels: int [N].
+    labels: int [N]; of OF_SEVERAL the truth int [N, C].
   """
+  if metric in OF_SEVERAL:
+    return OF_SEVERAL[metric](scores, labels)
   if metric == "roc_auc":
     return classification.roc_auc(scores[:, 1] - scores[:, 0], labels)
   own = scores[np.arange(len(labels)), labels][:, None]

@@ -27,7 +27,7 @@ from limber_jax.metrics import classification
 FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5", "f1_macro")
 OF_GROUPS = ("worst_group", "worst_group_top5")
 OF_TWO = ("roc_auc",)
-OF_SEVERAL = ("map11", "map")
+OF_SEVERAL = {"map11": classification.mean_average_precision, "map": classification.mean_area}
 USUAL_TEMPLATES = "imagenet7"
 
 
@@ -112,11 +112,7 @@ class ZeroShot:
     scores, count = scores_of(row["embedding"]), len(self._classes)
     kept = {"scores": [float(s) for s in scores]}
     if self._several:
-      record = source.annotation(int(row["index"]))
-      labels, difficult = ([int(i) for i in record[k]] for k in ("labels", "difficult"))
-      for label in (*labels, *difficult):
-        check_labels(np.array([label]), row["index"][None], count, self._where)
-      return {"labels": labels, "difficult": difficult, **kept}
+      return {**labels_of(source, int(row["index"]), count, self._where), **kept}
     label = int(row["label"])
     check_labels(row["label"][None], row["index"][None], count, self._where)
     place, best = rank(scores, label), int(np.argmax(scores))
@@ -124,6 +120,24 @@ class ZeroShot:
     if self._grouped:
       out["group"] = int(source.annotation(int(row["index"]))["group"])
     return {**out, **(kept if "roc_auc" in self._metrics else {})}
+
+
+def labels_of(source: Source, index: int, classes: int, where: str) -> dict[str, list[int]]:
+  """Returns {"labels", "difficult"} of a record with several classes; raises UserError for numbers that are none."""
+  record = source.annotation(index)
+  out = {key: [int(i) for i in record[key]] for key in ("labels", "difficult")}
+  for label in (*out["labels"], *out["difficult"]):
+    check_labels(np.array([label]), np.array([index]), classes, where)
+  return out
+
+
+def truth_of(records: Sequence[dict[str, Any]], classes: int) -> np.ndarray:
+  """Returns int [N, C] of {"labels", "difficult"} each: 1 a class is there, 0 only difficult objects of it, -1 not."""
+  truth = np.full((len(records), classes), -1)
+  for row, r in zip(truth, records, strict=True):
+    row[r["difficult"]] = 0
+    row[r["labels"]] = 1
+  return truth
 
 
 def figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
@@ -146,12 +160,8 @@ def figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[s
 def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
   if set(metrics) <= set(OF_SEVERAL):
     scores = np.array([r["scores"] for r in records], np.float32)
-    truth = np.full(scores.shape, -1)
-    for row, r in zip(truth, records, strict=True):
-      row[r["difficult"]] = 0
-      row[r["labels"]] = 1
-    found = {"map11": classification.mean_average_precision, "map": classification.mean_area}
-    return {**{name: found[name](scores, truth) for name in metrics}, "count": float(len(records))}
+    truth = truth_of(records, scores.shape[1])
+    return {**{name: OF_SEVERAL[name](scores, truth) for name in metrics}, "count": float(len(records))}
   labels, ranks = (np.array([r[k] for r in records]) for k in ("label", "rank"))
   out = {"count": float(len(records))}
   for name in metrics:
@@ -180,10 +190,10 @@ def chosen_metrics(config: Evaluation, classes: int, several: bool, own: tuple[s
   Raises:
     UserError: there is no such figure, or it cannot be had of these data.
   """
-  possible = OF_SEVERAL if several else tuple(
+  possible = tuple(OF_SEVERAL) if several else tuple(
     m for m in FIGURES + OF_GROUPS * grouped if classes > 5 or "top5" not in m) + OF_TWO * (classes == 2)
   asked = datasets.SETS[config.classes].metric if config.classes in datasets.SETS else ""
-  default = own or (OF_SEVERAL[:1] if several else
+  default = own or (possible[:1] if several else
                     tuple(m for m in possible if m in ("top1", "top5", "mean_per_class", asked)))
   for name in config.metrics:
     if name not in possible:

@@ -118,6 +118,42 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, strengths: Seque
   return Fits(wanted, *(out if subsets is not None else (v[0] for v in out)))
 
 
+def fit_each(features: np.ndarray, truth: np.ndarray, strengths: Sequence[float], *,
+             devices: Sequence[Any] | None = None) -> Fits:
+  """Returns a classifier of its own for each class, one against the rest; class c is there where its score is above 0.
+
+  The score is x @ weights + bias; -inf of a class without examples, inf of one that is everywhere. Of two classes the
+  multinomial's weights are w / 2 and -w / 2, whose squared norm is half that of w: it is solved at twice the strength.
+
+  Args:
+    features: float [n, d].
+    truth: int [n, C]: 1 where the class is there, -1 where not, 0 where that is not to be learnt from.
+    strengths: as of `fit`, and so that of scikit-learn's LogisticRegression of two classes at C = 1 / λ.
+    devices: as of `fit`.
+
+  Returns:
+    Fits, whose gap is the largest and whose iterations are all of those of the classes.
+
+  Raises:
+    ValueError: as `fit`.
+  """
+  features, truth, strengths = np.asarray(features), np.asarray(truth), np.asarray(strengths, np.float64)
+  count, width = len(strengths), truth.shape[1]
+  weights, bias = np.zeros((count, features.shape[1], width), np.float32), np.empty((count, width), np.float32)
+  gap, iterations = np.zeros(count, np.float32), np.zeros(count, np.int32)
+  for c, column in enumerate(truth.T):
+    rows = column != 0
+    there = (column[rows] > 0).astype(np.int64)
+    if len(np.unique(there)) < 2:
+      bias[:, c] = np.inf if there.any() else -np.inf
+      continue
+    found = fit(features[rows], there, 2, 2 * strengths, devices=devices)
+    weights[..., c] = found.weights[..., 1] - found.weights[..., 0]
+    bias[:, c] = found.bias[:, 1] - found.bias[:, 0]
+    gap, iterations = np.maximum(gap, found.gap), iterations + found.iterations
+  return Fits(strengths, weights, bias, gap, iterations)
+
+
 def search(score: Callable[[float], float]) -> tuple[float, list[float]]:
   """Returns (the best strength of GRID, those that were looked at, in order): CLIP's parametric binary search.
 
