@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from limber_jax import cli, lock, parallel, report
+from limber_jax import cli, lock, parallel, peers, report
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Config, Evaluation
@@ -28,7 +28,7 @@ from limber_jax.evals import clip_benchmark
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.evals.splits import named
 from limber_jax.models import clip
-from limber_jax.signals import StopRequest
+from limber_jax.signals import Interrupted, StopRequest
 from limber_jax.train import Setup, check_frozen, evaluate, make_context, make_eval, setup
 from limber_jax.weights import load
 from limber_jax.weights.adopt import adopt
@@ -249,14 +249,17 @@ if __name__ == "__main__":
       raise UserError(f"--model={_model.value} is of --weights=, which is missing")
     config = cli.get_config(_config)
     parallel.start()
-    with StopRequest() as stop:
+    with StopRequest() as stop, peers.shared(stop):
       try:
         out = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
                       model=_model.value, data=_data.value, stop=lambda: any(parallel.from_each(stop())),
-                      waiting=lambda: stop.interrupts(jax.process_count() == 1))
+                      waiting=lambda: stop.interrupts(0 if jax.process_count() == 1 else peers.LATE))
       except Stopped:
         print(f"stopped by {stop.name}; the same command goes on from there", flush=True)
         parallel.leave()
+      except Interrupted:
+        raise UserError(f"{stop.name}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data that "
+                        "do not come; the same command goes on from what was kept") from None
     if jax.process_index() == 0:
       write(out, _workdir.value)
       rows = {f"{name}/{key}": value for name, e in out["evaluations"].items() for key, value in e["figures"].items()}

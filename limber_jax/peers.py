@@ -23,6 +23,8 @@ import time
 import warnings
 from collections.abc import Iterator
 
+from limber_jax.signals import StopRequest
+
 HEARTBEAT = 10  # seconds; measured: 8 to 9 pass from a kill to the end of the others
 
 # With what JAX 0.10 begins to speak of a process that is gone, and what it says as it ends this one.
@@ -33,6 +35,8 @@ _HELD = 5.0     # seconds that such text is held back, to see whether the proces
 
 _ENDING = "limber_jax/ending"  # the key of who ends first, and why
 _HEARD = "limber_jax/heard"    # … and of those who know
+_STOP = "limber_jax/stop"      # the key of the signal that one of them got first
+LATE = 10.0      # seconds after a request to stop in which one of several may still get the data that it waits for
 _PATIENCE = 5.0  # seconds in which others are to have heard
 _GRACE = 2.0     # seconds in which a process with an error of its own may tell it itself
 _ASK = 20_000    # milliseconds after which the question for the key is asked anew
@@ -142,6 +146,45 @@ def tell(code: int, line: str) -> None:
   thread = threading.Thread(target=talk, daemon=True)  # so that nothing holds up the end for longer
   thread.start()
   thread.join(_PATIENCE + 1)
+
+
+@contextlib.contextmanager
+def shared(stop: StopRequest) -> Iterator[None]:
+  """While entered, a request to stop that comes to one process comes to all; a signal may reach one of them alone.
+
+  Those that step act on it together anyway. One that waits for data which never come must hear of it otherwise.
+  """
+  import jax
+
+  if jax.process_count() == 1:
+    yield
+    return
+  left = threading.Event()
+
+  def pass_on():
+    while not left.wait(0.5):
+      if stop():
+        _set(_STOP, str(stop.name))
+        return
+
+  def hear():
+    while not left.is_set():
+      try:
+        name = _client().blocking_key_value_get(_STOP, _ASK)
+      except Exception as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+          return
+        continue
+      if not stop() and not left.is_set():
+        stop.pass_on(name)
+      return
+
+  for target in (pass_on, hear):
+    threading.Thread(target=target, name="peers", daemon=True).start()
+  try:
+    yield
+  finally:
+    left.set()
 
 
 def listen() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -31,25 +32,46 @@ class StopRequest:
     self.name: str | None = None  # of the signal that came
     self._at_end = at_end
     self._old: dict[int, object] = {}
-    self._waiting = False
+    self._waiting, self._after, self._since = False, 0.0, 0.0
 
   def __call__(self) -> bool:
     return self.name is not None
 
   def set(self, name: str) -> None:
     """Asks the run to stop, as a signal would."""
-    self.name = self.name or name
+    if self.name is None:
+      self.name, self._since = name, time.monotonic()
+
+  def pass_on(self, name: str) -> None:
+    """Does as if this signal had come here too; from any thread."""
+    self.set(name)
+    if self._old:  # the handler wakes the main thread, which may be waiting
+      signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
   @contextlib.contextmanager
-  def interrupts(self, allowed: bool = True) -> Iterator[None]:
-    """While entered, a request, also one of before, raises Interrupted in the main thread; not if not `allowed`."""
-    self._waiting = allowed
+  def interrupts(self, after: float = 0.0) -> Iterator[None]:
+    """While entered, a request, also one of before, raises Interrupted in the main thread.
+
+    Args:
+      after: seconds that the request must be old by then; what is waited for may still come.
+    """
+    self._waiting, self._after = True, after
     try:
-      if allowed and self():
-        raise Interrupted
+      if self():
+        self._interrupt()
       yield
     finally:
       self._waiting = False
+
+  def _interrupt(self) -> None:
+    """Raises Interrupted if the request is old enough, or sees to it that this is asked again once it is."""
+    left = self._since + self._after - time.monotonic()
+    if left <= 0:
+      self._waiting = False
+      raise Interrupted
+    timer = threading.Timer(left + 0.01, lambda: self._waiting and self.pass_on(self.name))
+    timer.daemon = True
+    timer.start()
 
   def __enter__(self) -> "StopRequest":
     if threading.current_thread() is threading.main_thread():
@@ -58,7 +80,8 @@ class StopRequest:
     return self
 
   def __exit__(self, *_: object) -> None:
-    for number, handler in self._old.items():
+    old, self._old = self._old, {}
+    for number, handler in old.items():
       signal.signal(number, signal.SIG_IGN if self._at_end else handler)
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -67,5 +90,4 @@ class StopRequest:
       raise KeyboardInterrupt
     self.set(signal.Signals(number).name)
     if self._waiting:
-      self._waiting = False
-      raise Interrupted
+      self._interrupt()

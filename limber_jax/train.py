@@ -216,6 +216,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
           return state  # a signal came; the same command goes on with it
 
     stop = stop or until_end.enter_context(StopRequest())
+    until_end.enter_context(peers.shared(stop))
     main = jax.process_index() == 0
     ledger = Ledger(workdir, active=main, began=began)
     # First what is quick to say: that there are no data.
@@ -240,7 +241,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     alone = stop if single else lambda: False
 
     def waiting() -> contextlib.AbstractContextManager:
-      return stop.interrupts(single)
+      return stop.interrupts(0 if single else peers.LATE)
 
     def agreed() -> bool:
       """Returns whether any process was asked to stop; all of them must ask together."""
@@ -376,6 +377,10 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       stopping = True
       if isinstance(reason, Interrupted):
         batches.abandon()
+        if not single:  # the others wait for this one in the next step, to which they have given the state
+          raise UserError(f"{stop.name}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data "
+                          f"that do not come, so nothing can be saved of step {step}; the same command goes on from "
+                          f"step {max(saved, start)}") from None
       if pending is not None:
         record(*pending)
       if saved != step:  # who waits for data has evaluated what was due

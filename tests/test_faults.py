@@ -427,6 +427,28 @@ train.damage_lib.Damage.read = fails
 
 
 @pytest.mark.long
+def test_sigterm_while_data_never_come_in_one_process_of_two_ends_both_with_a_line(together, tmp_path):
+  code = """
+import pytest
+from limber_jax import peers
+from test_faults import stop_in
+peers.LATE = 2.0
+if PROCESS == 1:
+  stop_in("data", pytest.MonkeyPatch(), numbers=())
+"""
+  pair = together(2, tmp_path / "run", steps=100_000, code=code)
+  while "step 4 " not in (line := pair[0].stdout.readline()):
+    assert line
+  time.sleep(5)
+  pair[0].terminate()  # the one that does not wait for data
+  outputs = end(pair)
+  assert [p.returncode for p in pair] == [2, 2], outputs
+  line = "SIGTERM: process 1 has waited 2 s longer for data that do not come, so nothing can be saved of step "
+  assert outputs[1].splitlines()[-1].startswith(f"error: {line}")
+  assert outputs[0].splitlines()[-1].startswith(f"error: process 1 ended: {line}")
+
+
+@pytest.mark.long
 def test_a_save_that_fails_in_one_process_ends_all_with_a_line_that_says_so(together, tmp_path):
   pair = together(2, tmp_path / "run", steps=100_000, mesh="1, -1, 1", code="""
 import resource

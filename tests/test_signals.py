@@ -49,8 +49,24 @@ def test_who_waits_is_interrupted():
     with pytest.raises(Interrupted), stop.interrupts():  # and does not begin to wait again
       pytest.fail("waits")
     send(signal.SIGTERM)  # nobody waits
-    with stop.interrupts(False):
-      send(signal.SIGTERM)
+
+
+def test_what_may_still_come_is_waited_for_until_the_request_is_old():
+  with StopRequest() as stop:
+    began = time.monotonic()
+    with stop.interrupts(0.5):
+      send(signal.SIGTERM)  # and the data come
+    with pytest.raises(Interrupted), stop.interrupts(0.5):
+      threading.Event().wait(30)
+    assert 0.5 <= time.monotonic() - began < 10
+
+
+def test_a_request_that_another_thread_passes_on_wakes_who_waits():
+  with StopRequest() as stop:
+    threading.Timer(0.2, stop.pass_on, ("SIGINT",)).start()
+    with pytest.raises(Interrupted), stop.interrupts():
+      threading.Event().wait(30)
+    assert stop.name == "SIGINT"
 
 
 def test_outside_of_the_main_thread_the_flag_is_set_by_hand():

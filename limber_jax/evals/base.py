@@ -235,12 +235,14 @@ class Runner:
     return np.concatenate(out)
 
   def _next(self, batches: pipeline.Batches) -> pipeline.Batch:
-    """Returns the next batch; raises Stopped when asked to, also where the batch never comes."""
+    """Returns the next batch; raises Stopped when asked to, also where it never comes; of several Interrupted there."""
     try:
       with self.context.waiting():
         return next(batches)
     except Interrupted:
       batches.abandon()
+      if jax.process_count() > 1:  # the others wait in a collective, and cannot be asked
+        raise
       raise Stopped from None
 
   def _call(self, name, function, params, stats, local):
