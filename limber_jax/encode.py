@@ -64,7 +64,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     what = features.describe(source, cached(s))
     batch_size = batch_size or config.batch_size // config.loss.accumulate
-    rows = parallel.local_rows(batch_size, s.mesh)
+    parallel.local_rows(batch_size, s.mesh)
     size = features.record_bytes(what)
     per_shard = max(int(shard_mb * 1e6) // size, 1)
     # Whole batches, so that each image stands at the same place of a batch whichever run encodes it.
@@ -84,7 +84,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
                       f"{images * size / 1e9:,.1f} GB, only {free / 1e9:,.1f} GB are free there")
     log(f"{', '.join(what['encoders'])}: {shards.records:,} images × {size:,} bytes, {len(todo)} of {shards.count} "
         f"shards to write, {jax.device_count()} × {jax.devices()[0].device_kind}")
-    done = not todo or _write(s, source, shards, todo, batch_size, rows, images, stop, log)
+    done = not todo or _write(s, source, shards, todo, batch_size, images, stop, log)
     if not done:
       log(f"stopped by {stop.name or 'another process'}; the same command goes on after the shards that are whole")
       return False
@@ -96,18 +96,15 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
     return True
 
 
-def _write(s, source, shards, todo, batch_size, local, images, stop, log) -> bool:
+def _write(s, source, shards, todo, batch_size, images, stop, log) -> bool:
   """Writes the shards `todo`, dealt out over the processes; returns False if one of them was asked to stop."""
-  # Processes that load the same rows of a batch (a mesh with a tensor axis over them) work as one; the first writes.
-  first_row = {}
-  for device, index in parallel.batch_sharding(s.mesh).devices_indices_map((batch_size,)).items():
-    first_row[device.process_index] = min(index[0].start or 0, first_row.get(device.process_index, batch_size))
-  lanes, me = sorted(set(first_row.values())), jax.process_index()
-  lane = lanes.index(first_row[me])
-  writes = me == min(p for p, row in first_row.items() if row == first_row[me])
-  b = local.stop - local.start  # rows of a batch that this process loads, all of them of one shard
+  lanes = _lanes(batch_size, s.mesh)
+  lane = next(i for i, (processes, _) in enumerate(lanes) if jax.process_index() in processes)
+  processes, b = lanes[lane]
+  writes = jax.process_index() == processes[0]
 
   def pieces(lane):
+    b = lanes[lane][1]
     return [(k, rows[i : i + b]) for k in todo[lane :: len(lanes)] for rows in [shards.rows(k)]
             for i in range(0, len(rows), b)]
 
@@ -118,9 +115,9 @@ def _write(s, source, shards, todo, batch_size, local, images, stop, log) -> boo
   predict, data = s.task.predict(), s.config.data
   parts = {features.key_of(part): spec for part, spec in s.task.cached(data).items()}
 
-  def run(params, stats, batch):
+  def run(params, stats, batch, flags):
     found = {key: predict[key](params, stats, batch).astype(spec["dtype"]) for key, spec in parts.items()}
-    return found, batch["stop"].max()
+    return found, flags["stop"].max()
 
   run = jax.jit(run, out_shardings=(parallel.batch_sharding(s.mesh), parallel.replicated(s.mesh)),
                 compiler_options=parallel.compiler_options())
@@ -152,8 +149,8 @@ def _write(s, source, shards, todo, batch_size, local, images, stop, log) -> boo
         if step < steps:
           batch = next(batches)
           del batch["real"], batch["index"]
-          batch["stop"] = np.full(b, stop(), np.int32)
-          fresh = run(s.frozen.params, s.frozen.stats, parallel.global_batch(batch, s.mesh))
+          flags = parallel.global_flags({"stop": np.full(b, stop(), np.int32)}, s.mesh)
+          fresh = run(s.frozen.params, s.frozen.stats, parallel.global_batch(batch, s.mesh), flags)
         if pending is not None:
           if stopping := bool(pending[1]):
             break
@@ -169,6 +166,22 @@ def _write(s, source, shards, todo, batch_size, local, images, stop, log) -> boo
     if writer is not None:
       writer.abandon()
   return not stopping
+
+
+def _lanes(batch_size: int, mesh: jax.sharding.Mesh) -> list[tuple[list[int], int]]:
+  """Returns the groups of processes that hold the same rows of a batch, and how many: each group works as one.
+
+  Raises:
+    UserError: processes share some of their rows only.
+  """
+  lanes: dict[bytes, tuple[list[int], int]] = {}
+  for process in sorted({d.process_index for d in mesh.devices.flat}):
+    rows = parallel.local_rows(batch_size, mesh, process)
+    lanes.setdefault(rows.tobytes(), ([], len(rows)))[0].append(process)
+  if sum(count for _, count in lanes.values()) != batch_size:
+    raise UserError(f"mesh {dict(mesh.shape)}: its processes share some of their rows of a batch and not others, and "
+                    "then none of them has whole shards to write; encode with --config.mesh.tensor=1")
+  return list(lanes.values())
 
 
 def _local(x: jax.Array) -> np.ndarray:

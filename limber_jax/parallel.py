@@ -3,6 +3,7 @@
 Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split), `tensor` (parameters split, batch repeated).
 """
 
+import functools
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,27 +73,51 @@ def leave() -> NoReturn:
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
   """Returns a mesh with the axes `data`, `fsdp`, `tensor`.
 
+  Neighbours along an axis are neighbours on a TPU's torus, so the order of the devices is not that of their numbers.
+  TPU slices that are joined by the data centre's network are outermost on `data`: parameters are whole in each slice.
+
   Args:
     sizes: devices along each axis; one axis may be -1 and takes what the others leave. An axis left out is 1.
     devices: jax.devices() if None.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, `data` does not divide over the slices, or the torus
+      has no such mesh.
   """
   devices = jax.devices() if devices is None else devices
   shape = [sizes.get(a, 1) for a in AXES]
   if unknown := set(sizes) - set(AXES):
     raise UserError(f"mesh: no axis {sorted(unknown)[0]!r}; known: {', '.join(AXES)}")
   if shape.count(-1) > 1 or any(s == 0 or s < -1 for s in shape):
-    raise UserError(f"mesh {dict(zip(AXES, shape, strict=True))}: sizes are at least 1, and one of them may be -1")
+    raise UserError(f"mesh {_named(shape)}: sizes are at least 1, and one of them may be -1")
   if -1 in shape:
     rest = int(np.prod([s for s in shape if s != -1]))
     shape[shape.index(-1)] = max(len(devices) // rest, 1)
   if int(np.prod(shape)) != len(devices):
-    raise UserError(f"mesh {dict(zip(AXES, shape, strict=True))} needs {int(np.prod(shape))} devices, "
-                    f"there are {len(devices)}")
+    raise UserError(f"mesh {_named(shape)} needs {int(np.prod(shape))} devices, there are {len(devices)}")
   # Auto, because jax.make_mesh's default (Explicit) turns every constraint in a model into an assertion.
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _named(shape: Sequence[int]) -> str:
+  return str(dict(zip(AXES, shape, strict=True)))
+
+
+def _grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+  """Returns the devices in the shape of a mesh; see `make_mesh`."""
+  # Other platforms count as a slice what is one host, between which there is no slower network than within.
+  slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+  if shape[0] % slices:
+    raise UserError(f"mesh {_named(shape)}: parameters are not split over the {slices} slices that there are, so data "
+                    f"must be a multiple of {slices}; for example --config.mesh.data={slices} --config.mesh.fsdp=-1")
+  try:
+    if slices > 1:
+      return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  except (NotImplementedError, ValueError, AssertionError) as error:
+    raise UserError(f"mesh {_named(shape)}: these {len(devices)} devices cannot be laid out so "
+                    f"({' '.join(str(error).split())[:200]}); choose another config.mesh") from error
 
 
 def compiler_options() -> dict[str, Any]:
@@ -190,26 +215,66 @@ def place(tree: Any, like: Any) -> Any:
   return jax.tree.map(one, tree, like)
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> slice:
-  """Returns the rows of a global batch that this process must load: one contiguous slice.
+def local_rows(batch_size: int, mesh: Mesh, process: int | None = None) -> np.ndarray:
+  """Returns the rows of a global batch that the devices of a process hold, and that it must load: int64 [b], sorted.
+
+  They need not adjoin: meshes follow a TPU's torus, and its hosts lie across it. Where the axis `tensor` reaches over
+  several processes, each of them has the same rows.
+
+  Args:
+    batch_size: rows of the global batch.
+    mesh: from `make_mesh`.
+    process: the number of the process, this one if None.
 
   Raises:
-    UserError: the batch does not divide over the devices, or this process's rows are not contiguous.
+    UserError: the batch does not divide over the devices.
   """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
     raise UserError(f"a batch of {batch_size} does not divide over {parts} devices (mesh axes data × fsdp)")
-  index = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  rows = sorted({(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop) for s in index.values()})
-  if any(a[1] != b[0] for a, b in itertools.pairwise(rows)):
-    raise UserError("this mesh gives one process rows of the batch that do not adjoin; put the data axis outermost")
-  return slice(rows[0][0], rows[-1][1])
+  size = batch_size // parts
+  blocks = _blocks(mesh, jax.process_index() if process is None else process)
+  return (blocks[:, None] * size + np.arange(size)[None]).reshape(-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(mesh: Mesh, process: int) -> np.ndarray:
+  """Returns which of the equal blocks that a batch is cut into the devices of a process hold, sorted."""
+  devices = mesh.devices.reshape(-1, mesh.shape["tensor"])  # a row of them holds the same rows of the batch
+  return np.flatnonzero([any(d.process_index == process for d in row) for row in devices])
 
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:
-  """Returns global arrays [B, ...] over data × fsdp, from this process's rows [B/processes, ...] as numpy arrays."""
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+  """Returns global arrays [B, ...] over data × fsdp, from this process's rows as numpy arrays [b, ...].
+
+  The rows are those of `local_rows`, in its order.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(batch, batch_sharding(mesh))
+  return jax.tree.map(lambda x: _from_rows(x, batch_sharding(mesh), ()), batch)
+
+
+def global_flags(flags: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Returns arrays [B, tensor] of what each process says of its rows [b], in the columns of its own devices.
+
+  In a batch, what processes that hold the same rows say of them must be the same; here it need not: reduce it over
+  the last axis.
+  """
+  sharding = NamedSharding(mesh, P(BATCH, "tensor"))
+  return {k: _from_rows(x[:, None], sharding, (mesh.shape["tensor"],)) for k, x in flags.items()}
+
+
+def _from_rows(x: np.ndarray, sharding: NamedSharding, columns: tuple[int, ...]) -> jax.Array:
+  """Returns the global array [B, ...] of this process's rows [b, ...]; a second axis of length 1 becomes `columns`."""
+  blocks = _blocks(sharding.mesh, jax.process_index())
+  size = len(x) // len(blocks)
+  parts = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
+
+  def rows_of(index: tuple[slice, ...]) -> np.ndarray:
+    at = np.searchsorted(blocks, (index[0].start or 0) // size) * size
+    return x[at : at + size]
+
+  return jax.make_array_from_callback((parts * size, *(columns or x.shape[1:])), sharding, rows_of)
 
 
 def from_first(function: Callable[[], Any]) -> Any:

@@ -286,12 +286,12 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     train_step = make_step(s.task, s.tx, optim.schedule(config.optim, config.steps), config.optim.spike)
     rng = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=replicated)()
 
-    def flagged(state, frozen, batch, rng):
-      """Every process puts its stop flag into the batch; the maximum is what all of them act on, at the same step."""
-      batch = dict(batch)
-      flag, damaged = batch.pop("stop"), batch.pop("damaged")
+    def flagged(state, frozen, batch, flags, rng):
+      """What processes say of their rows rides along, so that all of them act on the same, at the same step."""
       state, metrics = train_step(state, frozen, batch, rng)
-      return state, metrics | {"stop": flag.max(), "damaged": damaged.sum()}
+      record = flags["record"]
+      return state, metrics | {"stop": flags["stop"].max(), "damaged": flags["damaged"].max(axis=1).sum(),
+                               "differing": (record.max(axis=1) != record.min(axis=1)).sum()}
 
     step_fn = jax.jit(flagged, donate_argnums=0, out_shardings=(shardings, replicated),
                       compiler_options=parallel.compiler_options())
@@ -319,7 +319,12 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       values = {k: v.item() for k, v in jax.device_get(metrics).items()}
       stopping, skipped, in_row = values.pop("stop"), values.pop("skipped"), values.pop("skipped_in_row")
       damage.count(values.pop("damaged"))
-      name_damage(step, due=step % config.log_every == 0)
+      differing = values.pop("differing")
+      name_damage(step, due=bool(differing) or step % config.log_every == 0)
+      if differing:
+        raise UserError(f"step {step}: processes that hold the same rows of the batch (mesh axis tensor) read other "
+                        f"records for {differing} of them: one could not read a file that another could. The same "
+                        "command goes on from what was saved last")
       limits = {k: values.pop(k) for k in ("loss_limit", "grad_norm_limit") if k in values}
       if skipped:
         seen = {k: values[k] for k in ("loss", "grad_norm")}
@@ -354,11 +359,13 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       with jax.set_mesh(s.mesh):
         while step < config.steps and not stopping:
           with ledger("data") as wait, waiting():
-            local = damage.read(step + 1, next(batches))
+            local, damaged = damage.read(step + 1, next(batches))
           out.waited(wait.seconds)
-          local["stop"] = np.full(rows.stop - rows.start, stop(), np.int32)
+          index = local.pop("index")
+          flags = parallel.global_flags({"stop": np.full(len(rows), stop(), np.int32), "damaged": damaged,
+                                         "record": (index ^ (index >> 32)).astype(np.int32)}, s.mesh)
           with ledger("compile" if step == start else "step"):
-            state, fresh = step_fn(state, s.frozen, parallel.global_batch(local, s.mesh), rng)
+            state, fresh = step_fn(state, s.frozen, parallel.global_batch(local, s.mesh), flags, rng)
           ledger.at(step + 1)
           # The values of a step are read while the next one runs, except where something is done after this step.
           checkpoints.check()

@@ -98,7 +98,7 @@ def copied(record, rng):
 
 
 def test_workers_share_memory_that_ends_with_them():
-  with train_batches(Blocks(), copied, batch_size=32, rows=slice(0, 32), seed=0, workers=2, threads=1) as batches:
+  with train_batches(Blocks(), copied, batch_size=32, rows=np.arange(0, 32), seed=0, workers=2, threads=1) as batches:
     kept = [next(batches) for _ in range(12)]
     for batch in kept:  # none was written over by a later one
       assert (batch["image"] == batch["index"][:, None, None, None].astype(np.uint8)).all()

@@ -202,7 +202,7 @@ def test_after_a_spike_the_loss_is_that_of_the_clean_run():
   config = tiny(**WITH_SPIKES | {"batch_size": 128})
   size = config.batch_size
   transform = Contrastive.of(config).transform(tokenizers.load(config.data.tokenizer), config.data, train=True)
-  with pipeline.train_batches(Digits(config.data.source), transform, batch_size=size, rows=slice(0, size), seed=0,
+  with pipeline.train_batches(Digits(config.data.source), transform, batch_size=size, rows=np.arange(0, size), seed=0,
                               threads=0) as digits:
     data = [{"image": b["image"], "tokens": b["tokens"], "poison": np.zeros(size, np.float32)}
             for b in itertools.islice(digits, 250)]

@@ -73,18 +73,17 @@ class Damage:
     self._named = set(named)
     self._example = self._example or first
 
-  def read(self, step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Takes "damage" out of the local batch of `step`, and puts "damaged" int32 [b] there: records of each row.
+  def read(self, step: int, batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns the local batch of `step` without its "damage", and how many records each row tried in vain, int32 [b].
 
-    The sum of "damaged" over the global batch belongs into `count`.
+    The sum of these over the global batch belongs into `count`.
     """
-    rest = {k: v for k, v in batch.items() if k != "damage"}
-    rest["damaged"] = np.zeros(len(batch["damage"]), np.int32)
+    damaged = np.zeros(len(batch["damage"]), np.int32)
     for row in np.flatnonzero(batch["damage"]):
       found = json.loads(str(batch["damage"][row]))
       self._read += [{"step": step, "file": self._file, **record} for record in found]
-      rest["damaged"][row] = len(found)
-    return rest
+      damaged[row] = len(found)
+    return {k: v for k, v in batch.items() if k != "damage"}, damaged
 
   def count(self, damaged: int) -> None:
     """Adds how many records could not be read for a batch, in all processes."""

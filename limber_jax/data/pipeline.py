@@ -210,7 +210,7 @@ def _told(error: Exception) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
-def train_batches(source: Source, transform: Transform, *, batch_size: int, rows: slice, seed: int, start_step: int = 0,
+def train_batches(source: Source, transform: Transform, *, batch_size: int, rows: np.ndarray, seed: int, start_step: int = 0,
                   workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
   """Returns endless batches of what `transform` gives, stacked, with "index" int64 [b]: the number of the record.
 
@@ -222,7 +222,7 @@ def train_batches(source: Source, transform: Transform, *, batch_size: int, rows
     source: the records.
     transform: (record, rng) -> arrays; the rng is seeded by (seed, position).
     batch_size: examples in the global batch.
-    rows: of the global batch, those to load here: b = stop - start.
+    rows: of the global batch, those to load here, int [b]; see `parallel.local_rows`.
     seed: of the order and of the random numbers.
     start_step: the first batch is that of this step.
     workers: Grain processes that read; 0 reads in this process.
@@ -239,7 +239,7 @@ def train_batches(source: Source, transform: Transform, *, batch_size: int, rows
   return _batches(examples, start_step, sys.maxsize // batch_size, workers, threads, prefetch)
 
 
-def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows: slice | None = None,
+def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows: np.ndarray | None = None,
                  indices: np.ndarray | None = None, damage: bool = False, workers: int = 0, threads: int = 8,
                  prefetch: int = 2) -> Batches:
   """Returns one pass in the order of the source, as `train_batches` has it, with "real" bool [b].
@@ -250,7 +250,8 @@ def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows:
   With `damage` a record that cannot be read ends nothing: there is "damage" [b], the reason why or "", and where there
   is a reason, real is False and the rest means nothing.
   """
-  examples = _Examples(source, transform, batch_size, rows or slice(0, batch_size), None, indices, damage)
+  rows = np.arange(batch_size) if rows is None else rows
+  examples = _Examples(source, transform, batch_size, rows, None, indices, damage)
   n = len(source) if indices is None else len(indices)
   return _batches(examples, 0, -(-n // batch_size), workers, threads, prefetch)
 
@@ -292,7 +293,7 @@ class _Examples:
   source: Source
   transform: Transform
   batch_size: int
-  rows: slice
+  rows: np.ndarray  # int [b], sorted
   seed: int | None  # None: in order, once
   indices: np.ndarray | None = None  # where in order: of the records to take; None: all
   damage: bool = False               # where in order: say what cannot be read, and go on
@@ -300,13 +301,13 @@ class _Examples:
   def __post_init__(self):
     if not len(self.source):
       raise UserError("the data source has no records")
-    if not 0 <= self.rows.start < self.rows.stop <= self.batch_size:
-      raise ValueError(f"{self.rows} is not within a batch of {self.batch_size}")
+    if not len(self.rows) or self.rows[0] < 0 or self.rows[-1] >= self.batch_size or (np.diff(self.rows) < 1).any():
+      raise ValueError(f"rows {self.rows} are not rows of a batch of {self.batch_size} in their order")
 
   @property
   def count(self) -> int:
     """The number of local rows."""
-    return self.rows.stop - self.rows.start
+    return len(self.rows)
 
   @property
   def piece(self) -> int:
@@ -319,8 +320,8 @@ class _Examples:
 
   def __call__(self, number: int) -> Batch:
     step, part = divmod(int(number), self.parts)
-    start = step * self.batch_size + self.rows.start + part * self.piece
-    return _stack([self._example(position) for position in range(start, start + self.piece)])
+    rows = self.rows[part * self.piece : (part + 1) * self.piece]
+    return _stack([self._example(step * self.batch_size + row) for row in rows.tolist()])
 
   def _example(self, position: int) -> dict[str, Any]:
     return self._listed(position) if self.seed is None else self._drawn(position)

@@ -23,7 +23,7 @@ from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
 from limber_jax.evals.grouped import by_image
 from limber_jax.evals.items import Collected, Items
-from limber_jax.parallel import from_each, global_batch, local_rows, replicated
+from limber_jax.parallel import from_each, global_batch, global_flags, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
 from limber_jax.signals import Interrupted
 
@@ -246,13 +246,19 @@ class Runner:
       raise Stopped from None
 
   def _call(self, name, function, params, stats, local):
-    mesh = self.context.mesh
+    """Returns function(params, stats, batch) of this process's rows, whole; "real" is what all who hold a row say."""
+    mesh, real = self.context.mesh, {}
     if self.context.stop():
       raise Stopped
+    if isinstance(local, dict):
+      real, local = {"real": local["real"]}, {k: v for k, v in local.items() if k != "real"}
     if name not in self._jitted:
-      self._jitted[name] = jax.jit(function, out_shardings=replicated(mesh))
+      def run(params, stats, batch, flags):
+        return function(params, stats, batch | {k: v.all(axis=1) for k, v in flags.items()} if flags else batch)
+
+      self._jitted[name] = jax.jit(run, out_shardings=replicated(mesh))
     with jax.set_mesh(mesh):
-      return jax.device_get(self._jitted[name](params, stats, global_batch(local, mesh)))
+      return jax.device_get(self._jitted[name](params, stats, global_batch(local, mesh), global_flags(real, mesh)))
 
 
 def ranks(queries: np.ndarray, own: np.ndarray, keys: np.ndarray, groups: np.ndarray) -> np.ndarray:
