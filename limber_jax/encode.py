@@ -63,7 +63,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
     s = setup(dataclasses.replace(config, model=adopt(config, log=log)), only="image")
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     what = features.describe(source, cached(s))
-    batch_size = batch_size or config.batch_size // config.loss.accumulate
+    batch_size = batch_size or config.batch_size
     parallel.local_rows(batch_size, s.mesh)
     size = features.record_bytes(what)
     per_shard = max(int(shard_mb * 1e6) // size, 1)

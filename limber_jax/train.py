@@ -32,6 +32,7 @@ from limber_jax.goodput import Ledger
 from limber_jax.log import Log
 from limber_jax.signals import Interrupted, StopRequest
 from limber_jax.state import SHARDING, Frozen, TrainState, check_trainable, split
+from limber_jax.tasks import pieces
 from limber_jax.tasks.base import Task
 from limber_jax.tasks.step import make_step
 from limber_jax.watchdog import Watchdog
@@ -270,6 +271,11 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     out.line(f"{config.name}: {count / 1e6:.1f} M trained parameters, {len(source):,} examples, "
              f"{jax.device_count()} × {jax.devices()[0].device_kind}"
              + (f", going on from step {start}" if start else ""))
+    with jax.set_mesh(s.mesh):
+      count = pieces.fitting(config.loss.accumulate, config.batch_size)
+    if count != config.loss.accumulate:
+      out.line(f"in {count} pieces of {config.batch_size // count} rows: loss.accumulate={config.loss.accumulate} would "
+               f"leave devices of the mesh {dict(s.mesh.shape)} without any")
     if damage.found:
       out.line(f"{len(damage.found):,} annotations cannot be used, and {damage_lib.FILE} names them; the first: "
                f"{damage_lib.told(damage.found[0])}")

@@ -16,7 +16,7 @@ from limber_jax.config import Captions, Checkpoint, Compute, Config, Data, Loss,
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
 from limber_jax.models.adapters import AdapterSize
-from limber_jax.models.limber import LimberSize, Map, PromptSize
+from limber_jax.models.limber import Limber, LimberSize, Map, PromptSize
 from limber_jax.tasks.captioning import Captioning, token_weights
 from limber_jax.tasks.language_modelling import LanguageModelling
 from limber_jax.train import train
@@ -226,6 +226,17 @@ def test_accumulated_steps_equal_whole_batches(captions):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize(("trainable", "rows"), [(("prompt",), 16), (("prompt", "image"), 4)])
+def test_a_frozen_encoder_sees_the_whole_batch_at_once_and_a_trained_one_its_pieces(trainable, rows, monkeypatch):
+  config, seen, encode = tiny(trainable=trainable, loss=Loss(accumulate=4)), [], Limber.encode
+  monkeypatch.setattr(Limber, "encode", lambda self, params, stats, images, *args, **kwargs: (
+    seen.append(images.shape[0]), encode(self, params, stats, images, *args, **kwargs))[1])
+  task = Captioning.of(config)
+  params, stats = jax.eval_shape(task.init, jax.random.key(0))
+  jax.eval_shape(task.loss, params, stats, batches(config, 1)[0], jax.random.key(0))
+  assert seen and set(seen) == {rows}
+
+
 def test_resumed_equals_uninterrupted(tmp_path):
   def config():
     return tiny(size(dropout=0.1), mesh=Mesh(data=-1), checkpoint=Checkpoint(every=2, keep=10))
@@ -269,7 +280,8 @@ def test_the_encoder_runs_as_at_test_unless_told_otherwise():
   ({"captions": Captions(eos="never")}, "captions.eos='never': choose one of always, reference"),
   ({"captions": Captions(eos="reference", micro_batch=5)}, "micro_batch=5 does not divide"),
   ({"data": Data(length=63)}, "more than the language model's context of 64"),
-  ({"model": size(RESNET), "loss": Loss(accumulate=2), "captions": Captions(encoder="train")}, "BatchNorm"),
+  ({"model": size(RESNET), "loss": Loss(accumulate=2), "captions": Captions(encoder="train"),
+    "trainable": ("prompt", "image")}, "BatchNorm"),
   ({"trainable": ("image", "prompt"), "data": Data(features="x", length=9)}, "holds what a frozen encoder saw"),
 ])
 def test_settings_that_cannot_go_together_are_refused(changes, message):

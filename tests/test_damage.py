@@ -67,8 +67,8 @@ def draw(record, rng):
 
 def stream(source, count, *, batch_size=8, rows=None, start=0, **options):
   """Returns the arrays of `count` batches, joined."""
-  with train_batches(source, draw, batch_size=batch_size, rows=np.arange(batch_size) if rows is None else rows, seed=5, start_step=start,
-                     **{"threads": 2, **options}) as batches:
+  with train_batches(source, draw, batch_size=batch_size, seed=5, start_step=start,
+                     rows=np.arange(batch_size) if rows is None else rows, **{"threads": 2, **options}) as batches:
     found = [next(batches) for _ in range(count)]
   return {k: np.concatenate([b[k] for b in found]) for k in found[0]}
 
@@ -103,7 +103,8 @@ def test_another_record_stands_in_and_no_other_position_changes():
 def test_who_stands_in_depends_on_seed_and_position_alone(hosts):
   whole = stream(Numbers(200, BAD), 30)
   size = 8 // hosts
-  parts = [stream(Numbers(200, BAD), 30, rows=np.arange(i * size, (i + 1) * size), threads=hosts % 3) for i in range(hosts)]
+  parts = [stream(Numbers(200, BAD), 30, rows=np.arange(i * size, (i + 1) * size), threads=hosts % 3)
+           for i in range(hosts)]
   for key in ("index", "draw", "damage"):
     rows = np.concatenate([p[key].reshape(30, size, -1) for p in parts], axis=1)
     np.testing.assert_array_equal(rows.reshape(240, -1), whole[key].reshape(240, -1))
@@ -469,8 +470,8 @@ class Numbers:
     return {"id": "", "index": np.int32(index)}
 
 def main(argv):
-  with train_batches(Numbers(), lambda record, rng: {"copy": record["index"]}, batch_size=64, rows=np.arange(0, 64), seed=0,
-                     workers=2, threads=1) as batches:
+  with train_batches(Numbers(), lambda record, rng: {"copy": record["index"]}, batch_size=64, rows=np.arange(64),
+                     seed=0, workers=2, threads=1) as batches:
     for step in range(10**6):
       next(batches)
       if step == 3:

@@ -1,6 +1,7 @@
 """Every experiment file builds at full size, and the commands answer mistakes with one line."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from limber_jax.config import Config, Loss
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.state import split
+from limber_jax.tasks import pieces
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.tasks.step import make_init, make_step
 
@@ -50,17 +52,22 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
 
   state, frozen = jax.eval_shape(make_init(task, tx, config.trainable), rng)
   layout = parallel.shardings((state, frozen), task.sharding, mesh)
-  # Every large matrix is split where the mesh splits parameters.
   if axes.get("fsdp"):
-    big = [(x, s) for x, s in zip(jax.tree.leaves((state, frozen)), jax.tree.leaves(layout), strict=True)
-           if x.size > 2**20]
-    assert all(s.shard_shape(x.shape) != x.shape for x, s in big)
+    assert not whole((state, frozen), layout)
   batch = batch_of(task, config)
   step = make_step(task, tx, optim.schedule(config.optim, config.steps))
   with jax.set_mesh(mesh):
     after, metrics = jax.eval_shape(step, state, frozen, batch, rng)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
   assert metrics["loss"].shape == ()
+
+
+def whole(tree, layout) -> list[str]:
+  """Returns the large matrices that every device holds whole; convolutions may be, see models.resnet.SHARDING."""
+  return [parallel.path_name(path) for (path, x), s in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(layout), strict=True)
+    if x.size > 2**20 and s.shard_shape(x.shape) == x.shape and not re.search(
+      r"(layer|stage)\d_\w+/.*kernel$|pool/\w+/kernel$", parallel.path_name(path))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -70,9 +77,26 @@ def test_every_leaf_of_an_experiment_is_split_on_4_8_and_64_devices(path):
   like = jax.eval_shape(task.init, jax.random.key(0))
   for sizes in ((1, 4, 1), (2, 2, 1), (1, 8, 1), (2, 2, 2), (8, 8, 1), (8, 4, 2)):
     layout = parallel.shardings(like, task.sharding, jax.sharding.AbstractMesh(sizes, parallel.AXES))
-    whole = [x for x, s in zip(jax.tree.leaves(like), jax.tree.leaves(layout), strict=True)
-             if x.size > 2**20 and s.shard_shape(x.shape) == x.shape]
-    assert not whole, sizes
+    assert not whole(like, layout), sizes
+  # Its own mesh, on slices of any size; the quickstarts' batches are for one machine.
+  for devices in (8, 16, 32, 64, 128, 256, 512) if not path.stem.startswith("quickstart") else ():
+    sizes = [getattr(config.mesh, axis) for axis in parallel.AXES]
+    sizes = tuple(n if n != -1 else -devices // int(np.prod(sizes)) for n in sizes)
+    mesh = jax.sharding.AbstractMesh(sizes, parallel.AXES)
+    layout = parallel.shardings(like, task.sharding, mesh)
+    assert not whole(like, layout) or sizes[1] == 1, sizes
+    assert config.batch_size % devices == 0
+    with jax.sharding.use_abstract_mesh(mesh):
+      count = pieces.fitting(config.loss.accumulate, config.batch_size)
+    assert config.batch_size // count % devices == 0 and (devices > 256 or count == config.loss.accumulate)
+
+
+def test_a_frozen_network_of_convolutions_is_whole_on_every_device():
+  for stem, is_split in (("limber_clip", False), ("limber_nfrn50", False), ("limber_nfrn50_tuned", True)):
+    task = registry.lookup("task", registry.TASKS, "captioning").of(get(ROOT / "experiments" / f"{stem}.py"))
+    like = jax.eval_shape(task.init, jax.random.key(0))[0]["image"]
+    layout = parallel.shardings({"image": like}, task.sharding, jax.sharding.AbstractMesh((1, 8, 1), parallel.AXES))
+    assert any(s.spec != jax.P() for s in jax.tree.leaves(layout)) == is_split, stem
 
 
 def test_lit_trains_no_image_tower():

@@ -45,6 +45,14 @@ def test_a_leaf_without_a_fitting_row_is_named(shape, rule, message):
                        parallel.make_mesh({"data": 4, "fsdp": 2}))
 
 
+def test_a_second_row_says_how_a_leaf_lies_that_the_first_does_not_divide():
+  mesh = parallel.make_mesh({"data": 4, "fsdp": 2})
+  rules = ((r"kernel", P(None, "fsdp")), (r"kernel", P("fsdp")), (r"kernel", P()))
+  found = parallel.shardings({f"{n}x{m}": {"kernel": jax.ShapeDtypeStruct((n, m), np.float32)}
+                              for n, m in ((6, 4), (6, 5), (3, 5))}, rules, mesh)
+  assert [x.spec for x in jax.tree.leaves(found)] == [P(), P(None, "fsdp"), P("fsdp")]
+
+
 def test_a_batch_goes_round_unchanged():
   mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   rows = parallel.local_rows(12, mesh)

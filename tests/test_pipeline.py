@@ -255,7 +255,8 @@ def test_no_more_is_read_ahead_than_said():
       counted.append(record["index"])
     return {"copy": np.int32(record["index"])}
 
-  with train_batches(Numbers(10**6), count, batch_size=64, rows=np.arange(0, 64), seed=0, threads=2, prefetch=2) as batches:
+  with train_batches(Numbers(10**6), count, batch_size=64, rows=np.arange(64), seed=0, threads=2,
+                     prefetch=2) as batches:
     next(batches)
     time.sleep(0.5)
     # one given out, two ready, one waiting for a place, and the pieces of one more being read

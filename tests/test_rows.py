@@ -68,7 +68,8 @@ def test_the_rows_of_all_processes_cover_each_batch_and_each_device_gets_its_own
       assert set(range(batch)[index[0]]) <= set(rows[device.process_index].tolist()), (topology, mesh_name)
     for own in rows.values():
       assert (np.diff(own) > 0).all()
-      wanted = {b for b in range(batch) for d in mesh.devices.reshape(parts, -1)[b // 2] if (rows[d.process_index] is own)}
+      wanted = {b for b in range(batch) for d in mesh.devices.reshape(parts, -1)[b // 2]
+                if rows[d.process_index] is own}
       assert set(own.tolist()) == wanted, (topology, mesh_name)
     interleaved += any((np.diff(own) > 1).any() for own in rows.values())
     shared += counts.max() > 1
@@ -112,7 +113,8 @@ from limber_jax.config import Checkpoint, Evaluation, Loss, Mesh, Source
 from limber_jax.data.damage import Damage
 from runs import tiny, tiny_limber
 
-workdir, mesh, processes, what = sys.argv[1], [int(n) for n in sys.argv[2].split("x")], json.loads(sys.argv[3]), sys.argv[4]
+workdir, mesh, processes, what = sys.argv[1:]
+mesh, processes = [int(n) for n in mesh.split("x")], json.loads(processes)
 
 def grid(shape, devices):
   own = {{p: iter([d for d in devices if d.process_index == p]) for p in set(processes)}}
@@ -196,7 +198,7 @@ def check(workdir, alone):
   assert found == evaluated
 
 
-def test_rows_that_do_not_adjoin_and_rows_of_two_processes_train_as_one_process_does_after_a_kill(start, alone, tmp_path):
+def test_rows_that_do_not_adjoin_or_are_shared_train_as_one_process_does_after_a_kill(start, alone, tmp_path):
   steps = alone[0]
   assert steps == {s: [order(1437, 0, 32 * (s - 1) + row) for row in range(32)] for s in range(1, 11)}
   pair = start(tmp_path / "run", "8x1x1", "v4-16")  # every other row

@@ -128,7 +128,7 @@ def rates(folder: str, images: list[str]) -> dict[str, Any]:
     for layout, name in LAYOUTS.items():
       source = registry.lookup("data source", registry.SOURCES, name)(Source(name, os.path.join(folder, layout)))
       runs[layout] = reader(stack.enter_context(pipeline.train_batches(
-        source, transform, batch_size=batch, rows=slice(0, batch), seed=0, workers=workers, threads=_THREADS.value)))
+        source, transform, batch_size=batch, rows=np.arange(batch), seed=0, workers=workers, threads=_THREADS.value)))
     if _PEER.value and (batches := webdataset(os.path.join(folder, "tars"), size, batch, workers)) is not None:
       runs["webdataset"] = reader(batches)
       stack.callback(lambda: runs.pop("webdataset"))  # its workers end with it

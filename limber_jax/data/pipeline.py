@@ -210,8 +210,8 @@ def _told(error: Exception) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
-def train_batches(source: Source, transform: Transform, *, batch_size: int, rows: np.ndarray, seed: int, start_step: int = 0,
-                  workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
+def train_batches(source: Source, transform: Transform, *, batch_size: int, rows: np.ndarray, seed: int,
+                  start_step: int = 0, workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
   """Returns endless batches of what `transform` gives, stacked, with "index" int64 [b]: the number of the record.
 
   Where a record cannot be read, the one at the same position in the order of another seed stands in, a mixture's from

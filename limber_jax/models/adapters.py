@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from limber_jax.config import Compute, choose
 from limber_jax.models.layers import LayerNorm
+from limber_jax.models.linear import Dense, broadcast
 
 KINDS = ("", "normal", "parallel", "scaled_parallel")
 NAMES = ("adapter_attn", "adapter_mlp")  # of the modules in a block, by which their parameters are split off
@@ -50,10 +51,10 @@ class Adapter(nn.Module):
     if self.size.layer_norm:
       z = LayerNorm(name="ln")(z)
     init = {"dtype": self.compute.dtype, "kernel_init": _clipped_normal, "bias_init": _clipped_normal}
-    z = nn.relu(nn.Dense(D // self.size.downsample, name="down", **init)(z))
-    z = nn.Dense(D, name="up", **init)(z)
+    z = nn.relu(Dense(D // self.size.downsample, name="down", **init)(z))
+    z = Dense(D, name="up", **init)(z)
     if self.kind == "scaled_parallel":
-      z = z * self.param("scale", nn.initializers.ones, (1,)).astype(z.dtype).reshape(1, 1, 1)
+      z = z * broadcast(self.param("scale", nn.initializers.ones, (1,)), z)
     return y + z
 
 

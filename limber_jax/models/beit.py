@@ -14,6 +14,7 @@ import numpy as np
 
 from limber_jax.config import Compute
 from limber_jax.models.layers import ACTIVATIONS, BLOCK_SHARDING, Features, LayerNorm, Rows, scan, under
+from limber_jax.models.linear import Conv, Dense, broadcast
 from limber_jax.parallel import BATCH, constrain
 
 
@@ -77,13 +78,13 @@ class Attention(nn.Module):
     B, T, D = x.shape
 
     def project(name, use_bias=True):
-      return nn.Dense(D, use_bias=use_bias, dtype=self.compute.dtype, kernel_init=INIT, name=name)(x).reshape(
+      return Dense(D, use_bias=use_bias, dtype=self.compute.dtype, kernel_init=INIT, name=name)(x).reshape(
         B, T, self.heads, D // self.heads)
 
     # Never cuDNN's kernel: it has no gradient of the bias at an odd number of tokens, and 1 + 14² is odd.
     y = jax.nn.dot_product_attention(project("q"), project("k", use_bias=False), project("v"), bias=bias,
                                      implementation="xla")  # [B, T, A, K]
-    return nn.Dense(D, dtype=self.compute.dtype, kernel_init=INIT, name="out")(y.reshape(B, T, D))
+    return Dense(D, dtype=self.compute.dtype, kernel_init=INIT, name="out")(y.reshape(B, T, D))
 
 
 class Block(nn.Module):
@@ -107,13 +108,13 @@ class Block(nn.Module):
 
     def add(i, y):
       scale = self.param(f"layer_scale_{i + 1}", nn.initializers.constant(LAYER_SCALE), (D,))
-      y = y * scale.astype(y.dtype)[None, None]
+      y = y * broadcast(scale, y)
       return x + (y if keep is None else y * keep[i].astype(y.dtype)[:, None, None])
 
     own = _table(self, self.side, self.heads) if bias is None else bias
     x = add(0, Attention(self.heads, self.compute, name="attn")(LayerNorm(EPS, name="ln_1")(x), own))
-    y = nn.Dense(self.mlp_ratio * D, name="fc", **dense)(LayerNorm(EPS, name="ln_2")(x))
-    x = add(1, nn.Dense(D, name="proj", **dense)(ACTIVATIONS["gelu"](y)))
+    y = Dense(self.mlp_ratio * D, name="fc", **dense)(LayerNorm(EPS, name="ln_2")(x))
+    x = add(1, Dense(D, name="proj", **dense)(ACTIVATIONS["gelu"](y)))
     return (x, bias), None
 
 
@@ -131,12 +132,11 @@ class Beit(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> Features:
     size, D = self.size, self.size.width
-    x = nn.Conv(D, (size.patch, size.patch), (size.patch, size.patch), padding="VALID", dtype=self.compute.dtype,
-                kernel_init=INIT, name="patch")(images)
+    x = Conv(D, size.patch, size.patch, dtype=self.compute.dtype, kernel_init=INIT, name="patch")(images)
     side = x.shape[1]
     B, x = x.shape[0], x.reshape(x.shape[0], -1, D)  # [B, S, D]
-    cls = self.param("cls", nn.initializers.zeros, (1, 1, D)).astype(x.dtype)
-    x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), x], axis=1)  # [B, 1 + S, D]
+    cls = self.param("cls", nn.initializers.zeros, (1, 1, D))
+    x = jnp.concatenate([broadcast(cls, x[:, :1]), x], axis=1)  # [B, 1 + S, D]
     bias = _table(self, side, size.heads) if size.shared_positions else None
     args = (_keep(self.make_rng("drop_path"), size.drop_path, size.layers, B),) if train and size.drop_path else ()
     blocks = scan(Block, size.layers, self.compute)(side, size.heads, size.mlp_ratio, self.compute, name="blocks")
@@ -157,6 +157,7 @@ SHARDING = (
   (r"blocks/layer_scale_\d$", jax.P()),
   *BLOCK_SHARDING,
   (r"patch/kernel$", jax.P(None, None, None, "fsdp")),
+  (r"patch/kernel$", jax.P()),
   (r"(cls|patch/bias|pooler/(scale|bias))$", jax.P()),
 )
 

@@ -94,6 +94,11 @@ class Encoder:
     return 32 * t.width if isinstance(t, ResNetSize | NfResNetSize) else t.width
 
   @property
+  def convolutional(self) -> bool:
+    """Whether it is a network of convolutions."""
+    return isinstance(self.size.tower, ResNetSize | NfResNetSize)
+
+  @property
   def sharding(self) -> Rules:
     """Rows of the sharding table, for parameters and statistics."""
     return _TABLES[self.size.tower.kind].sharding

@@ -15,6 +15,7 @@ from limber_jax.config import Compute, choose
 from limber_jax.errors import UserError
 from limber_jax.models.adapters import AdapterSize, adapted
 from limber_jax.models.layers import BLOCK_SHARDING, REMAT, LayerNorm, Rows, under
+from limber_jax.models.linear import Dense, broadcast, matmul
 from limber_jax.parallel import BATCH, constrain
 
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
     normal = nn.initializers.normal(0.02)
 
     def project(name):
-      y = nn.Dense(D, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name=name)(x)
+      y = Dense(D, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name=name)(x)
       return y.reshape(B, T, A, D // A).swapaxes(1, 2)  # [B, A, T, K]
 
     q, k, v = project("q"), project("k"), project("v")
@@ -110,7 +111,7 @@ class Attention(nn.Module):
       y = (jnp.einsum("batm,bamk->batk", weights[..., :M], past[1])
            + jnp.einsum("batm,bamk->batk", weights[..., M:], v))
     y = y.swapaxes(1, 2).reshape(B, T, D)
-    return nn.Dense(D, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name="out")(y), k, v
+    return Dense(D, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name="out")(y), k, v
 
 
 class Block(nn.Module):
@@ -129,8 +130,8 @@ class Block(nn.Module):
     h = LayerNorm(name="ln_1")(x)
     y, k, v = Attention(self.size, self.compute, name="attn")(h, cos, sin, mask, past_mask, past)
     y = adapted(self.adapters, "attention", self.compute)(h, y)
-    z = nn.gelu(nn.Dense(4 * D, name="fc", **dense)(h), approximate=True)
-    z = adapted(self.adapters, "mlp", self.compute)(h, nn.Dense(D, name="proj", **dense)(z))
+    z = nn.gelu(Dense(4 * D, name="fc", **dense)(h), approximate=True)
+    z = adapted(self.adapters, "mlp", self.compute)(h, Dense(D, name="proj", **dense)(z))
     return x + y + z, (k, v) if self.keep else None
 
 
@@ -143,8 +144,8 @@ class Head(nn.Module):
   def __call__(self, hidden: jax.Array) -> jax.Array:
     kernel = self.param("kernel", nn.initializers.normal(0.02), (hidden.shape[-1], self.vocab))
     bias = self.param("bias", nn.initializers.zeros, (self.vocab,))
-    y = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    y = matmul(hidden, kernel, "float32")
+    return y + broadcast(bias, y)
 
 
 class GPTJ(nn.Module):
@@ -257,6 +258,7 @@ SHARDING = (
   (r"ln_f/(scale|bias)$", jax.P()),
   (r"head/kernel$", jax.P("fsdp", "tensor")),
   (r"head/bias$", jax.P("tensor")),
+  (r"head/bias$", jax.P()),
 )
 
 HF_WEIGHTS: Rows = (

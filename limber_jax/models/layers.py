@@ -1,4 +1,7 @@
-"""Layers shared by the models. Parameters and reductions are float32; activations are in `compute.dtype`.
+"""Layers shared by the models.
+
+Parameters, their gradients and reductions are float32, over devices too; activations and what is frozen are in
+`compute.dtype`.
 
 Axis legend, used in every shape comment of this project:
 
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax.config import Compute, choose
+from limber_jax.models.linear import Dense
 from limber_jax.parallel import BATCH, constrain
 
 Init = Callable[..., jax.Array]
@@ -136,12 +140,12 @@ class Attention(nn.Module):
     width = D // self.heads
 
     def project(name):
-      return nn.Dense(D, dtype=self.compute.dtype, kernel_init=self.inits.qkv, name=name)(x).reshape(
+      return Dense(D, dtype=self.compute.dtype, kernel_init=self.inits.qkv, name=name)(x).reshape(
         B, T, self.heads, width)
 
     y = jax.nn.dot_product_attention(project("q"), project("k"), project("v"), is_causal=self.causal,
                                      implementation=attention_kernel(self.compute, width))  # [B, T, A, K]
-    return nn.Dense(D, dtype=self.compute.dtype, kernel_init=self.inits.out, name="out")(y.reshape(B, T, D))
+    return Dense(D, dtype=self.compute.dtype, kernel_init=self.inits.out, name="out")(y.reshape(B, T, D))
 
 
 class Block(nn.Module):
@@ -159,10 +163,10 @@ class Block(nn.Module):
     dense = {"dtype": self.compute.dtype}
     x = constrain(x, BATCH, None, None)
     x = x + Attention(self.heads, self.causal, self.inits, self.compute, name="attn")(LayerNorm(name="ln_1")(x))
-    y = nn.Dense(4 * D, kernel_init=self.inits.fc, bias_init=torch_uniform(D), name="fc", **dense)(
+    y = Dense(4 * D, kernel_init=self.inits.fc, bias_init=torch_uniform(D), name="fc", **dense)(
       LayerNorm(name="ln_2")(x))
     y = ACTIVATIONS[self.activation](y)
-    y = nn.Dense(D, kernel_init=self.inits.proj, bias_init=torch_uniform(4 * D), name="proj", **dense)(y)
+    y = Dense(D, kernel_init=self.inits.proj, bias_init=torch_uniform(4 * D), name="proj", **dense)(y)
     return x + y, None
 
 

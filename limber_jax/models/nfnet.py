@@ -15,6 +15,7 @@ import numpy as np
 
 from limber_jax.config import Compute
 from limber_jax.models.layers import Features, Rows, scan, under
+from limber_jax.models.linear import broadcast, conv
 from limber_jax.parallel import BATCH, constrain
 
 
@@ -65,9 +66,8 @@ class StdConv(nn.Module):
     kernel = kernel * jax.lax.rsqrt(jnp.square(kernel).mean((0, 1, 2), keepdims=True) + EPS)
     kernel = kernel * (gain * (GAMMA / math.sqrt(k * k * x.shape[-1])))
     pad = (s - 1 + k - 1) // 2
-    y = jax.lax.conv_general_dilated(x.astype(self.compute.dtype), kernel.astype(self.compute.dtype), (s, s),
-                                     ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y + bias.astype(y.dtype)[None, None, None]
+    y = conv(x.astype(self.compute.dtype), kernel, s, pad)
+    return y + broadcast(bias, y)
 
 
 def _avg_pool(x: jax.Array) -> jax.Array:
@@ -124,9 +124,11 @@ class NfResNet(nn.Module):
     return Features(pooled[:, None], pooled)
 
 
+# What does not divide is whole on every device.
 SHARDING = (
   (r"stage\d_rest/.*kernel$", jax.P(None, None, None, None, "fsdp")),
   (r"(stem|stage\d_first/.*)/kernel$", jax.P(None, None, None, "fsdp")),
+  (r"(stem|stage\d_(first|rest)/.*)/kernel$", jax.P()),
   (r"(stem|stage\d_(first|rest)/.*)/(gain|bias)$", jax.P()),
 )
 

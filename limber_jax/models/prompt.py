@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from limber_jax.config import Compute
 from limber_jax.models.layers import LayerNorm, Rows, torch_uniform
+from limber_jax.models.linear import Dense
 
 
 class LinearPrompt(nn.Module):
@@ -34,7 +35,7 @@ class LinearPrompt(nn.Module):
       raise ValueError(f"features: expected [B, S, F], got {features.shape}")
     B, S, F = features.shape
     # PyTorch's defaults: nobody initialised it otherwise.
-    x = nn.Dense(self.per_feature * self.dim, dtype=self.compute.dtype, kernel_init=torch_uniform(),
+    x = Dense(self.per_feature * self.dim, dtype=self.compute.dtype, kernel_init=torch_uniform(),
                  bias_init=torch_uniform(F), name="linear")(features)
     x = x.reshape(B, S * self.per_feature, self.dim)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -70,6 +71,7 @@ def prefix_inputs(prompt: jax.Array, embeds: jax.Array, text_mask: jax.Array) ->
 SHARDING = (
   (r"linear/kernel$", jax.P("fsdp", "tensor")),
   (r"linear/bias$", jax.P("tensor")),
+  (r"linear/bias$", jax.P()),
   (r"ln/(scale|bias)$", jax.P()),
 )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from limber_jax.config import Compute
 from limber_jax.models.layers import BatchNorm, Features, Rows, attention_kernel, scan, torch_uniform, under
+from limber_jax.models.linear import Conv, Dense, broadcast
 from limber_jax.parallel import BATCH, constrain
 
 
@@ -31,9 +32,9 @@ class ResNetSize:
     return (self.image_size // 32) ** 2
 
 
-def _conv(features: int, kernel: int, compute: Compute, name: str, stride: int = 1) -> nn.Conv:
-  return nn.Conv(features, (kernel, kernel), (stride, stride), padding=kernel // 2, use_bias=False,
-                 dtype=compute.dtype, kernel_init=torch_uniform(), name=name)
+def _conv(features: int, kernel: int, compute: Compute, name: str, stride: int = 1) -> Conv:
+  return Conv(features, kernel, stride, kernel // 2, use_bias=False, dtype=compute.dtype, kernel_init=torch_uniform(),
+              name=name)
 
 
 def _avg_pool(x: jax.Array, stride: int) -> jax.Array:
@@ -77,10 +78,10 @@ class AttentionPool(nn.Module):
     B, S, C = grid.shape
     x = jnp.concatenate([grid.mean(1, keepdims=True), grid], axis=1)  # [B, 1 + S, C]
     position = self.param("position", nn.initializers.normal(C**-0.5), (S + 1, C))
-    x = x + position[None].astype(x.dtype)
+    x = x + broadcast(position, x)
 
     def dense(features, name, y):
-      return nn.Dense(features, dtype=self.compute.dtype, kernel_init=nn.initializers.normal(C**-0.5),
+      return Dense(features, dtype=self.compute.dtype, kernel_init=nn.initializers.normal(C**-0.5),
                       bias_init=torch_uniform(C), name=name)(y)
 
     q, k, v = (dense(C, name, y).reshape(B, -1, self.heads, C // self.heads)
@@ -119,13 +120,16 @@ class ResNet(nn.Module):
     return Features(grid, *AttentionPool(self.size.heads, self.embed_dim, c, name="pool")(grid))
 
 
+# What does not divide is whole on every device: the kernels of RN50x16 begin with 48 channels.
 SHARDING = (
   (r"layer\d_rest/.*kernel$", jax.P(None, None, None, None, "fsdp")),
   (r"(layer\d_first/.*|conv\d)/kernel$", jax.P(None, None, None, "fsdp")),
+  (r"(layer\d_(first|rest)/.*|conv\d)/kernel$", jax.P()),
   (r"pool/(q|k|v)/kernel$", jax.P("fsdp", "tensor")),
   (r"pool/out/kernel$", jax.P("tensor", "fsdp")),
+  (r"pool/out/kernel$", jax.P("tensor")),
   (r"pool/(q|k|v)/bias$", jax.P("tensor")),
-  (r"(pool/out/bias|pool/position|bn\d?/(scale|bias|mean|var))$", jax.P()),
+  (r"(pool/\w+/bias|pool/position|bn\d?/(scale|bias|mean|var))$", jax.P()),
 )
 
 

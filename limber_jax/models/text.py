@@ -20,6 +20,7 @@ from limber_jax.models.layers import (
   scan,
   under,
 )
+from limber_jax.models.linear import Dense, broadcast
 
 
 @dataclass
@@ -71,13 +72,13 @@ class TextTransformer(nn.Module):
     embedding = self.param("embedding", nn.initializers.normal(0.02), (size.vocab, D))
     position = self.param("position", nn.initializers.normal(0.01), (size.context, D))
     x = embedding[tokens].astype(self.compute.dtype)  # [B, T, D]
-    x = x + position[None, : tokens.shape[1]].astype(x.dtype)
+    x = x + broadcast(position[: tokens.shape[1]], x)
     x, _ = scan(Block, size.layers, self.compute)(size.heads, True, self.activation, init, self.compute,
                                                   name="blocks")(x)
     x = LayerNorm(name="ln_final")(x)
     end = (tokens if size.eos < 0 else tokens == size.eos).argmax(-1)  # [B]
     pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]  # [B, D]
-    pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype,
+    pooled = Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype,
                       kernel_init=nn.initializers.normal(D**-0.5), name="head")(pooled)
     return Features(x, pooled)
 

@@ -20,6 +20,7 @@ from limber_jax.models.layers import (
   torch_uniform,
   under,
 )
+from limber_jax.models.linear import Conv, Dense, broadcast
 
 
 @dataclass
@@ -63,24 +64,26 @@ class ViT(nn.Module):
   def __call__(self, images: jax.Array, train: bool = False) -> Features:
     del train  # no dropout and no batch statistics
     size, D = self.size, self.size.width
-    x = nn.Conv(D, (size.patch, size.patch), (size.patch, size.patch), padding="VALID", use_bias=False,
-                dtype=self.compute.dtype, kernel_init=torch_uniform(), name="patch")(images)
+    x = Conv(D, size.patch, size.patch, use_bias=False, dtype=self.compute.dtype, kernel_init=torch_uniform(),
+             name="patch")(images)
     x = x.reshape(x.shape[0], -1, D)  # [B, S, D]
     normal = nn.initializers.normal(D**-0.5)
-    cls = self.param("cls", normal, (D,)).astype(x.dtype)
-    position = self.param("position", normal, (size.num_tokens + 1, D)).astype(x.dtype)
-    x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, D)), x], axis=1) + position[None]  # [B, 1 + S, D]
+    cls = self.param("cls", normal, (D,))
+    position = self.param("position", normal, (size.num_tokens + 1, D))
+    x = jnp.concatenate([broadcast(cls, x[:, :1]), x], axis=1)  # [B, 1 + S, D]
+    x = x + broadcast(position, x)
     x = LayerNorm(name="ln_pre")(x)
     x, _ = scan(Block, size.layers, self.compute)(size.heads, False, self.activation, INIT, self.compute,
                                                   name="blocks")(x)
     last = LayerNorm(name="ln_post")(x[:, 0])
-    pooled = nn.Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name="head")(last)
+    pooled = Dense(self.embed_dim, use_bias=False, dtype=self.compute.dtype, kernel_init=normal, name="head")(last)
     return Features(x[:, 1:], pooled, last)
 
 
 SHARDING = (
   *BLOCK_SHARDING,
   (r"patch/kernel$", jax.P(None, None, None, "fsdp")),
+  (r"patch/kernel$", jax.P()),
   (r"(cls|position|ln_pre/(scale|bias)|ln_post/(scale|bias))$", jax.P()),
   (r"head/kernel$", jax.P("fsdp", "tensor")),
 )

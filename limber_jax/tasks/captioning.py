@@ -21,7 +21,7 @@ from limber_jax.generate import generate
 from limber_jax.models.limber import Limber, LimberSize, part
 from limber_jax.models.prompt import prefix_inputs
 from limber_jax.models.resnet import ResNetSize
-from limber_jax.parallel import Rules
+from limber_jax.parallel import WHOLE, Rules, within
 from limber_jax.tasks import interleaved, pieces
 from limber_jax.weights import load
 
@@ -57,7 +57,8 @@ class Captioning:
     model = Limber.of(config.model, config.compute)
     if any(p.startswith("image") for p in config.trainable) and config.data.features:
       raise UserError("config.data.features holds what a frozen encoder saw; a trained one needs the images")
-    if c.encoder == "train" and k > 1 and any(isinstance(e.size.tower, ResNetSize) for e in model.encoders.values()):
+    batch_norm = [part("image", n) for n, e in model.encoders.items() if isinstance(e.size.tower, ResNetSize)]
+    if c.encoder == "train" and k > 1 and set(batch_norm) & set(config.trainable):
       raise UserError(f"config.loss.accumulate={k}: config.captions.encoder='train' takes BatchNorm's statistics from "
                       "the whole batch, which pieces of it cannot give; use accumulate=1")
     if c.encoder == "train" and config.data.features:
@@ -74,7 +75,11 @@ class Captioning:
 
   @property
   def sharding(self) -> Rules:
-    return self.model.sharding
+    rows: Rules = ()
+    for name, encoder in self.model.encoders.items():
+      if encoder.convolutional and part("image", name) not in self.trainable:
+        rows += within(part("image", name), WHOLE)
+    return rows + self.model.sharding
 
   @property
   def vocab(self) -> int:
@@ -142,9 +147,7 @@ class Captioning:
     trained = {k: v for k, v in params.items() if k in self.trainable}
     frozen = {k: v for k, v in params.items() if k not in self.trainable}
     batch = batch | {"weights": token_weights(batch["mask"], self.captions)}
-    changed = stats
-    if self.captions.encoder == "train" and stats:
-      changed = self._changed_stats(params, stats, batch, rng)
+    batch, changed = self._encode_frozen(params, stats, batch, rng)
 
     def piece(trained, batch, rng):
       params = frozen | trained
@@ -163,6 +166,25 @@ class Captioning:
     loss, metrics = pieces.add_up(piece, trained, batch, rng, self.accumulate)
     return loss, (metrics, changed)
 
+  def _encode_frozen(self, params, stats, batch, rng) -> tuple[dict[str, jax.Array], dict]:
+    """Returns the batch with features in place of the images that frozen encoders alone look at, and the statistics.
+
+    So they see the whole batch at once, not piece by piece: a piece is 16 images a chip or fewer, which it pads.
+    """
+    train, wanted = self.captions.encoder == "train", set()
+    for name in self.model.encoders:
+      here = part("image", name)
+      if here in self.trainable:
+        wanted.add(self.pixels_of(name))
+        if train and here in stats:
+          stats = stats | {here: self._features(params, stats, batch, name, True, rng)[1]}
+      elif part("features", name) not in batch:
+        features, changed = self._features(params, stats, batch, name, train, rng)
+        batch = batch | {part("features", name): features}
+        stats = stats | ({here: changed} if changed else {})
+    images = {self.pixels_of(name) for name in self.model.encoders}
+    return {k: v for k, v in batch.items() if k not in images or k in wanted}, stats
+
   def _prompts(self, params, stats, batch, rng=None) -> dict[str, jax.Array]:
     """Returns the prompt [B, P, D] of every map; with dropout if there is an rng."""
     features, out = {}, {}
@@ -179,10 +201,6 @@ class Captioning:
     if (known := part("features", name)) in batch:
       return batch[known], {}
     return self.model.encode(params, stats, batch[self.pixels_of(name)], name, train=train, rng=rng if train else None)
-
-  def _changed_stats(self, params, stats, batch, rng):
-    return stats | {here: self._features(params, stats, batch, name, True, rng)[1]
-                    for name in self.model.encoders if (here := part("image", name)) in stats}
 
   def project(self, params: dict) -> dict:
     return params

@@ -14,7 +14,7 @@ from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.models.text import check_end
-from limber_jax.parallel import BATCH, place
+from limber_jax.parallel import BATCH, WHOLE, Rules, place, within
 from limber_jax.tasks import pieces
 from limber_jax.weights import load
 
@@ -28,7 +28,6 @@ class Contrastive:
   chunk_size: int              # 0: all logits at once
   accumulate: int              # pieces a batch goes through the towers in
   trainable: tuple[str, ...]
-  sharding = clip.SHARDING
 
   @classmethod
   def of(cls, config: Config) -> "Contrastive":
@@ -44,6 +43,11 @@ class Contrastive:
                       "from the whole batch, which pieces of it cannot give; use accumulate=1 with "
                       "config.compute.remat=full or more devices, or a ViT")
     return cls(clip.build(config.model, config.compute), loss.kind, loss.chunk_size, loss.accumulate, config.trainable)
+
+  @property
+  def sharding(self) -> Rules:
+    frozen = isinstance(self.model.size.image, clip.ResNetSize) and "image" not in self.trainable
+    return (*(within("image", WHOLE) if frozen else ()), *clip.SHARDING)
 
   @property
   def vocab(self) -> int:
@@ -97,7 +101,8 @@ class Contrastive:
   def _embed(self, params, stats, images, tokens):
     """Returns (image [N, E], text [N, E], stats), going through the towers in `accumulate` pieces."""
     image_stats = stats.get("image", {})
-    if self.accumulate == 1:
+    count = pieces.fitting(self.accumulate, len(images))
+    if count == 1:
       train = "image" in self.trainable
       image, image_stats = self.model.encode_image(params["image"], image_stats, images, train=train)
       text = self.model.encode_text(params["text"], tokens)
@@ -110,7 +115,7 @@ class Contrastive:
       image, _ = self.model.encode_image(params["image"], image_stats, args[0])
       return image.pooled, self.model.encode_text(params["text"], args[1]).pooled
 
-    image, text = jax.lax.map(piece, (pieces.split(images, self.accumulate), pieces.split(tokens, self.accumulate)))
+    image, text = jax.lax.map(piece, (pieces.split(images, count), pieces.split(tokens, count)))
     return pieces.join(image), pieces.join(text), stats
 
   def project(self, params: dict) -> dict:

@@ -20,6 +20,17 @@ def join(x: jax.Array) -> jax.Array:
   return constrain(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), BATCH, *(None,) * (x.ndim - 2))
 
 
+def fitting(pieces: int, rows: int) -> int:
+  """Returns in how many pieces a batch of `rows` goes: `pieces`, or the next fewer that divide over the mesh's devices.
+
+  Devices with less than a row of each piece would wait for the others, and the memory that more pieces would save is
+  theirs already. Outside a mesh, and where the batch itself does not divide, it is `pieces`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+  return next((k for k in range(pieces, 0, -1) if pieces % k == 0 and rows // k % parts == 0), pieces)
+
+
 def add_up(loss: Callable[..., tuple[jax.Array, dict]], params: Any, batch: dict[str, jax.Array], rng: jax.Array,
            pieces: int) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the sums of loss(params, piece, rng) = (loss [], metrics) over the pieces of a batch.
@@ -32,8 +43,9 @@ def add_up(loss: Callable[..., tuple[jax.Array, dict]], params: Any, batch: dict
     params: what is trained.
     batch: arrays [N, ...].
     rng: each piece gets a key of its own from it; a single piece the key itself.
-    pieces: k, divides N.
+    pieces: k, divides N; fewer where these do not divide over the devices, see `fitting`.
   """
+  pieces = fitting(pieces, len(jax.tree.leaves(batch)[0]))
   if pieces == 1:
     return loss(params, batch, rng)
   inputs = jax.tree.map(lambda x: split(x, pieces), batch), jax.random.split(rng, pieces)
