@@ -274,8 +274,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     with jax.set_mesh(s.mesh):
       count = pieces.fitting(config.loss.accumulate, config.batch_size)
     if count != config.loss.accumulate:
-      out.line(f"in {count} pieces of {config.batch_size // count} rows: loss.accumulate={config.loss.accumulate} would "
-               f"leave devices of the mesh {dict(s.mesh.shape)} without any")
+      out.line(f"in {count} pieces of {config.batch_size // count} rows: loss.accumulate={config.loss.accumulate} "
+               f"would leave devices of the mesh {dict(s.mesh.shape)} without any")
     if damage.found:
       out.line(f"{len(damage.found):,} annotations cannot be used, and {damage_lib.FILE} names them; the first: "
                f"{damage_lib.told(damage.found[0])}")
