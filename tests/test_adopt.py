@@ -236,6 +236,9 @@ def test_weights_without_a_directory_that_says_anything_change_nothing(tmp_path,
   config = tiny(model=SIZE, init=Init(image=str(tmp_path / "beside/model.safetensors")))
   assert adopt(config, log=lambda _: None).resize == "squash"
   assert adopt(tiny(model=SIZE)) == SIZE  # random
+  for damaged in (b"[" * 100_000, b"\xff", b"[]"):  # of which those tell who read all of it
+    (tmp_path / "config.json").write_bytes(damaged)
+    assert adopt(tiny(model=SIZE), str(tmp_path)) == SIZE
 
 
 def test_the_data_fingerprint_changes_with_the_pixels_and_only_with_them():

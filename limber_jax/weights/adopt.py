@@ -136,12 +136,14 @@ def _with(model: Any, name: str, size: ClipSize | EncoderSize) -> Any:
 
 
 def _recorded(workdir: str) -> dict[str, Any]:
-  """Returns the values of a workdir's config.json; {} if no run was begun there."""
+  """Returns the values of a workdir's config.json; {} if no run was begun there, or if what will read it cannot."""
   path = os.path.join(workdir, "config.json")
   if not workdir or not os.path.isfile(path):
     return {}
-  with naming(path):
+  try:
     return read_json(path)
+  except (OSError, RecursionError, UserError, ValueError):
+    return {}
 
 
 def _of_projection(path: str) -> tuple[dict[str, Any], str]:
