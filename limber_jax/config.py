@@ -77,7 +77,8 @@ class Loss:
 
   kind: str = "softmax"     # softmax: CLIP | sigmoid: SigLIP
   chunk_size: int = 0       # rows of logits held at a time; 0 holds them all
-  # GradCache: the batch goes through the towers in this many pieces, and the loss still sees all of it.
+  # GradCache: the batch goes through the towers in this many pieces, and the loss still sees all of it. On so many
+  # devices that pieces would leave some without rows it goes in fewer.
   accumulate: int = 1
 
 
@@ -140,7 +141,10 @@ class Optim:
 
 @dataclass
 class Mesh:
-  """Devices along each axis; -1 takes what is left. The batch is spread over data × fsdp."""
+  """Devices along each axis; -1 takes what is left. The batch is spread over data × fsdp.
+
+  Over several TPU slices `data` is a multiple of their number: no parameter is split over them.
+  """
 
   data: int = -1
   fsdp: int = 1
