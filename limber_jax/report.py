@@ -7,7 +7,6 @@ rests on and the published rows that fit; several are rows of one table. Scores 
 what each run gained over it under each shift, the relative robustness of Taori et al. (2020).
 """
 
-import json
 import math
 import os
 import re
@@ -18,62 +17,32 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from absl import flags
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from limber_jax import cli
 from limber_jax.config import Evaluation, flatten
 from limber_jax.errors import UserError
-from limber_jax.evals import datasets, overlap, published, robustness
+from limber_jax.evals import overlap, published, robustness
+from limber_jax.report_pictures import pictured
+from limber_jax.report_runs import (
+  BLIND,
+  CAPTIONS,
+  SCORES,
+  Run,
+  by_source,
+  data_title,
+  label_of,
+  of,
+  ordered,
+  printable,
+  read,
+  zeroshot_columns,
+)
 
 NONE = "–"       # a figure that there is not
 # Settings of an evaluation that are as everywhere; only others are shown.
 DEFAULTS = {k: v for k, v in flatten(Evaluation()).items() if not k.startswith(("source.", "name"))}
-BLIND = "blind"  # what published.json calls a language model alone: figures have @blind or @blind_text behind them
 OVERLAP = "clip_overlap"  # … and the model of CLIP's analysis of overlap
 NAMED = 20       # damaged items that are named
-ACROSS = 3       # panes in a row of a picture
-COLOURS = ("#1f6f8b", "#d1603d", "#6a4c93", "#4f772d", "#b5838d", "#e09f3e", "#335c67", "#9e2a2b", "#577590")
-GREY, INK = "#c9c9c9", "#222222"
-
-LAYOUT = {"name": str, "task": str, "model": str, "step": int, "seed": int, "weights": dict, "versions": dict,
-          "evaluations": dict, "failed": dict}  # of results.json
-LAYOUT_OF_EVALUATION = {"evaluation": str, "figures": dict, "protocol": dict, "facts": dict}
-
-# What papers print times 100, and how they call it. Other figures are printed as they are, by their own names.
-SCORES = {
-  "cider_d": "CIDEr-D", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
-  "meteor": "METEOR", "rouge_l": "ROUGE-L", "spice": "SPICE", "clip_s": "CLIP-S", "ref_clip_s": "RefCLIP-S",
-  "top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "mean_top1_top5": "mean of top-1, top-5",
-  "map11": "11-point mAP", "map": "mAP", "f1_macro": "macro F1",
-  "worst_group": "worst group", "worst_group_top5": "worst group, top-5", "roc_auc": "ROC AUC",
-  "pm0": "PM-0", "pm10": "PM-10",
-  "top1_own": "top-1, own class names", "pm0_own": "PM-0, own class names", "pm10_own": "PM-10, own class names",
-  "i2t_r1": "image to text R@1", "i2t_r5": "image to text R@5", "i2t_r10": "image to text R@10",
-  "t2i_r1": "text to image R@1", "t2i_r5": "text to image R@5", "t2i_r10": "text to image R@10",
-  "right": "names the class alone", "named": "names the class", "blind": "names the class alone, blind",
-  "accuracy": "accuracy", "zeroshot": "zero-shot", **{f"few_shot_{k}": f"{k}-shot" for k in (1, 2, 4, 8, 16)},
-  "wup_wrong": "Wu-Palmer if wrong", "overlap_wrong": "attributes if wrong", "chair_i": "CHAIR-i", "chair_s": "CHAIR-s",
-}
-
-
-@dataclass(frozen=True)
-class Run:
-  """The results of one run."""
-
-  where: str                  # its workdir
-  results: Mapping[str, Any]  # of results.json, its layout checked
-  model: str | None           # what published.json calls it
-  data: Mapping[str, str]     # what published.json calls the data set of each evaluation, or the evaluation's own name
-  scores: Mapping[tuple[str, str], Mapping[str, float]]  # (evaluation, map) -> "DATA/FIGURE" -> figure
-
-  @property
-  def title(self) -> str:
-    name = _printable(self.results["name"])
-    if self.model is None:
-      return name
-    title = published.load().models[self.model]
-    return title if published.load().model_of(name) == self.model else f"{title} ({name})"
 
 
 @dataclass(frozen=True)
@@ -85,12 +54,6 @@ class Panel:
   others: str = "one"  # when published rows of models that were not run are shown: always | one: beside one run | never
 
 
-CAPTIONS = (
-  ("NoCaps In", "captions", "nocaps/cider_d/in", 1), ("Out", "captions", "nocaps/cider_d/out", 1),
-  ("Near", "captions", "nocaps/cider_d/near", 1), ("All", "captions", "nocaps/cider_d", 1),
-  ("CLIP-S", "captions", "nocaps/clip_s", 1), ("Ref-S", "captions", "nocaps/ref_clip_s", 1),
-  ("COCO", "captions", "coco/cider_d", 1), ("CLIP-S", "captions", "coco/clip_s", 1),
-  ("Ref-S", "captions", "coco/ref_clip_s", 1))
 VQA = tuple((f"{'VQA2 ' * (not n)}{n}-shot", "vqa", f"vqa2/accuracy_{n}shot", 2) for n in (0, 1, 2, 4))
 PANELS = (
   Panel("Captioning and VQA", CAPTIONS + VQA, "always"),
@@ -111,69 +74,6 @@ PANELS = (
 )
 
 
-def read(workdir: str) -> Run:
-  """Returns the results of a run; raises UserError if there are none, or none that can be read."""
-  path = os.path.join(workdir, "results.json")
-  if not os.path.isfile(path):
-    if os.path.isfile(workdir):
-      raise UserError(f"{workdir}: expected the workdir of a run, got a file")
-    raise UserError(f"{workdir}: no results.json there; run python -m limber_jax.evaluate --workdir={workdir} "
-                    "--config=… first")
-  try:
-    with open(path, encoding="utf-8") as file:
-      content = json.load(file)
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-  except (ValueError, RecursionError) as error:  # a bad encoding is a ValueError too
-    raise UserError(f"{path}: no results, for it is no JSON ({error}); run limber_jax.evaluate again") from error
-  return of(content, workdir)
-
-
-def of(results: Any, workdir: str) -> Run:
-  """Returns a run by its results, those of results.json; raises UserError if their layout is another."""
-  path = os.path.join(workdir, "results.json")
-  _check(results, LAYOUT, path)
-  book = published.load()
-  data: dict[str, str] = {}
-  scores: dict[tuple[str, str], dict[str, float]] = {}
-  taken: dict[tuple[str, str | None], str] = {}  # (evaluation, data set) -> the name of the evaluation it stands under
-  for name, evaluation in results["evaluations"].items():
-    _check(evaluation, LAYOUT_OF_EVALUATION, f"{path}: evaluations.{name}")
-  # Of two evaluations of one data set, that which has its name goes into the tables.
-  for name in sorted(results["evaluations"], key=lambda n: book.data_of(n, "") is None):
-    evaluation = results["evaluations"][name]
-    kind, known = evaluation["evaluation"], _data_of(name, evaluation)
-    data[name] = known if known and taken.setdefault((kind, known), name) == name else name
-    for figure, value in evaluation["figures"].items():
-      if isinstance(value, bool) or not isinstance(value, int | float) or (
-          isinstance(value, int) and value.bit_length() > 1000):
-        raise UserError(f"{path}: evaluations.{name}.figures.{figure}: expected a number, got {value!r:.60}")
-      figure, _, map_ = figure.partition("@")
-      map_ = BLIND if map_ == "blind_text" else map_
-      scores.setdefault((kind, map_), {})[f"{data[name]}/{figure}"] = float(value)
-  model = book.model_of(results["model"]) or book.model_of(results["name"])
-  return Run(workdir, results, model, data, scores)
-
-
-def _data_of(name: str, evaluation: Mapping[str, Any]) -> str | None:
-  """Returns what published.json calls the data set of an evaluation: by its name, its classes, or where it is read."""
-  kind, classes = evaluation["evaluation"], str(evaluation["protocol"].get("classes"))
-  file = os.path.splitext(os.path.basename(str(evaluation["protocol"].get("source.path"))))[0]
-  # ImageNet's classes are those of other sets, too.
-  words = [classes] if kind == "shift" else [name, file] if classes == "imagenet" else [name, classes, file]
-  return next(filter(None, (published.load().data_of(word, kind) for word in words)), None)
-
-
-def _check(value: Any, layout: Mapping[str, type], where: str) -> None:
-  if not isinstance(value, dict):
-    raise UserError(f"{where}: expected an object with {', '.join(layout)}, got {value!r:.60}; "
-                    "run limber_jax.evaluate again")
-  for key, kind in layout.items():
-    if not isinstance(value.get(key), kind) or isinstance(value[key], bool):
-      got = f"{value[key]!r:.60}" if key in value else "nothing"
-      raise UserError(f"{where}: {key}: expected {kind.__name__}, got {got}; run limber_jax.evaluate again")
-
-
 def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None = None) -> str:
   """Returns Markdown: tables beside the published figures, and of a single run all there is in its results.
 
@@ -185,7 +85,7 @@ def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None
   Raises:
     UserError: `before` was not measured under any of the shifts that the others were.
   """
-  runs = _ordered(runs)
+  runs = ordered(runs)
   one = runs[0] if len(runs) == 1 else None
   blocks = [f"# {escape(one.results['name'])}" if one else f"# {len(runs)} runs"]
   if one:
@@ -205,7 +105,7 @@ def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None
   if cited:
     blocks += ["## Published", "\n".join(_cite(table) for table in cited)]
   blocks += _details(one) if one else _rest(runs)
-  failed = [(_label(run, runs), name, reason) for run in runs for name, reason in run.results["failed"].items()]
+  failed = [(label_of(run, runs), name, reason) for run in runs for name, reason in run.results["failed"].items()]
   if failed:
     shown = slice(1 if one else 0, None)
     header = ("run", "evaluation", "reason")
@@ -270,12 +170,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def escape(text: Any) -> str:
   """Returns a text as one line of Markdown that shows it as it is, also inside a table."""
-  return re.sub(r"([\\|`*\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", _printable(str(text))).replace("<", "&lt;")
-
-
-def _printable(text: str) -> str:
-  """Returns a text on one line, without characters that cannot be seen or written."""
-  return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+  return re.sub(r"([\\|`*\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", printable(str(text))).replace("<", "&lt;")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: int = 0) -> str:
@@ -292,27 +187,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: int 
   return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
 
 
-def _ordered(runs: Sequence[Run]) -> list[Run]:
-  """Returns runs in the papers' order, others last as they came."""
-  place = {model: i for i, model in enumerate(published.load().models)}
-  return sorted(runs, key=lambda run: place.get(run.model, len(place)))
-
-
-def _label(run: Run, runs: Sequence[Run]) -> str:
-  """Returns the title of a run, with its workdir where another has the same."""
-  return run.title if sum(run.title == other.title for other in runs) == 1 else f"{run.title} ({run.where})"
-
-
 def _found(kind: str, model: str | None, column: str, cited: dict) -> dict[str, float]:
   """Returns {source: percent} of a published figure, and notes the tables."""
   found = published.load().find(kind, model, column) if model else []
   cited |= dict.fromkeys(table for table, _ in found)
-  return _by_source(found)
-
-
-def _by_source(found: Sequence[tuple[published.Table, float]]) -> dict[str, float]:
-  """Returns {source: percent}: what was measured again first, then the papers."""
-  return {table.source: value for table, value in sorted(found, key=lambda x: x[0].paper)}
+  return by_source(found)
 
 
 def _panel(panel: Panel, runs: Sequence[Run], cited: dict) -> str:
@@ -327,7 +206,7 @@ def _panel(panel: Panel, runs: Sequence[Run], cited: dict) -> str:
         continue
       cells = [number(v, digits) for v, (_, _, _, digits) in zip(values, panel.columns, strict=True)]
       if map_ != BLIND:
-        ours.setdefault(run.model, []).append((_label(run, runs) + (f" @{map_}" if map_ else ""), cells))
+        ours.setdefault(run.model, []).append((label_of(run, runs) + (f" @{map_}" if map_ else ""), cells))
       elif cells not in [c for _, c in ours.get(BLIND, [])]:  # runs on one language model are equally blind
         ours.setdefault(BLIND, []).append((book.models[BLIND], cells))
   if not ours:
@@ -353,30 +232,19 @@ def _zeroshot(runs: Sequence[Run], cited: dict) -> str:
   book = published.load()
   mine = [(run, run.scores.get(("zeroshot", ""), {})) for run in runs]
   mine = [(run, scores) for run, scores in mine if scores]
-  lines = _zeroshot_columns([scores for _, scores in mine])
+  lines = zeroshot_columns([scores for _, scores in mine])
   if not lines:
     return ""
   columns: list[tuple[str, list[str]]] = []
   for run, scores in mine:
-    columns.append((_label(run, runs), [number(scores.get(line)) for line in lines]))
+    columns.append((label_of(run, runs), [number(scores.get(line)) for line in lines]))
     columns += _sources(run.model, lines, cited)
   if len(runs) == 1:
     columns += [(book.models[model], _sources(model, lines, cited)[0][1]) for model in _near(runs[0].model)
                 if _sources(model, lines, cited)]
-  names = [(_data_title(line.split("/")[0]), SCORES.get(line.split("/")[1], line.split("/")[1])) for line in lines]
+  names = [(data_title(line.split("/")[0]), SCORES.get(line.split("/")[1], line.split("/")[1])) for line in lines]
   return markdown(("data set", "figure", *(heading for heading, _ in columns)),
                   [(*name, *(cells[i] for _, cells in columns)) for i, name in enumerate(names)], len(columns))
-
-
-def _zeroshot_columns(scores: Sequence[Mapping[str, float]]) -> list[str]:
-  """Returns each "DATA/FIGURE" that papers give of a data set, or top-1 of others, in the papers' order."""
-  book = published.load()
-  printed = {column for table in book.tables if table.evaluation == "zeroshot" for column in table.columns}
-  place = {data: i for i, data in enumerate(book.data)}
-  own = {name: data.metric for name, data in datasets.SETS.items() if data.metric}
-  wanted = [c for c in dict.fromkeys(c for some in scores for c in some)
-            if c in printed or c.split("/")[1] == own.get(c.split("/")[0], "top1")]
-  return sorted(wanted, key=lambda column: place.get(column.split("/")[0], len(place)))
 
 
 def _shifts(run: Run, before: Run | None = None) -> dict[str, dict[str, float]]:
@@ -407,8 +275,8 @@ def _robustness(runs: Sequence[Run], before: Run | None) -> str:
                     "under, each with ImageNet beside; evaluate it on the same sets first")
   for run, found in zip(runs, every, strict=True):
     for data in [d for d in found if d != "mean"] + [d for d in found if d == "mean" and len(found) > 2]:
-      title = f"mean of {found[data]['sets']:.0f}" if data == "mean" else _data_title(data)
-      rows.append((_label(run, runs), title, *(number(found[data].get(key)) for key in keys)))
+      title = f"mean of {found[data]['sets']:.0f}" if data == "mean" else data_title(data)
+      rows.append((label_of(run, runs), title, *(number(found[data].get(key)) for key in keys)))
   header = ("model", "shift", "ImageNet, same classes", "expected", "measured", "effective", "gap cut, %",
             *((f"relative to {before.title}, {before.where}",) if before else ()))
   return markdown(header, rows, len(keys)) if rows else ""
@@ -424,14 +292,14 @@ def _overlap(runs: Sequence[Run], cited: dict) -> str:
     for name, own in figures.items():
       theirs = [_found("overlap", OVERLAP, f"{run.data[name]}/{key}", cited) for key in ("share", "gain")]
       p_values = (own.get("p"), corrected.get(name, {}).get("p_corrected"))
-      rows.append((_label(run, runs), _data_title(run.data[name]),
+      rows.append((label_of(run, runs), data_title(run.data[name]),
                    *(number(own.get(key)) for key in ("top1", "clean", "overlap", "share", "gain")),
                    *(NONE if p is None else f"{p:.3g}" for p in p_values),
                    *(percent(next(iter(cell.values()), None)) for cell in theirs)))
     if len(figures) > 1:
       whole = corrected[""]
       theirs = _found("overlap", OVERLAP, "overlap_sets/median_share", cited)
-      rows.append((_label(run, runs), f"median of {len(figures)}", *[NONE] * 3, number(whole["median_share"]),
+      rows.append((label_of(run, runs), f"median of {len(figures)}", *[NONE] * 3, number(whole["median_share"]),
                    *[NONE] * 3, percent(next(iter(theirs.values()))), NONE))
   header = ("model", "data set", "all", "clean", "overlap", "share, %", "gain", "p", "p, corrected", "CLIP's share, %",
             "CLIP's gain")
@@ -458,12 +326,8 @@ def _near(model: str | None) -> list[str]:
   return [*sizes[max(place - 1, 0) : place], *sizes[place + 1 : place + 2]]
 
 
-def _data_title(data: str) -> str:
-  return published.load().data.get(data, data)
-
-
 def _cite(table: published.Table) -> str:
-  splits = ", ".join(f"{_data_title(d)}: {split}" for d, split in table.split.items())
+  splits = ", ".join(f"{data_title(d)}: {split}" for d, split in table.split.items())
   parts = [f"{table.source}, {table.table} ({table.where})", published.load().certainty[table.certainty]]
   return f"- {'; '.join(parts)}." + f" {splits}." * bool(splits) + f" {table.note}" * bool(table.note)
 
@@ -481,7 +345,7 @@ def _others(runs: Sequence[Run]) -> list[str]:
   for run in runs:
     for name, evaluation in run.results["evaluations"].items():
       if evaluation["evaluation"] not in above:
-        tables.setdefault((name, evaluation["evaluation"]), {})[_label(run, runs)] = evaluation["figures"]
+        tables.setdefault((name, evaluation["evaluation"]), {})[label_of(run, runs)] = evaluation["figures"]
   blocks = []
   for (name, kind), columns in tables.items():
     rows = [(_name(figure) or figure, *(_shown(figure, figures.get(figure)) for figures in columns.values()))
@@ -496,7 +360,7 @@ def _rest(runs: Sequence[Run]) -> list[str]:
   for run in runs:
     for name, evaluation in run.results["evaluations"].items():
       facts = evaluation["facts"]
-      rows.append((_label(run, runs), run.results["step"], run.results["seed"], name, facts.get("split", NONE),
+      rows.append((label_of(run, runs), run.results["step"], run.results["seed"], name, facts.get("split", NONE),
                    _covered(facts), facts.get("damaged", NONE), str(facts.get("data", NONE))[:12]))
   header = ("run", "step", "seed", "evaluation", "split", "items", "damaged", "data")
   return ["## What the figures rest on", markdown(header, rows)] if rows else []
@@ -572,155 +436,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     elif value not in ("", None, []):
       out[f"{prefix}{key}"] = str(value) if len(str(value)) <= 200 else f"{str(value)[:200]}…"
   return out
-
-
-# Pictures
-
-
-def pictured(runs: Sequence[Run]) -> dict[str, Figure]:
-  """Returns pictures by name, those there are figures for: "captioning", "vqa", "zeroshot"."""
-  runs = _ordered(runs)
-  drawn = {"captioning": _draw_captioning(runs), "vqa": _draw_vqa(runs), "zeroshot": _draw_zeroshot(runs)}
-  return {name: figure for name, figure in drawn.items() if figure}
-
-
-def _draw_captioning(runs: Sequence[Run]) -> Figure | None:
-  """Bars of the columns of captioning, a pane a run."""
-  panes = []
-  for run in runs:
-    scores = run.scores.get(("captions", ""), {})
-    if there := [column for _, _, column, _ in CAPTIONS if column in scores]:
-      panes.append((run, there, [_hundred(scores[column]) for column in there]))
-  if not panes:
-    return None
-  across = min(ACROSS, len(panes))
-  down = -(-len(panes) // across)
-  figure = _figure(6.8 if across == 1 else 4.6 * across, 2.9 * down + 0.5, "Captioning, scores × 100")
-  grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
-  for axes in grid[len(panes) :]:
-    axes.axis("off")
-  names = {column: heading.split()[-1].replace("COCO", "CIDEr-D") for heading, _, column, _ in CAPTIONS}
-  for axes, (run, there, ours) in zip(grid, panes, strict=False):
-    places = [i + 0.6 * column.startswith("coco") for i, column in enumerate(there)]
-    theirs = [_printed("captions", run.model, column) for column in there]
-    axes.bar([x - 0.2 for x in places], ours, 0.4, color=COLOURS[0], label="measured")
-    axes.bar([x + 0.2 for x in places], theirs, 0.4, color=GREY, label="published")
-    for x, value in zip(places, ours, strict=True):
-      if math.isfinite(value):
-        axes.text(x - 0.2, value, f"{value:.0f}", ha="center", va="bottom", size=7, color=INK)
-    axes.set_xticks(places, [names[column] for column in there], size=7.5)
-    for pattern, group in (("nocaps/cider_d.*", "NoCaps CIDEr-D"), ("nocaps/.*clip_s", "NoCaps"), ("coco/.*", "COCO")):
-      if of := [x for x, column in zip(places, there, strict=True) if re.fullmatch(pattern, column)]:
-        axes.text(sum(of) / len(of), -0.13, group, transform=axes.get_xaxis_transform(), ha="center", va="top",
-                  size=8.5, color=INK)
-    _style(axes, _label(run, runs))
-  grid[0].legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-  return figure
-
-
-def _draw_vqa(runs: Sequence[Run]) -> Figure | None:
-  """Lines over the number of examples, a colour a run, grey without any image; as published, dashed."""
-  lines = []  # (label, shots -> percent, how it is drawn)
-  colours: dict[str | None, str] = {BLIND: "#888888"}
-  for i, run in enumerate(runs):
-    colours.setdefault(run.model, COLOURS[i % len(COLOURS)])
-    for (kind, map_), scores in run.scores.items():
-      if kind == "vqa" and (points := _by_shots({c: _hundred(v) for c, v in scores.items()})):
-        label = _label(run, runs) + (f" @{map_}" if map_ else "")
-        how = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.2 if map_ else 2.2, "marker": "s" if map_ else "o"}
-        if map_ == BLIND:
-          label, how = published.load().models[BLIND], how | {"color": colours[BLIND]}
-        if (label, points) not in [line[:2] for line in lines]:
-          lines.append((label, points, how))
-  if not lines:
-    return None
-  dashed = [(colours[model], _by_shots(table.rows[model])) for table in published.load().tables
-            if table.evaluation == "vqa" for model in table.rows if model in colours]
-  figure = _figure(8.0, max(4.2, 0.24 * len(lines) + 1.4), "VQA v2 accuracy in %, by examples before the question")
-  axes = figure.subplots()
-  for label, points, how in lines:
-    axes.plot(list(points), list(points.values()), label=_plain(label), markersize=5, **how)
-  for i, (colour, points) in enumerate(dashed):
-    axes.plot(list(points), list(points.values()), color=colour, linestyle="--", linewidth=1.2, marker=".",
-              label=None if i else "published")
-  axes.set_xticks(sorted({round(x) for line in axes.lines for x in line.get_xdata()}))
-  axes.set_xlabel("examples", size=9, color=INK)
-  _style(axes, "")
-  axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-  return figure
-
-
-def _draw_zeroshot(runs: Sequence[Run]) -> Figure | None:
-  """Bars, or points of several runs, of every data set; a mark where it was published."""
-  mine = [(run, run.scores.get(("zeroshot", ""), {})) for run in runs]
-  mine = [(run, scores) for run, scores in mine if scores]
-  columns = _zeroshot_columns([scores for _, scores in mine])
-  if not columns:
-    return None
-  names = [_data_title(c.split("/")[0]) for c in columns]
-  doubled = {n for n in names if names.count(n) > 1}
-  names = [f"{n}, {SCORES[c.split('/')[1]]}" if n in doubled else n for n, c in zip(names, columns, strict=True)]
-  places = range(len(columns))
-  figure = _figure(7.6, 0.27 * len(columns) + 1.2 + 0.2 * len(mine), "Zero-shot classification, %")
-  axes = figure.subplots()
-  for i, (run, scores) in enumerate(mine):
-    ours = [_hundred(scores[c]) if c in scores else math.nan for c in columns]
-    theirs = [_printed("zeroshot", run.model, c) for c in columns]
-    colour, label = COLOURS[i % len(COLOURS)], _plain(_label(run, runs))
-    if len(mine) == 1:
-      axes.barh(places, ours, 0.66, color=colour, label=label)
-      for y, value in zip(places, ours, strict=True):
-        if math.isfinite(value):
-          axes.text(1, y, f"{value:.1f}", va="center", size=7, color="white" if value > 9 else INK)
-    else:
-      axes.scatter(ours, places, 34, color=colour, label=label, zorder=3)
-    if any(map(math.isfinite, theirs)):
-      axes.scatter(theirs, places, 30, marker="D", facecolors="white", edgecolors=INK if len(mine) == 1 else colour,
-                   linewidths=1.2, label=f"{published.load().models[run.model]}, published", zorder=4)
-  axes.set_yticks(places, [_plain(n) for n in names], size=8)
-  axes.set_ylim(len(columns) - 0.4, -0.6)
-  axes.set_xlim(0, 102)
-  _style(axes, "", grid="x")
-  figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-  return figure
-
-
-def _by_shots(scores: Mapping[str, float]) -> dict[int, float]:
-  """Returns {shots: percent} of "vqa2/accuracy_0shot" and the like."""
-  found = {int(m[1]): value for column, value in scores.items()
-           if (m := re.fullmatch(r"vqa2/accuracy_(\d+)shot", column))}
-  return dict(sorted(found.items()))
-
-
-def _hundred(value: float) -> float:
-  """Returns a figure times 100; what is not finite is not drawn."""
-  return 100 * value if math.isfinite(value) else math.nan
-
-
-def _printed(kind: str, model: str | None, column: str) -> float:
-  """Returns the published percent of a figure, measured again rather than the paper's; NaN if there is none."""
-  found = published.load().find(kind, model, column) if model else []
-  return next(iter(_by_source(found).values()), math.nan)
-
-
-def _plain(text: str) -> str:
-  """Returns a text for a picture, where a $ would start a formula."""
-  return text.replace("$", r"\$")
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-  figure = Figure(figsize=(width, height), layout="constrained")
-  figure.suptitle(title, size=12, color=INK)
-  return figure
-
-
-def _style(axes: Axes, title: str, grid: str = "y") -> None:
-  axes.set_title(title, size=10, color=INK, loc="left", parse_math=False)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.spines[["left", "bottom"]].set_color("#888888")
-  axes.tick_params(color="#888888", labelcolor=INK)
-  axes.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
-  axes.set_axisbelow(True)
 
 
 if __name__ == "__main__":
