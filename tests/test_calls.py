@@ -26,6 +26,7 @@ ALLOWED = {
   "limber_jax/cli.py": {"runpy"},                   # an experiment is code
   "limber_jax/metrics/captions.py": {"subprocess"},  # Java: the published tokenizer and scorers
   "limber_jax/health.py": {"socket"},               # for the host's name
+  "limber_jax/lock.py": {"socket"},                 # for the host's name
   "limber_jax/peers.py": {"os.fork"},               # of several processes: what their stderr passes through
 }
 
