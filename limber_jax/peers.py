@@ -10,6 +10,7 @@ A process that ends for a reason of its own, such as a save that failed, says so
 coordination service: they may be waiting for it in the middle of a collective, where no exception can reach them.
 """
 
+import atexit
 import contextlib
 import gc
 import json
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from limber_jax.signals import StopRequest
 
@@ -39,8 +40,9 @@ _STOP = "limber_jax/stop"      # the key of the signal that one of them got firs
 LATE = 10.0      # seconds after a request to stop in which one of several may still get the data that it waits for
 _PATIENCE = 5.0  # seconds in which others are to have heard
 _GRACE = 2.0     # seconds in which a process with an error of its own may tell it itself
-_ASK = 20_000    # milliseconds after which the question for the key is asked anew
+_ASK = 0.5       # seconds between two looks for the key
 
+_left = threading.Event()  # set as this process ends in the usual way
 _ends = threading.Event()  # set once this process ends with a line of its own
 
 # What a collective raises, of Gloo on CPUs or NCCL on GPUs, when another process is no longer there.
@@ -124,6 +126,26 @@ def _client():
   return distributed.global_state.client
 
 
+def _ask(key: str, left: threading.Event) -> str | None:
+  """Returns the value of a key once another process has set it; None once `left` is set, or JAX has left.
+
+  Not by a call that blocks: a thread within one, as the interpreter ends, brings the process down.
+  """
+  while not (_left.is_set() or left.wait(_ASK)):
+    try:
+      return _client().key_value_try_get(key)
+    except Exception as error:
+      if "NOT_FOUND" not in str(error):
+        return None
+  return None
+
+
+def _ask_in_thread(target: Callable[[], None]) -> None:
+  thread = threading.Thread(target=target, name="peers", daemon=True)
+  thread.start()
+  atexit.register(lambda: (_left.set(), thread.join(2)))
+
+
 def _set(key: str, value: str) -> None:
   with contextlib.suppress(Exception):  # it is set already, or process 0, which holds it, is gone
     _client().key_value_set(key, value)
@@ -162,25 +184,18 @@ def shared(stop: StopRequest) -> Iterator[None]:
   left = threading.Event()
 
   def pass_on():
-    while not left.wait(0.5):
+    while not (_left.is_set() or left.wait(_ASK)):
       if stop():
         _set(_STOP, str(stop.name))
         return
 
   def hear():
-    while not left.is_set():
-      try:
-        name = _client().blocking_key_value_get(_STOP, _ASK)
-      except Exception as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-          return
-        continue
-      if not stop() and not left.is_set():
-        stop.pass_on(name)
-      return
+    name = _ask(_STOP, left)
+    if name is not None and not stop() and not left.is_set():
+      stop.pass_on(name)
 
   for target in (pass_on, hear):
-    threading.Thread(target=target, name="peers", daemon=True).start()
+    _ask_in_thread(target)
   try:
     yield
   finally:
@@ -194,13 +209,9 @@ def listen() -> None:
   me = jax.process_index()
 
   def wait():
-    while True:
-      try:
-        told = json.loads(_client().blocking_key_value_get(_ENDING, _ASK))
-        break
-      except Exception as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-          return  # JAX has left, or will end this process
+    if (value := _ask(_ENDING, _left)) is None:
+      return
+    told = json.loads(value)
     _set(f"{_HEARD}/{me}", "")
     if told["process"] == me or _ends.wait(_GRACE):
       return
@@ -209,7 +220,7 @@ def listen() -> None:
     sys.stderr.flush()
     os._exit(told["code"])
 
-  threading.Thread(target=wait, name="peers", daemon=True).start()
+  _ask_in_thread(wait)
 
 
 @contextlib.contextmanager
