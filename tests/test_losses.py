@@ -59,7 +59,7 @@ def assert_same(got, wanted, value_rtol=1e-6, gradient_rtol=1e-5):
   for key in wanted_metrics:
     assert_near(metrics[key], wanted_metrics[key], 1e-6, key)
   for name, a, b in zip(("image", "text", "scale", "bias"), gradients, wanted_gradients, strict=True):
-    if np.any(b):
+    if np.any(np.float32(b)):  # what float32 has none of is rounding of float64: terms that cancel, on some processors
       assert_near(a, b, gradient_rtol, f"gradient of {name}")
     else:
       assert not np.any(a)
