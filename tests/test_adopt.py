@@ -296,3 +296,18 @@ def test_other_kinds_of_encoders_take_what_lies_beside_their_weights(tmp_path):
       "crop_pct": 0.94, "interpolation": "bicubic", "mean": encoders.IMAGENET_MEAN, "std": encoders.IMAGENET_STD}}))
     config.model, config.init = LimberSize(image=size, lm=config.model.lm), Init(image=str(tmp_path / name))
     assert adopt(config).image == (size if reference else dataclasses.replace(size, resize_to=68))
+
+
+def test_what_lies_beside_a_state_dict_counts_also_where_its_model_is_named(tmp_path, squash):
+  for name in ("model.safetensors", "preprocessor_config.json"):
+    (tmp_path / name).write_bytes((Path(squash) / name).read_bytes())
+  (tmp_path / "other").mkdir()
+  config = tmp_path / "other" / "config.json"
+  config.write_bytes((Path(squash) / "config.json").read_bytes())
+  for path in (tmp_path, tmp_path / "model.safetensors"):
+    size = load.load(str(path), model=str(config)).size
+    assert (size.resize, size.resample, size.mean) == ("squash", "bilinear", pytest.approx(SQUASH["mean"]))
+  said = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+  (tmp_path / "other" / "preprocessor_config.json").write_text(json.dumps(said))
+  with pytest.raises(UserError, match=r"preprocessor_config\.json says mean=\(0\.5, 0\.4, 0\.3\), but the model"):
+    load.load(str(tmp_path), model=str(config))

@@ -373,3 +373,18 @@ def test_questions_and_lists_may_begin_with_a_byte_order_mark_and_other_encoding
   for read in (lambda: read_lines(str(path), "--questions", ()), lambda: list_lines(str(path), "--labels_file")):
     with pytest.raises(UserError, match="UTF-16, wanted UTF-8"):
       read()
+
+
+def test_a_table_without_a_header_has_quotes_where_it_is_said_and_a_stray_one_is_a_letter(tmp_path):
+  text = '"a ""big"" dog"\t0.png\na cat\t1.png\n"two\nlines"\t2.png\n'
+  assert texts(table(tmp_path, text, quoting="csv")) == ['a "big" dog', "a cat", "two\nlines"]
+  assert texts(table(tmp_path, '"stray dog\t0.png\na cat\t1.png\n')) == ['"stray dog', "a cat"]
+  with pytest.raises(UserError, match="quoting='cvs': choose one of none, csv"):
+    table(tmp_path, text, quoting="cvs")
+
+
+def test_lines_that_a_quote_of_a_comma_table_takes_in_are_told(tmp_path):
+  source = table(tmp_path, 'filepath,title\nx/0,"stray dog\nx/1,a cat\nx/2,bird"\nx/3,x\n', name="t.csv")
+  assert len(source) == 2
+  assert source.notes == ["t.csv: 2 lines are taken for parts of a quoted field, the first line 3; "
+                          "source.quoting=none reads quotes as letters"]

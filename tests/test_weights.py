@@ -1096,3 +1096,12 @@ def test_the_convert_command_tells_a_mistake_in_one_line(args, message):
   assert result.returncode == 2
   assert message in result.stderr
   assert result.stderr.count("\n") == 1
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name():
+  rows, like = (("a/kernel", "a.weight", "OI>IO"),), {"a": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
+  for bad in (np.nan, np.inf, -np.inf):
+    tensor = np.ones((3, 2), np.float32)
+    tensor[1, 1] = bad
+    with pytest.raises(UserError, match=r"a\.weight holds numbers that are not finite"):
+      convert.convert(rows, {"a.weight": tensor}, like)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from limber_jax import config as config_lib
@@ -131,6 +131,37 @@ def hf_preprocessing(path: str, image_size: int, kind: str) -> Preprocessing:
           continue  # of a time when it held other settings only
         return preprocessing.from_hf(values.get("image_processor", values), image_size, kind)
   return preprocessing.of_hf(kind)
+
+
+def preprocessing_beside(file: str, size: ClipSize) -> Callable[[], Preprocessing] | None:
+  """Returns what gives the preprocessing that lies beside a file of weights, None if none does.
+
+  Args:
+    file: of weights.
+    size: of its model, from elsewhere; what that says of preprocessing must be the default, or the same.
+  """
+  folder = os.path.dirname(file)
+  there = next((name for name in ("open_clip_config.json", *PROCESSORS) if os.path.isfile(os.path.join(folder, name))),
+               None)
+  if there is None:
+    return None
+
+  def beside() -> Preprocessing:
+    config, side = os.path.join(folder, there), size.image.image_size
+    found = (open_clip_preprocessing(config, side) if there == "open_clip_config.json" else
+             hf_preprocessing(folder, side, "CLIP"))
+    usual = ClipSize(), preprocessing.of_hf("CLIP")  # what a configuration that says nothing of it gives
+    for name, value in dataclasses.asdict(found).items():
+      own = _plain(getattr(size, name))
+      if own not in (_plain(value), *(_plain(getattr(x, name)) for x in usual)):
+        raise UserError(f"{config} says {name}={value!r}, but the model that is named for its weights {own!r}")
+    return found
+
+  return beside
+
+
+def _plain(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
 
 
 def read_json(path: str) -> dict[str, Any]:

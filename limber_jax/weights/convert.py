@@ -196,6 +196,8 @@ def _fill(source: Mapping[str, Any], theirs: str, how: str, shape: tuple[int, ..
   names = _names(theirs, shape)
   for name, target in zip(names, out if "{" in theirs else [out], strict=True):
     target[...] = _apply(_view(source[name]), how)
+    if not np.isfinite(target.sum(dtype=np.float64)):
+      raise UserError(f"{name} holds numbers that are not finite")
   return out
 
 

@@ -371,7 +371,8 @@ def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipSize | None,
     size, who = bare.size(source, file, layout, wanted, model, given, flag)
     if who:
       _say(f"{file}: heads and activation ({size.activation}) are taken from {who}")
-  return Opened(size, source, layout.rows, layout.ignored, there)
+  said = configs.preprocessing_beside(file, size) if "image" in there else None
+  return Opened(size, source, layout.rows, layout.ignored, there, said)
 
 
 FORMATS: tuple[Callable[[str], Opened | None], ...] = (_limber, _open_clip, _run, _hf)

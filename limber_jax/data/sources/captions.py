@@ -5,6 +5,8 @@ import mmap
 import os
 from typing import Any
 
+import numpy as np
+
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.sources import tables
@@ -90,16 +92,22 @@ class Captions:
       self._quoted, matters, why = tables.quoting(table, header, config.quoting)
       self._note(images, captions, why)
       if self._quoted and self._map.find(b'"') >= 0:
-        starts = tables.quoted_starts(table, self._width, self._image, config.quoting == "csv")[1:]
+        starts = tables.quoted_starts(table, self._width, self._image, config.quoting == "csv")
+        self._note_breaks(starts, config.quoting)
+        starts = starts[1:]
       else:
         starts = tables.line_starts(self._map, table.begin, table.end)[1:]
     else:
       tables.check_columns(table, header, (*TEXT_KEYS, config.text_key))
-      if named or table.separator != "\t" or len(header) != 2:
+      # Quotes are letters here, unless the user says that they are not.
+      self._quoted = tables.is_csv(config.quoting)
+      first_row = table.fields(table.line(table.begin), self._quoted, f"{self._path}, line 1")
+      if named or table.separator != "\t" or len(first_row) != 2:
         first = config.image_key if image is None else config.text_key if caption is None else config.label_key
         raise tables.missing(table, first, header, LAYOUTS)
       self._text, self._image, self._width = 0, 1, 2
-      starts = tables.line_starts(self._map, table.begin, table.end)
+      starts = (tables.quoted_starts(table, 2, 1, True) if self._quoted else
+                tables.line_starts(self._map, table.begin, table.end))
       tables.check_order(table, starts)
     self._starts = starts
     if not len(starts):
@@ -116,6 +124,13 @@ class Captions:
     if why:
       letters = "fields are quoted as in CSV" if self._quoted else "quotes are letters"
       self.notes.append(f"{self._name}: {letters}, for {why}; source.quoting says otherwise")
+
+  def _note_breaks(self, starts: np.ndarray, quoting: str) -> None:
+    """Says how many lines are inside quotes, where the user did not say that there are any."""
+    inner = np.setdiff1d(tables.line_starts(self._map, self._table.begin, self._table.end), starts)
+    if len(inner) and quoting != "csv":
+      self.notes.append(f"{self._name}: {len(inner):,} lines are taken for parts of a quoted field, the first line "
+                        f"{self._table.number(int(inner[0]))}; source.quoting=none reads quotes as letters")
 
   def _row(self, row: int) -> list[str]:
     start = self._starts[row]

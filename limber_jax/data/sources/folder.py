@@ -21,7 +21,7 @@ from limber_jax.data.transforms import MAX_PIXELS
 from limber_jax.errors import UserError, did_you_mean
 
 # What counts as an image by its name. Some of these formats nobody decodes here: such files are named as damaged then.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 LISTS = (".txt", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("path", "filename", "filepath", "image", "img", "file", "file_name")  # of lists, the likeliest first
 LABEL_KEYS = ("label", "classid", "class", "class_id", "target")

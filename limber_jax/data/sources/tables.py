@@ -135,8 +135,7 @@ def quoting(table: Table, header: list[str], wanted: str) -> tuple[bool, bool, s
   Raises:
     UserError: both are possible and give different captions; `wanted` says which it is, "csv" or "none".
   """
-  if wanted not in QUOTING:
-    raise UserError(f"config.data.source.quoting={wanted!r}: choose one of {', '.join(QUOTING[1:])}, or leave it empty")
+  is_csv(wanted)
   first = table.line(table.begin)
   after = table.begin + len(first)
   starting = b"(?:" + re.escape(table.separator.encode()) + b"|[\r\n])" + b" *" * table.spaced + b'"'
@@ -162,6 +161,13 @@ def quoting(table: Table, header: list[str], wanted: str) -> tuple[bool, bool, s
     raise UserError(f"{table.path}, line {found['whole']}: a field in quotes, which a tab-separated table may mean "
                     f"either way; {way}")
   return False, False, ""
+
+
+def is_csv(wanted: str) -> bool:
+  """Returns whether the user says that fields are quoted as in CSV; raises UserError if it is no way to quote."""
+  if wanted not in QUOTING:
+    raise UserError(f"config.data.source.quoting={wanted!r}: choose one of {', '.join(QUOTING[1:])}, or leave it empty")
+  return wanted == "csv"
 
 
 def _kinds(table: Table, after: int) -> dict[str, int]:
