@@ -294,6 +294,7 @@ def test_closing_ends_threads_and_the_stream():
 
 def test_a_script_that_never_closes_ends_without_noise():
   script = """
+import numpy as np
 from limber_jax.config import Source
 from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.sources.digits import Digits

@@ -504,12 +504,12 @@ def test_batches_of_a_mixture_keep_its_shares_on_any_hosts(tmp_path, lines):
                                 threads=0) as found:
       return [next(found)["index"] for _ in range(10)]
 
-  whole = batches(slice(0, 8))
+  whole = batches(np.arange(8))
   assert all((b < 50).sum() == 6 for b in whole)
   assert np.concatenate(whole).tolist() == [source.order(3, p) for p in range(80)]
-  halves = zip(batches(slice(0, 4)), batches(slice(4, 8)), strict=True)
+  halves = zip(batches(np.arange(4)), batches(np.arange(4, 8)), strict=True)
   assert [np.concatenate(h).tolist() for h in halves] == [b.tolist() for b in whole]
-  np.testing.assert_array_equal(batches(slice(0, 8), start=4)[:6], whole[4:])
+  np.testing.assert_array_equal(batches(np.arange(8), start=4)[:6], whole[4:])
 
 
 def test_a_mixture_has_classes_where_all_members_have_the_same(tmp_path, lines):

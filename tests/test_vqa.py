@@ -147,7 +147,8 @@ def test_the_command_answers_a_file_of_questions_with_examples(run, questions, s
 
 def test_mistakes_are_told_in_a_line(run, shots, questions, tmp_path):
   path = tmp_path / "x.jsonl"
-  for text, match in (("", "--shots=.*: no line in it"), ("\n{", r"x.jsonl:2: no JSON"), ("[1]", "no 'image'"),
+  for text, match in (("", "--shots=.*: no line in it"), ("\n{", r"x.jsonl:2: no JSON"),
+                      ("[1]", r"x.jsonl: one JSON array, expected an object a line"),
                       ('{"image": "a", "question": "b"}', r"x.jsonl:1: expected an object .*no 'answer'"),
                       ('{"image": "a", "question": " ", "answer": "c"}', "no 'question'"),
                       ('{"image": 3, "question": "b", "answer": "c"}', "no 'image'")):

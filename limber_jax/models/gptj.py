@@ -258,7 +258,6 @@ SHARDING = (
   (r"ln_f/(scale|bias)$", jax.P()),
   (r"head/kernel$", jax.P("fsdp", "tensor")),
   (r"head/bias$", jax.P("tensor")),
-  (r"head/bias$", jax.P()),
 )
 
 HF_WEIGHTS: Rows = (
