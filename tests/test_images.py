@@ -191,7 +191,7 @@ def test_folders_and_the_inspecting_command_know_the_formats(tmp_path):
   for name, format in (("a.png", "PNG"), ("b.gif", "GIF"), ("c.avif", "AVIF")):
     colours().save(tmp_path / name, format)
   assert [p[-5:] for p in find([str(tmp_path)], ImageOptions(("avif",)))] == ["a.png", "b.gif", ".avif"]
-  assert len(find([str(tmp_path)])) == 2  # the GIF is named, as everywhere
+  assert len(find([str(tmp_path)])) == 3  # the GIF and the AVIF are named as what they are, as everywhere
   (tmp_path / "t.tsv").write_text("filepath\ttitle\na.png\tx\nb.gif\ty\n")
   command = [sys.executable, "-m", "limber_jax.inspect", str(tmp_path / "t.tsv"), "--json", "--out="]
   told = [json.loads(subprocess.run([*command, *more], capture_output=True, text=True, check=False).stdout)
