@@ -102,7 +102,7 @@ def _orientation(tiff: bytes) -> int:
       if (tag, kind) == (_ORIENTATION, _SHORT):
         return value
   except struct.error:
-    pass
+    pass  # cut short: as if it said nothing
   return 0
 
 

@@ -49,7 +49,7 @@ def cut_off(path: str) -> CutOff | None:
   try:
     with open(path, "rb") as file, mapped(file) as data:
       for _ in members(data):
-        pass
+        pass  # going over them is what finds the end
   except CutOff as error:
     return error
   except (ValueError, OSError):
