@@ -34,4 +34,4 @@ if __name__ == "__main__":
       widths = {"image": max(map(len, [*map(cli.printable, paths), "image"])), "caption": 0}
       return output.write(rows, widths, len(paths))
 
-  cli.run(_main)
+  cli.run(_main, prints=_flags.prints)

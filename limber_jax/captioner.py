@@ -405,6 +405,10 @@ class Flags:
     return open_run(self._workdir.value, config, checkpoint=self._checkpoint.value or "latest", name=name,
                     blind=self._blind.value)
 
+  def prints(self) -> bool:
+    """Returns whether the terminal is all that the results go to."""
+    return not self._out.value
+
   def output(self) -> "Output":
     """Returns where to and how the flags want it; raises UserError if the file of --out cannot be written."""
     return Output(as_json=self._json.value, path=self._out.value)

@@ -1,12 +1,16 @@
 """How the commands start and end: flags, one line for a user's mistake, exit codes.
 
-Exit codes: 0 done (also when a signal stopped the run after a checkpoint), 1 done with some inputs unreadable,
-2 a user's mistake, or a checkpoint that could not be saved, 4 no progress (limber_jax.watchdog), 130 interrupted by a
-second Ctrl-C. A process of several that fails tells the others, which end with the same code and a line that names it;
-one that ends because another one is gone without a word dies of SIGABRT, after one line (limber_jax.peers).
+Exit codes: 0 done (also when SIGTERM, SIGINT or SIGHUP stopped the run after a checkpoint, or with the rest kept), 1
+done with some inputs unreadable, 2 a user's mistake, or a checkpoint or an output that could not be written, 4 no
+progress (limber_jax.watchdog), 130 interrupted by a second Ctrl-C, 141 the reader of a command that only prints has
+seen enough (`| head`), as any program in a pipe ends. A command that keeps nothing dies of a signal. Whatever becomes
+of its output, a command that makes files goes on (limber_jax.streams). A process of several that fails tells the
+others, which end with the same code and a line that names it; one that ends because another one is gone without a word
+dies of SIGABRT, after one line (limber_jax.peers).
 """
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -19,7 +23,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from limber_jax import peers
+from limber_jax import peers, streams
 from limber_jax.config import Config, flatten
 from limber_jax.errors import UserError
 
@@ -56,22 +60,33 @@ def load_experiment(path: str) -> Config:
   return config
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-  """Parses flags, calls `main(positional arguments)` and exits; a UserError becomes one line and exit code 2."""
+def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] = lambda: False) -> None:
+  """Parses flags, calls `main(positional arguments)` and exits; a UserError becomes one line and exit code 2.
 
-  for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, nor a terminal able to show all that is
-    if hasattr(stream, "reconfigure"):
-      stream.reconfigure(errors="backslashreplace")
+  Args:
+    main: returns the exit code, or None for 0.
+    prints: asked once the flags are there: is what the command prints all that it makes? Then it ends with its stdout;
+      else it goes on without.
+  """
+  streams.install()
 
   def guarded(argv: Sequence[str]) -> int:
     # app.run has just set both to INFO, where JAX, Orbax and Grain announce each backend tried, save and worker.
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+      if prints():
+        streams.must_arrive()
       return main(list(argv[1:])) or 0
     except UserError as error:
-      print(f"error: {error}", file=sys.stderr, flush=True)
+      print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
       return _failed(2, str(error))
+    except streams.Gone as gone:
+      if gone.error.errno == errno.EPIPE:
+        return 141
+      print(f"error: standard output: {gone.error.strerror}; this command makes nothing but what it prints: give that "
+            "a place, such as > FILE", file=sys.stderr, flush=True)
+      return 2
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr, flush=True)
       return _failed(130, "interrupted")

@@ -34,7 +34,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
            log: Callable[[str], None] = print) -> bool:
   """Writes the features of all images of `config.data` into `out`, going on where an earlier run ended.
 
-  SIGTERM and SIGINT end it early; the shard being written is lost then.
+  SIGTERM, SIGINT and SIGHUP end it early; the shard being written is lost then.
 
   Args:
     config: the experiment that is to be trained from them.

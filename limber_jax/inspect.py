@@ -1,9 +1,9 @@
 """Looks at a data source before it is trained on: `python -m limber_jax.inspect SRC`.
 
-Prints how many records there are, their formats, sizes and caption lengths, and what cannot be read, by reason; writes
-a contact sheet of images with their captions. SRC and its flags are those of limber_jax.pack. Of large data a random
-sample is looked at, --sample=10000 records; 0 looks at all. Of a packed directory the shards' digests are compared too,
-which reads all of it. The exit code is 1 if there is damage.
+Prints how many records there are, their formats, sizes and caption lengths, and what cannot be read, by reason; with
+--out=FILE.png writes a contact sheet of images with their captions. SRC and its flags are those of limber_jax.pack. Of
+large data a random sample is looked at, --sample=10000 records; 0 looks at all. Of a packed directory the shards'
+digests are compared too, which reads all of it. The exit code is 1 if there is damage.
 """
 
 import json
@@ -227,7 +227,7 @@ def lines(told: dict[str, Any], name: str) -> Iterator[str]:
 if __name__ == "__main__":
   _source = SourceFlags()
   _sample = flags.DEFINE_integer("sample", SAMPLE, "Records to look at; 0: all.", lower_bound=0)
-  _out = flags.DEFINE_string("out", "contact_sheet.png", "Where the contact sheet goes; empty: nowhere.")
+  _out = flags.DEFINE_string("out", "", "PNG file for a contact sheet of images with their captions; none if empty.")
   _images = ImageFlags()
   _json = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
@@ -237,7 +237,7 @@ if __name__ == "__main__":
     config = _source.source(argv[0])
     told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value,
                           _images.options())
-    print(json.dumps(told, ensure_ascii=False) if _json.value else
+    print(json.dumps(told) if _json.value else
           "\n".join(lines(told, f"{config.name} {config.path}")), flush=True)
     if _out.value and looks:
       contact_sheet(looks, _out.value)
@@ -245,4 +245,4 @@ if __name__ == "__main__":
         print(f"contact sheet: {_out.value}")
     return int(bool(told["damage"]))
 
-  cli.run(_main)
+  cli.run(_main, prints=lambda: not _out.value)

@@ -374,7 +374,8 @@ _own: dict[str, Any] = {}  # of a worker process
 
 def _begin(source: sources.Source, packing: Packing, end: Any) -> None:
   _own.update(source=source, packing=packing, end=end)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them: the parent ends them in order
+  for number in (signal.SIGINT, signal.SIGHUP):  # both go to all of them: the parent ends them in order
+    signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_outlive_no_parent, daemon=True).start()
 
 

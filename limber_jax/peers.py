@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
-from limber_jax.signals import StopRequest
+from limber_jax.signals import SIGNALS, StopRequest
 
 HEARTBEAT = 10  # seconds; measured: 8 to 9 pass from a kill to the end of the others
 
@@ -83,7 +83,7 @@ def watch_stderr() -> None:
   if child == 0:
     try:
       os.setsid()  # what a terminal sends, such as Ctrl-C, is for the parent
-      for number in (signal.SIGTERM, signal.SIGINT):
+      for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
       gc.disable()
       for fd in (0, 1, write):
@@ -116,8 +116,9 @@ def _pass_on(source: int, target: int, parent: int) -> None:
 
 
 def _write(fd: int, data: bytes) -> None:
-  while data:
-    data = data[os.write(fd, data) :]
+  with contextlib.suppress(OSError):  # nobody reads it any more: the run goes on
+    while data:
+      data = data[os.write(fd, data) :]
 
 
 def _client():

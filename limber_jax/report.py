@@ -453,4 +453,4 @@ if __name__ == "__main__":
     else:
       print(report(runs, before=before), end="")
 
-  cli.run(_main)
+  cli.run(_main, prints=lambda: not _out.value)

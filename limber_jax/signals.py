@@ -1,4 +1,7 @@
-"""Requests to stop: SIGTERM (a preempted machine) and SIGINT (Ctrl-C) ask the run to save and leave."""
+"""Requests to stop: SIGTERM (a preempted machine), SIGINT (Ctrl-C) and SIGHUP (a terminal that is gone, a dropped ssh).
+
+Each asks the run to save and leave. Where SIGHUP is ignored at the start, as `nohup` has it, it stays so.
+"""
 
 import contextlib
 import signal
@@ -6,6 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -17,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-  """While entered, turns the first SIGTERM or SIGINT into a flag. A second SIGINT interrupts at once.
+  """While entered, turns the first SIGTERM, SIGINT or SIGHUP into a flag. A second SIGINT interrupts at once.
 
   Outside the main thread, where Python allows no handlers, the flag is only ever set by `set`.
   """
@@ -26,7 +31,7 @@ class StopRequest:
     """Makes a request that has not come.
 
     Args:
-      at_end: the process ends when this is left: from then on both signals are ignored, because all is saved and the
+      at_end: the process ends when this is left: from then on all three are ignored, because all is saved and the
         exit code shall say so. Else the handlers of before come back.
     """
     self.name: str | None = None  # of the signal that came
@@ -75,7 +80,9 @@ class StopRequest:
 
   def __enter__(self) -> "StopRequest":
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
+      for number in SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+          continue
         self._old[number] = signal.signal(number, self._handle)
     return self
 

@@ -187,7 +187,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
           began: float | None = None) -> TrainState:
   """Trains `config` to its last step, going on from the newest checkpoint in `workdir`, and returns the state.
 
-  SIGTERM and SIGINT save and return early.
+  SIGTERM, SIGINT and SIGHUP save and return early.
 
   Args:
     config: the experiment.

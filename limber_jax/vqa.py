@@ -102,4 +102,4 @@ if __name__ == "__main__":
                 for name in ("image", "question")}
       return output.write(rows, {**widths, "answer": 0} if _questions.value else {"answer": 0}, len(questions))
 
-  cli.run(_main)
+  cli.run(_main, prints=_flags.prints)

@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do, in every order and at every moment."""
+"""What SIGTERM, SIGINT and SIGHUP do, in every order and at every moment."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def send(number):
   os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_is_a_flag_and_the_old_handler_comes_back(number):
   before = signal.getsignal(number)
   with StopRequest() as stop:
@@ -26,8 +26,8 @@ def test_the_first_signal_is_a_flag_and_the_old_handler_comes_back(number):
   assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_after_the_first_only_ctrl_c_interrupts(first, second):
   with StopRequest() as stop:
     send(first)
@@ -37,6 +37,19 @@ def test_after_the_first_only_ctrl_c_interrupts(first, second):
     else:
       send(second)
     assert stop.name == signal.Signals(first).name
+
+
+def test_sighup_stays_ignored_where_nohup_has_it_so():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with StopRequest() as stop:
+      send(signal.SIGHUP)
+      assert not stop()
+      send(signal.SIGTERM)
+      assert stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_who_waits_is_interrupted():
@@ -91,6 +104,7 @@ def test_a_command_that_is_done_is_not_ended_by_a_late_signal():
       os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGHUP)
     print("saved")
   """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

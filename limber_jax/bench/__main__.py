@@ -14,4 +14,4 @@ if __name__ == "__main__":
     print(f"error: bench: no measurement {name!r}{did_you_mean(name, BENCHES)}", file=sys.stderr)
     sys.exit(2)
   del sys.argv[1]
-  cli.run(importlib.import_module(BENCHES[name]).main)
+  cli.run(importlib.import_module(BENCHES[name]).main, prints=lambda: True)

@@ -34,6 +34,7 @@ from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
+from limber_jax.signals import SIGNALS
 
 Batch = dict[str, np.ndarray]
 
@@ -185,7 +186,7 @@ def _start_worker(index: int, count: int, slots_: int) -> None:
   global _sender
   del index, count
   _sender = slots.Sender(slots_)
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   end_with_parent()
 
