@@ -11,12 +11,14 @@ import jax
 from absl import flags
 
 from limber_jax import captioner, cli
+from limber_jax.atomic import check
 from limber_jax.errors import UserError
 from limber_jax.weights import export, load, preprocessing
 
 
 def convert(source: str, destination: str, to: str, model: str = "") -> None:
   """Writes the model at `source` into the new directory `destination`; raises UserError as `load` and `save` do."""
+  export.check_new(destination)
   loaded = load.load(source, model)
   export.save(destination, to, loaded.size, loaded.params, loaded.stats)
   if note := preprocessing.otherwise(loaded.size, loaded.size.image.image_size, to):
@@ -41,6 +43,7 @@ if __name__ == "__main__":
     if _to.value == "projection" and _model.value:
       raise UserError("--model is for CLIPs; a projection's models are those of its run")
     if _to.value == "projection":
+      check(argv[1])
       step = captioner.export_projection(*argv, checkpoint=_checkpoint.value, name=_map.value)
       print(f"{argv[1]}: the linear map of step {step}")
     elif _checkpoint.present or _map.present:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from limber_jax import cli, lock, parallel, peers, report
+from limber_jax import atomic, cli, lock, parallel, peers, report
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Config, Evaluation
@@ -67,6 +67,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
   # One for each: others of the same workdir may run beside, and so may its training.
   with lock.Lock(*(os.path.join(items, f"{name}{lock.NAME}") for name in names), first=parallel.from_first,
                  otherwise="name other evaluations with --only"):
+    parallel.from_first(lambda: [atomic.check(os.path.join(workdir, f)) for f in ("results.json", "report.md")])
     return _results(config, workdir, names, checkpoint, weights, model, data, stop, waiting)
 
 
@@ -221,12 +222,8 @@ def _write(found: dict[str, Any], workdir: str, path: str) -> None:
       for key in ("evaluations", "failed"):
         found[key] = {n: e for n, e in earlier[key].items()
                       if n not in found["evaluations"] and n not in found["failed"]} | found[key]
-  try:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-      file.write(json.dumps(found, indent=1))
-    os.replace(f"{path}.tmp", path)
-  except OSError as error:
-    raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+  with atomic.atomic_write(path) as file:
+    file.write(json.dumps(found, indent=1))
   report.write(found, workdir)
   clip_benchmark.write(found, workdir)
 

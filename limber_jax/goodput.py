@@ -23,6 +23,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from limber_jax.atomic import atomic_write
+from limber_jax.errors import UserError
 from limber_jax.log import duration
 
 PHASES = ("start", "restore", "compile", "data", "step", "save", "evaluation", "lost")
@@ -116,10 +118,9 @@ class Ledger:
                 "reached": self.reached}
     if not self._active:
       return
-    with contextlib.suppress(OSError):  # a full disk is told of by the next checkpoint
-      with open(f"{self._path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-      os.replace(f"{self._path}.tmp", self._path)
+    # A full disk is told of by the next checkpoint.
+    with contextlib.suppress(UserError), atomic_write(self._path) as file:
+      json.dump(values, file, indent=1)
 
   def __enter__(self) -> "Ledger":
     self._writer.start()

@@ -21,6 +21,7 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from limber_jax import cli, registry
+from limber_jax.atomic import atomic_write, check
 from limber_jax.data import checks, sources
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.pipeline import order
@@ -162,12 +163,8 @@ def contact_sheet(looks: Sequence[Look], path: str) -> None:
     sheet.paste(found.small, (left + (SIDE - found.small.width) // 2, top + SIDE - found.small.height))
     for row, text in enumerate(_wrapped(found.texts[0], font)):
       draw.text((left, top + SIDE + GAP // 2 + row * line), text, "black", font)
-  try:
-    with open(f"{path}.tmp", "wb") as file:
-      sheet.save(file, "PNG")
-    os.replace(f"{path}.tmp", path)
-  except OSError as error:
-    raise UserError(f"--out={path}: cannot write there ({error.strerror or error})") from error
+  with atomic_write(path, "wb", what=f"--out={path}") as file:
+    sheet.save(file, "PNG")
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
@@ -234,6 +231,8 @@ if __name__ == "__main__":
   def _main(argv: list[str]) -> int:
     if len(argv) != 1:
       raise UserError(f"expected SRC, got {len(argv)} arguments; for example python -m limber_jax.inspect tars/")
+    if _out.value:
+      check(_out.value, what=f"--out={_out.value}")
     config = _source.source(argv[0])
     told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value,
                           _images.options())

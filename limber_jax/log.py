@@ -10,6 +10,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
 
 _GOES_ON = "the same command goes on from the last checkpoint"
@@ -125,9 +126,8 @@ def _truncate(path: str, step: int) -> None:
       with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
           kept.append(line)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+  with atomic_write(path) as file:
     file.writelines(kept)
-  os.replace(f"{path}.tmp", path)
 
 
 def duration(seconds: float) -> str:

@@ -34,6 +34,7 @@ from absl import flags
 from PIL import Image
 
 from limber_jax import cli, lock, registry
+from limber_jax.atomic import atomic_write
 from limber_jax.config import Source
 from limber_jax.data import checks, sources, text
 from limber_jax.data.features import ShardWriter
@@ -330,14 +331,8 @@ def _lines(config: Source, source: sources.Source, dropped: Sequence[dict[str, A
 
 def _write(path: str, rows: Sequence[Any], indent: int | None = None) -> None:
   """Writes a row of JSON a line into a file that appears once it is whole; raises UserError if it cannot."""
-  try:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-      file.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-  except OSError as error:
-    raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+  with atomic_write(path) as file:
+    file.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
 
 
 def _written(source: sources.Source, packing: Packing, todo: Sequence[int], workers: int, stop: StopRequest

@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from limber_jax import cli
+from limber_jax.atomic import atomic_write, check, is_regular, refusal, save_figure
 from limber_jax.config import Evaluation, flatten
 from limber_jax.errors import UserError
 from limber_jax.evals import overlap, published, robustness
@@ -128,24 +129,30 @@ def write(results: dict[str, Any], workdir: str) -> None:
   _save([of(results, workdir)], os.path.join(workdir, "report.md"))
 
 
+def _check(path: str) -> None:
+  """Makes the directory of a report; raises UserError if it cannot be written there."""
+  try:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+  except OSError as error:
+    raise refusal(path, error) from error
+  check(path)
+
+
 def _save(runs: Sequence[Run], path: str, before: Run | None = None) -> None:
   """Writes a report and its pictures."""
   stem = os.path.splitext(path)[0]
   pictures = []
-  try:
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    for name, figure in pictured(runs).items():
-      pictures.append(os.path.basename(f"{stem}_{name}.png"))
-      figure.savefig(f"{stem}_{name}.png.tmp", format="png", dpi=110)
-      os.replace(f"{stem}_{name}.png.tmp", f"{stem}_{name}.png")
-    if len(runs) == 1 and (shifts := _shifts(runs[0])):
-      pictures.append(os.path.basename(f"{stem}_robustness.png"))
-      robustness.draw(shifts, runs[0].title, f"{stem}_robustness.png")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-      file.write(report(runs, pictures, before))
-    os.replace(f"{path}.tmp", path)
-  except OSError as error:
-    raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+  _check(path)
+  beside = is_regular(path)  # else there is no place beside it, as of /dev/stdout
+  for name, figure in pictured(runs).items() if beside else ():
+    pictures.append(os.path.basename(f"{stem}_{name}.png"))
+    save_figure(figure, f"{stem}_{name}.png")
+  if beside and len(runs) == 1 and (shifts := _shifts(runs[0])):
+    pictures.append(os.path.basename(f"{stem}_robustness.png"))
+    robustness.draw(shifts, runs[0].title, f"{stem}_robustness.png")
+  text = report(runs, pictures, before)
+  with atomic_write(path) as file:
+    file.write(text)
 
 
 # Text
@@ -446,6 +453,8 @@ if __name__ == "__main__":
   def _main(argv: list[str]) -> None:
     if not argv:
       raise UserError("no run given; for example python -m limber_jax.report runs/limber_clip runs/limber_beit")
+    if _out.value:
+      _check(_out.value)
     runs, before = [read(workdir) for workdir in argv], read(_before.value) if _before.value else None
     if _out.value:
       _save(runs, _out.value, before)

@@ -97,7 +97,7 @@ def test_the_contact_sheet_shows_each_image_above_its_caption(tmp_path):
     below = pixels[top + 120 : top + 166, left : left + 160]
     assert (below < 128).sum() > 100  # the caption …
     assert (pixels[top + 120 : top + 166, left + 160 : left + 168] == 255).all()  # … which stays below its image
-  with pytest.raises(UserError, match="cannot write there"):
+  with pytest.raises(UserError, match="cannot be written"):
     contact_sheet(looks, str(tmp_path / "none" / "sheet.png"))
 
 

@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(tmp_path, tars, monke
           raise OSError(28, "No space left on device")
         replace(a, b)
       patch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match=r"cannot write there .No space left on device"):
+    with pytest.raises(UserError, match=r"cannot (be written|write there) .No space left on device"):
       pack(tars, str(tmp_path / "out"), per_shard=5, log=quiet)
   pack(tars, str(tmp_path / "out"), per_shard=5, log=quiet)
   pack(tars, str(tmp_path / "once"), per_shard=5, log=quiet)

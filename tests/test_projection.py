@@ -166,7 +166,7 @@ def test_a_card_that_is_not_one_is_not_written(tmp_path):
                         ({"step": 1}, "its card has no 'encoder'"), (card(digests={}), "digests are not those")):
     with pytest.raises(UserError, match=reason):
       projection.save(path, params(), wrong)
-  with pytest.raises(UserError, match="cannot write there"):
+  with pytest.raises(UserError, match="cannot be written"):
     projection.save(str(tmp_path / "no" / "x.safetensors"), params(), card())
   assert not list(tmp_path.iterdir())
 

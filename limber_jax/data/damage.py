@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from limber_jax import parallel
+from limber_jax.atomic import atomic_write, refusal
 from limber_jax.config import Data
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
@@ -132,16 +133,15 @@ class Damage:
 
   def _write(self, lines: list[Line], append: bool = False) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    try:
-      if append:
-        with open(self._path, "a", encoding="utf-8") as file:
-          file.write(text)
-        return
-      with open(f"{self._path}.tmp", "w", encoding="utf-8") as file:
+    if not append:
+      with atomic_write(self._path) as file:
         file.write(text)
-      os.replace(f"{self._path}.tmp", self._path)
+      return
+    try:
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(text)
     except OSError as error:
-      raise UserError(f"{self._path}: cannot write there ({error.strerror})") from error
+      raise refusal(self._path, error) from error
 
 
 def told(line: Line) -> str:

@@ -16,6 +16,7 @@ import ml_dtypes  # noqa: F401 (numpy then knows "bfloat16")
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from limber_jax.atomic import atomic_write, commit
 from limber_jax.config import flatten
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
@@ -114,9 +115,7 @@ class ShardWriter:
 
     def end():
       self._writer.close()
-      with open(f"{self._path}.tmp", "rb+") as file:
-        os.fsync(file.fileno())
-      os.replace(f"{self._path}.tmp", self._path)
+      commit(f"{self._path}.tmp", self._path)
 
     self._try(end)
 
@@ -304,9 +303,5 @@ def _read(directory: str, name: str) -> Spec | None:
 
 
 def _write(directory: str, name: str, manifest: Spec) -> None:
-  path = os.path.join(directory, name)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+  with atomic_write(os.path.join(directory, name)) as file:
     json.dump(manifest, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(f"{path}.tmp", path)

@@ -19,6 +19,7 @@ import regex
 import tokenizers
 
 from limber_jax import config, registry
+from limber_jax.atomic import atomic_write, check, refusal
 from limber_jax.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -356,6 +357,11 @@ class BpeTokenizer(Tokenizer):
     file = os.path.join(directory, cls.FILE)
     if os.path.exists(file):
       raise UserError(f"{file} is there already; choose another --out")
+    try:
+      os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+      raise refusal(f"--out={directory}", error) from error
+    check(file)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     # A word takes the space before it along, the first one too: "dog" is the same token wherever it stands.
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -363,6 +369,6 @@ class BpeTokenizer(Tokenizer):
     bpe.train_from_iterator(map(clean, texts), tokenizers.trainers.BpeTrainer(
       vocab_size=vocab_size - 2, special_tokens=[cls.PAD], initial_alphabet=letters, show_progress=False))
     bpe.add_special_tokens([START, END])
-    os.makedirs(directory, exist_ok=True)
-    bpe.save(file)
+    with atomic_write(file) as opened:
+      opened.write(bpe.to_str(pretty=True))
     return cls(directory)

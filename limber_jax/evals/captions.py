@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from limber_jax.atomic import atomic_write
 from limber_jax.config import Compute, Evaluation, choose
 from limber_jax.data import tokenizers, transforms
 from limber_jax.errors import UserError
@@ -138,11 +139,10 @@ class Captions:
     if context.items:
       os.makedirs(context.items, exist_ok=True)
       path = os.path.join(context.items, f"scores{map_}.jsonl")
-      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+      with atomic_write(path) as file:
         for record, item in zip(found.records, items, strict=True):
           kept = {key: record[key] for key in ("index", "id", "caption")}
           file.write(json.dumps(kept | item) + "\n")
-      os.replace(f"{path}.tmp", path)
     if not map_:
       shown = found.records[: SHEET[0] * SHEET[1]]
       images = [context.transform(self._runner.source[r["index"]], None)["image"] for r in shown]

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from limber_jax.atomic import atomic_write, refusal
 from limber_jax.data.sources import clip_benchmark as source
 from limber_jax.errors import UserError
 
@@ -138,10 +139,9 @@ def write(results: dict[str, Any], workdir: str) -> list[str]:
     path = os.path.join(workdir, path)
     try:
       os.makedirs(os.path.dirname(path), exist_ok=True)
-      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-      os.replace(f"{path}.tmp", path)
     except OSError as error:
-      raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+      raise refusal(path, error) from error
+    with atomic_write(path) as file:
+      file.write(text)
     paths.append(path)
   return paths

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from limber_jax.atomic import atomic_write
 from limber_jax.config import Evaluation, choose
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
@@ -93,11 +94,10 @@ class Hallucination:
     context = self._runner.context
     os.makedirs(context.workdir, exist_ok=True)
     path = os.path.join(context.workdir, f"{context.name or 'hallucination'}.objects.jsonl")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
       for record, mentions, wrong in zip(records, found.mentions, found.hallucinated, strict=True):
         file.write(json.dumps({"id": record["id"], "caption": record["caption"], "objects": mentions,
                                "hallucinated": wrong}) + "\n")
-    os.replace(f"{path}.tmp", path)
 
 
 def _figures(found: Chair, end: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError, did_you_mean
@@ -299,5 +300,4 @@ def draw(few: dict[int, float], deviations: dict[int, float], zeroshot: float | 
                   [*(["0"] if zeroshot is not None else []), *map(str, shots)])
   axes.set(xlabel="labelled examples a class", ylabel=f"{metric} (%)")
   axes.legend(frameon=False, fontsize=9)
-  figure_.savefig(f"{path}.tmp", format="png", dpi=110)
-  os.replace(f"{path}.tmp", path)
+  save_figure(figure_, path)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
@@ -156,5 +157,4 @@ def draw(images: Sequence[np.ndarray], captions: Sequence[str], right: Sequence[
       axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", size=8, parse_math=False,
                 color="#222222" if right[number] else "#d62728")
   with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a letter that no font here has is a box
-    figure.savefig(f"{path}.tmp", format="png", dpi=110)
-  os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)

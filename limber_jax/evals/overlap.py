@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from limber_jax.atomic import atomic_write, save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data import pipeline
 from limber_jax.errors import UserError
@@ -97,7 +98,7 @@ class Overlap:
     name = self._context.name or self._config.name
     os.makedirs(self._context.workdir, exist_ok=True)
     path = os.path.join(self._context.workdir, f"{name}_pairs.jsonl")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
       for i in order.tolist():
         there = cosine[i] > NOTHING
         pair = {"id": records[i]["id"], "index": records[i]["index"], "cosine": float(cosine[i]) if there else None,
@@ -105,7 +106,6 @@ class Overlap:
                 "train_index": int(nearest[i]) if there else None,
                 "overlap": bool(cosine[i] >= self._config.threshold), "right": bool(right[i])}
         file.write(json.dumps(pair) + "\n")
-    os.replace(f"{path}.tmp", path)
     rows = {title: order[part][cosine[order[part]] > NOTHING] for title, part in shown(
       cosine[order], self._config.threshold).items()}
     pictures = {title: [(self._picture(self._runner, records[i]["index"]), self._picture(self._train, int(nearest[i])),
@@ -267,8 +267,7 @@ def draw(rows: dict[str, Sequence[tuple[np.ndarray, np.ndarray, float]]], thresh
       axes.set_title(f"{cosine:.4f}", size=8, pad=2, color="#222222" if cosine >= threshold else "#d62728")
       if not column:
         axes.set_ylabel(textwrap.fill(name, 12), size=8, rotation=0, ha="right", va="center")
-  figure.savefig(f"{path}.tmp", format="png", dpi=110)
-  os.replace(f"{path}.tmp", path)
+  save_figure(figure, path)
 
 
 def _load(path: str, key: dict[str, Any], count: int) -> dict[str, Any]:
@@ -283,6 +282,5 @@ def _load(path: str, key: dict[str, Any], count: int) -> dict[str, Any]:
 
 def _save(path: str, state: dict[str, Any]) -> None:
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+  with atomic_write(path) as file:
     json.dump(state, file)
-  os.replace(f"{path}.tmp", path)

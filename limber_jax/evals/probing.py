@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from limber_jax.atomic import atomic_write, save_figure
 from limber_jax.config import Evaluation, choose
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
@@ -171,8 +172,9 @@ class Probing:
       rows = [{"id": r["id"], "texts": list(several), "tokens": [[said[i] for i in token] for token in prompt],
                "hits": sorted({plain[i] for token in prompt for i in token} & wanted)}
               for r, several, wanted, prompt in zip(found.records[:SHOWN], texts, words, near.tolist(), strict=False)]
-      _write(self._path("tokens.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-      _write(self._path("tokens.md"), table(rows))
+      for name, text in (("tokens.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), ("tokens.md", table(rows))):
+        with atomic_write(self._path(name)) as file:
+          file.write(text)
     return out
 
   def _draw(self, spread: dict[str, np.ndarray], found: Collected) -> None:
@@ -351,15 +353,8 @@ def draw(spread: dict[str, np.ndarray], labels: np.ndarray, names: Sequence[str]
   if 1 < len(known) <= CLASSES:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, markerscale=2)
   with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a letter that no font here has is a box
-    figure.savefig(f"{path}.tmp", format="png", dpi=110)
-  os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)
 
 
 def _colour(place: int, count: int) -> tuple[float, float, float]:
   return tuple(hsv_to_rgb((place / count, 0.75, 0.55 + 0.3 * (place % 2))).tolist())
-
-
-def _write(path: str, text: str) -> None:
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.replace(f"{path}.tmp", path)

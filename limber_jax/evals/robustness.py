@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import special
 
+from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.transforms import decode
@@ -378,8 +379,7 @@ def draw(rows: dict[str, dict[str, float]], name: str, path: str) -> None:
   figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
   if folder := os.path.dirname(path):
     os.makedirs(folder, exist_ok=True)
-  figure.savefig(f"{path}.tmp", format="png", dpi=110)
-  os.replace(f"{path}.tmp", path)
+  save_figure(figure, path)
 
 
 def _panel(axes: Axes, row: dict[str, float], x: np.ndarray, y: np.ndarray, title: str, name: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.evals.base import Context, Runner
@@ -101,5 +102,4 @@ def draw(cosine: np.ndarray, captions: Sequence[str], images: np.ndarray, title:
   axes.spines[:].set_visible(False)
   axes.set_title(textwrap.fill(title, 30 + 6 * n), size=11, pad=10)
   with warnings.catch_warnings(category=UserWarning, action="ignore"):
-    figure.savefig(f"{path}.tmp", format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
-  os.replace(f"{path}.tmp", path)
+    save_figure(figure, path, bbox_inches="tight", pad_inches=0.15)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from limber_jax.atomic import atomic_write, save_figure
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
@@ -78,12 +79,11 @@ class Words:
     workdir, name = self._runner.context.workdir, self._runner.context.name or "words"
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, f"{name}.words")
-    with open(f"{path}.jsonl.tmp", "w", encoding="utf-8") as file:
+    with atomic_write(f"{path}.jsonl") as file:
       for map_, words in tables.items():
         for word in words:
           scores = {key: getattr(word, key) for key in ("precision", "recall", "f1")}
           file.write(json.dumps({"map": map_.removeprefix("@"), **dataclasses.asdict(word), **scores}) + "\n")
-    os.replace(f"{path}.jsonl.tmp", f"{path}.jsonl")
     draw(tables, f"{path}.png")
 
 
@@ -105,5 +105,4 @@ def draw(tables: dict[str, Sequence[Word]], path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
   axes.legend(frameon=False, ncols=len(tables))
   with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a letter that no font here has is a box
-    figure.savefig(f"{path}.tmp", format="png", dpi=110)
-  os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)

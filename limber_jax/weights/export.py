@@ -1,16 +1,20 @@
 """Weights to disk, for other libraries and for us. Tokenizer files are not part of it."""
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from limber_jax.atomic import SUFFIX, atomic_write, check, commit, refusal
 from limber_jax.config import flatten
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, gptj
@@ -19,6 +23,8 @@ from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import convert, preprocessing
+
+HALF = tuple(f"{kind}{SUFFIX}" for kind in (".safetensors", ".json"))  # of files that are not whole
 
 
 def save(path: str, to: str, size: ClipSize, params: dict[str, Any], stats: dict[str, Any]) -> None:
@@ -40,11 +46,8 @@ def save(path: str, to: str, size: ClipSize, params: dict[str, Any], stats: dict
   tree = params | ({"stats": stats} if stats else {})
   configs, weights, rows = FORMATS[to](size, tree)
   tensors = convert.export(rows, tree)
-  try:
-    _start(path, configs)
+  with _new(path, configs):
     _save(path, weights, tensors)
-  except OSError as error:
-    raise UserError(f"{path}: cannot write there ({error.strerror})") from error
 
 
 def save_lm(path: str, size: GPTJSize, params: dict[str, Any], *, dtype: str = "float32",
@@ -85,8 +88,7 @@ def save_lm(path: str, size: GPTJSize, params: dict[str, Any], *, dtype: str = "
     configs["model.safetensors.index.json"] = {
       "metadata": {"total_size": total},
       "weight_map": {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}}
-  try:
-    _start(path, configs)
+  with _new(path, configs):
     for name, shard in zip(names, shards, strict=True):
       tensors: dict[str, np.ndarray] = {}
       for theirs, ours, how, i in shard:
@@ -94,21 +96,54 @@ def save_lm(path: str, size: GPTJSize, params: dict[str, Any], *, dtype: str = "
         tensors |= convert.export(((ours, theirs, how),), flax.traverse_util.unflatten_dict({ours: leaf}, sep="/"))
         tensors[theirs] = tensors[theirs].astype(jnp.dtype(dtype), copy=False)
       _save(path, name, tensors)
+
+
+def check_new(path: str) -> None:
+  """Raises UserError if `path` holds something already, or cannot be a directory to write to."""
+  try:
+    made = not os.path.isdir(path)
+    os.makedirs(path, exist_ok=True)
+    try:
+      if any(not name.endswith(HALF) for name in os.listdir(path)):  # else a kill was this command's end
+        raise UserError(f"{path} holds something already; choose a new directory")
+      check(os.path.join(path, "config.json"), what=path)
+    finally:
+      if made:
+        os.rmdir(path)
   except OSError as error:
-    raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+    raise refusal(path, error) from error
 
 
-def _start(path: str, configs: dict[str, dict]) -> None:
-  os.makedirs(path, exist_ok=True)
-  if os.listdir(path):
-    raise UserError(f"{path} holds something already; choose a new directory")
-  for name, values in configs.items():
-    with open(os.path.join(path, name), "w", encoding="utf-8") as file:
-      json.dump(values, file, indent=1)
+@contextlib.contextmanager
+def _new(path: str, configs: dict[str, dict]) -> Iterator[None]:
+  """Makes a directory that what is done within fills with weights; the configurations come last, so that only what is
+  whole can be opened, and after an error nothing is left."""
+  check_new(path)
+  made = not os.path.isdir(path)
+  try:
+    os.makedirs(path, exist_ok=True)
+    for name in os.listdir(path):
+      os.remove(os.path.join(path, name))
+    yield
+    for name, values in configs.items():
+      with atomic_write(os.path.join(path, name)) as file:
+        json.dump(values, file, indent=1)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      for name in os.listdir(path):
+        if name.endswith((*HALF, ".safetensors", *configs)):
+          os.remove(os.path.join(path, name))
+      if made:
+        os.rmdir(path)
+    if isinstance(error, OSError | SafetensorError):
+      raise refusal(path, error) from error
+    raise
 
 
 def _save(path: str, name: str, tensors: dict[str, np.ndarray]) -> None:
-  save_file(tensors, os.path.join(path, name), metadata={"format": "pt"})  # transformers asks for the entry
+  file = os.path.join(path, name)
+  save_file(tensors, file + SUFFIX, metadata={"format": "pt"})  # transformers asks for the entry
+  commit(file + SUFFIX, file)
 
 
 def _gptj_config(size: GPTJSize, dtype: str) -> dict[str, Any]:

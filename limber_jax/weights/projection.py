@@ -4,15 +4,15 @@ The file is safetensors; the card is JSON in its metadata, under "card". Any rea
 """
 
 import json
-import os
 from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
+from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
 
 KEYS = ("encoder", "lm", "digests", "config", "step", "version")
@@ -37,13 +37,12 @@ def save(path: str, params: dict[str, Any], card: dict[str, Any]) -> None:
   flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
   tensors = {name: np.array(x, np.float32, order="C") for name, x in flat.items()}
   try:
-    # "format" is what readers of PyTorch's files ask for.
-    save_file(tensors, f"{path}.tmp", metadata={"format": "pt", "card": json.dumps(card, allow_nan=False)})
-    os.replace(f"{path}.tmp", path)
+    told = json.dumps(card, allow_nan=False)
   except (TypeError, ValueError) as error:
     raise UserError(f"{path}: the card is not plain JSON ({error})") from error
-  except (OSError, SafetensorError) as error:
-    raise UserError(f"{path}: cannot write there ({getattr(error, 'strerror', None) or error})") from error
+  with atomic_write(path, "wb") as file:
+    # "format" is what readers of PyTorch's files ask for.
+    file.write(serialize(tensors, metadata={"format": "pt", "card": told}))
 
 
 def load(path: str) -> tuple[dict[str, Any], dict[str, Any]]:

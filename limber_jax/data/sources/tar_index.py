@@ -1,6 +1,5 @@
 """Records of tars: which members are one, and an index beside each tar that makes them random-access."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
+from limber_jax.atomic import atomic_write
 from limber_jax.data.sources.tars import BLOCK, KEEP, CutOff, Member, mapped, members, shown
 from limber_jax.errors import UserError
 
@@ -171,15 +171,11 @@ def _open(path: str, rule: Rule, keep: bool) -> Shard:
   if found is None:
     made = _make(path, size, rule, keep)
     found = _read(io.BytesIO(made), rule)
-    temporary = f"{file}.{os.getpid()}.tmp"
     try:
-      with open(temporary, "wb") as opened:
+      with atomic_write(file, "wb") as opened:
         opened.write(made)
-      os.replace(temporary, file)
-    except OSError:  # a directory that is not to be written to, or a full one
+    except UserError:  # a directory that is not to be written to, or a full one
       index = made
-      with contextlib.suppress(OSError):
-        os.remove(temporary)
   wanted, _, records, keys, digest, damage = found
   if wanted != size:
     raise ValueError(f"{size:,} bytes: {'shorter' if size < wanted else 'longer'} than the {wanted:,} of its index; "
