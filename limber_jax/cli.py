@@ -11,6 +11,7 @@ dies of SIGABRT, after one line (limber_jax.peers).
 
 import difflib
 import errno
+import functools
 import logging
 import os
 import re
@@ -23,6 +24,8 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from limber_jax import config as config_lib
+from limber_jax import help as help_lib
 from limber_jax import peers, streams
 from limber_jax.config import Config, flatten
 from limber_jax.errors import UserError
@@ -41,23 +44,59 @@ def define_model() -> Any:
 
 
 def get_config(holder: Any) -> Config:
-  """Returns the parsed experiment; raises UserError if it is missing or broken."""
+  """Returns the parsed experiment; raises UserError if it is missing or broken, or a field is out of range."""
   if flags.FLAGS["config"].value is None:
     raise UserError(f"--config is missing; {_experiments('')}")
-  config = holder.value
-  if not isinstance(config, Config):
-    raise UserError(f"--config: get_config() gave a {type(config).__name__}, wanted a limber_jax.config.Config")
-  return config
+  if not isinstance(holder.value, Config):
+    raise UserError(f"--config: get_config() gave a {type(holder.value).__name__}, wanted a limber_jax.config.Config")
+  config_lib.check(holder.value)
+  return holder.value
 
 
 def load_experiment(path: str) -> Config:
-  """Returns the experiment in a file, as it stands there; raises UserError if it is missing or broken."""
-  if not os.path.isfile(path):
-    raise UserError(f"no experiment file {path!r}; {_experiments(path)}")
-  config = runpy.run_path(path)["get_config"]()
+  """Returns the experiment in a file, as it stands there.
+
+  Raises:
+    UserError: it is missing or broken, or a field is out of range; the message names the file, and where it can the
+      line.
+  """
+  config = _read_experiment(path)
+  try:
+    config_lib.check(config)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
+  return config
+
+
+def _read_experiment(path: str) -> Config:
+  """Returns the experiment in a file; raises UserError if it is missing or broken."""
+  _check_file(path)
+  try:
+    module = runpy.run_path(path)
+    if "get_config" not in module:
+      raise UserError("it has no function get_config")
+    config = module["get_config"]()
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
+  except SyntaxError as error:
+    raise UserError(f"{error.filename or path}, line {error.lineno}: {type(error).__name__}: {error.msg}") from error
+  except (Exception, SystemExit) as error:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    raise UserError(f"{path}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: "
+                    f"{' '.join(str(error).split())}") from error
   if not isinstance(config, Config):
     raise UserError(f"{path}: get_config() gave a {type(config).__name__}, wanted a limber_jax.config.Config")
   return config
+
+
+def _check_file(path: str, name: str = "") -> None:
+  """Raises UserError if there is no experiment's file at `path`, which stands behind `name`."""
+  if not os.path.isfile(path):
+    raise UserError(f"{name}no file {path!r}; {_experiments(path)}" if name else
+                    f"no experiment file {path!r}; {_experiments(path)}")
+  if path.endswith(".json"):
+    raise UserError(f"{name}{path} is the record of a run, and an experiment is a file of Python; "
+                    f"{_experiments('')}")
 
 
 def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] = lambda: False) -> None:
@@ -94,7 +133,7 @@ def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] =
       traceback.print_exc()
       return _failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=functools.partial(_parse, module=main.__module__))
 
 
 def printable(text: str) -> str:
@@ -113,19 +152,36 @@ def _failed(code: int, line: str) -> int:
   return code
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-  """Parses `argv`; on a mistake prints one line that names the nearest right thing and exits with 2."""
+def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
+  """Parses `argv`; on a mistake prints one line that names the nearest right thing and exits with 2.
+
+  Where help is asked for, it is printed, the docstring of `module` first, and the exit code is 0.
+  """
+  if (page := help_lib.asked(argv)) is not None:
+    print(help_lib.configuration(page) if page else help_lib.command(module), flush=True)
+    sys.exit(0)
   try:
-    path = next((m[1] for a in argv if (m := re.match(r"--?config=(.*)", a))), None)
-    if path is not None and not os.path.isfile(path.split(":")[0]):
-      raise UserError(f"--config: no file {path!r}; {_experiments(path)}")
+    if (path := _config_path(argv)) is not None:
+      _check_file(path, "--config: ")
     return flags.FLAGS(argv)
   except UserError as error:
     message = str(error)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     message = _explain(argv, error)
   print(f"error: {message}", file=sys.stderr, flush=True)
   sys.exit(2)
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+  """Returns the file that --config names, in whichever way; None if there is none."""
+  for i, argument in enumerate(argv):
+    if argument == "--":
+      break
+    if m := re.match(r"--?config=(.*)", argument):
+      return m[1].split(":")[0]
+    if re.fullmatch(r"--?config", argument) and i + 1 < len(argv):
+      return argv[i + 1].split(":")[0]
+  return None
 
 
 def _experiments(wanted: str) -> str:
@@ -137,16 +193,15 @@ def _experiments(wanted: str) -> str:
 
 def _explain(argv: Sequence[str], error: Exception) -> str:
   """Returns the line for an error out of absl or ml_collections; the latter names neither the field nor a neighbour."""
-  path = next((m[1] for a in argv if (m := re.match(r"--?config=(.*)", a))), None)
-  ours = [f for f in traceback.extract_tb(error.__traceback__) if path and f.filename.endswith(path.split(":")[0])]
-  if ours:  # raised by the experiment file itself
-    return f"{path.split(':')[0]}, line {ours[-1].lineno}: {type(error).__name__}: {error}"
+  path = _config_path(argv)
   given = [m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))]
-  if path is not None and given:
-    module = runpy.run_path(path.split(":")[0])
-    known = flatten(module["get_config"]()) if "get_config" in module else {}
+  if path is not None:
+    try:
+      known = flatten(_read_experiment(path))
+    except UserError as broken:
+      return str(broken)
     for name in given:
-      if known and name not in known:
+      if name not in known:
         groups = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
         if name in groups:
           return f"--config.{name} is a group of settings; set one of: " + ", ".join(

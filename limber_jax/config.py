@@ -1,8 +1,9 @@
 """The configuration of an experiment: dataclasses, every default in one place, with its reason.
 
 An experiment is a Python file whose `get_config()` returns a `Config`; any field can be set on the command line
-(`--config.optim.lr=1e-4`), typed by its default. Fields are settings of one run: facts about a model (its sizes,
-its mean and std) live beside the model.
+(`--config.optim.lr=1e-4`), typed by its default. What a field may be stands beside its default; see
+`limber_jax.ranges`. Fields are settings of one run: facts about a model (its sizes, its mean and std) live beside the
+model.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from limber_jax import registry
+from limber_jax import ranges, registry
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.ranges import COUNT, LATER, SEEDS, ranged
 
 
 class Unnamed(str):
@@ -32,9 +34,12 @@ class Source:
   text_key: str = ""        # column or feature that holds the text
   label_key: str = ""       # column or feature that holds the class number
   separator: str = ""       # of the columns of a table; "" = by file name and first line: tab, comma, ; or |
-  quoting: str = ""         # of the fields of a table: csv | none; "" = csv unless tabs separate them
-  key_dot: str = "last"     # of tars: the dot of a name where its key ends, last | first, as webdataset has it
-  incomplete: str = "refuse"  # a tar that is cut off: refuse | keep what is whole in it, and name the rest
+  # of the fields of a table: csv | none; "" = csv unless tabs separate them
+  quoting: str = ranged("", choices=("", "none", "csv"))
+  # of tars: the dot of a name where its key ends, last | first, as webdataset has it
+  key_dot: str = ranged("last", choices=("last", "first"))
+  # a tar that is cut off: refuse | keep what is whole in it, and name the rest
+  incomplete: str = ranged("refuse", choices=("refuse", "keep"))
 
 
 @dataclass
@@ -52,8 +57,9 @@ class Data:
   source: Source = field(default_factory=Source)
   tokenizer: Tokenizer = field(default_factory=Tokenizer)
   # random: the paper's square crop of the resized image | resized: RandomResizedCrop | center | own: the encoder's rule
-  crop: str = "random"
-  crop_scale: tuple[float, ...] = (0.9, 1.0)  # area kept by crop="resized": open_clip's default
+  crop: str = ranged("random", choices=("random", "resized", "center", "own", "squash", "native", "longest"))
+  # area kept by crop="resized": open_clip's default
+  crop_scale: tuple[float, ...] = ranged((0.9, 1.0), above=0, at_most=1, length=2)
   # JPEG files of many pixels are decoded at a half, quarter or eighth of their sides, never less than twice what is
   # needed: of 12 megapixels for 224 in a quarter of the time. Pixels then differ from PIL's by 0.4 of 255 on average, 7
   # at most (measured on two photographs), so it is off unless asked for; smaller photographs are decoded the same.
@@ -61,25 +67,26 @@ class Data:
   # Formats of images that are read beside JPEG, PNG and WebP: gif, bmp, tiff, avif; the first frame of each.
   formats: tuple[str, ...] = ()
   exif: bool = False        # images are turned as their EXIF orientation says, which open_clip and torchvision ignore
-  length: int = 64          # T, tokens of a caption with its end; CLIP's text tower has a length of its own
+  # T, tokens of a caption with its end; CLIP's text tower has a length of its own
+  length: int = ranged(64, at_least=1, at_most=10**6)
   features: str = ""        # a directory of limber_jax.encode, read in place of images
-  workers: int = 0          # Grain processes; 0 reads in threads of the training process
-  threads: int = 8          # reading threads a process: decoding releases the GIL
-  prefetch: int = 2         # batches ready ahead of the device
+  workers: int = ranged(0, at_least=0, at_most=1024)   # Grain processes; 0 reads in threads of the training process
+  threads: int = ranged(8, at_least=0, at_most=1024)   # reading threads a process: decoding releases the GIL
+  prefetch: int = ranged(2, at_least=0, at_most=1024)  # batches ready ahead of the device
   repeat: bool = False      # whether a batch may hold records twice, where there are fewer than it has
   # The share of the records seen that may be unreadable: others stand in for them. 0 ends the run at the first.
-  damaged: float = 0.01
+  damaged: float = ranged(0.01, at_least=0, at_most=1)
 
 
 @dataclass
 class Loss:
   """The contrastive loss."""
 
-  kind: str = "softmax"     # softmax: CLIP | sigmoid: SigLIP
-  chunk_size: int = 0       # rows of logits held at a time; 0 holds them all
+  kind: str = ranged("softmax", choices=("softmax", "sigmoid"))  # softmax: CLIP | sigmoid: SigLIP
+  chunk_size: int = ranged(0, at_least=0, at_most=COUNT)  # rows of logits held at a time; 0 holds them all
   # GradCache: the batch goes through the towers in this many pieces, and the loss still sees all of it. On so many
   # devices that pieces would leave some without rows it goes in fewer.
-  accumulate: int = 1
+  accumulate: int = ranged(1, at_least=1, at_most=COUNT)
 
 
 @dataclass
@@ -87,55 +94,61 @@ class Captions:
   """The loss over captions after an image's prompt, and what LiMBeR's code did otherwise."""
 
   # always: each caption ends with an EOS to predict | reference: the longest of every micro-batch have none
-  eos: str = "always"
+  eos: str = ranged("always", choices=("always", "reference"))
   # tokens: every token of the batch counts the same | reference: every micro-batch does
-  mean: str = "tokens"
-  micro_batch: int = 16     # rows of a micro-batch, for "reference": 256 over 16 GPUs
+  mean: str = ranged("tokens", choices=("tokens", "reference"))
+  micro_batch: int = ranged(16, at_least=1, at_most=COUNT)  # rows of a micro-batch, for "reference": 256 over 16 GPUs
   # eval: frozen or tuned, the encoder runs as at test | train: with batch statistics and dropped paths, as theirs did
-  encoder: str = "eval"
+  encoder: str = ranged("eval", choices=("eval", "train"))
 
 
 @dataclass(unsafe_hash=True)  # known before tracing, as a static argument must be; not to be changed once in use
 class Decoding:
   """How text is generated. LiMBeR's code ships method="sample" with 0.7, 0, 0.9 and inverted_nucleus."""
 
-  method: str = "greedy"          # greedy | sample | beam
-  temperature: float = 1.0        # sample: what logits are divided by, before they are filtered
-  top_k: int = 0                  # sample: from so many of the likeliest tokens; 0 = all
-  top_p: float = 1.0              # sample: from the fewest tokens that have this probability together
+  method: str = ranged("greedy", choices=("greedy", "sample", "beam"))
+  # sample: what logits are divided by, before they are filtered; method="greedy" is the limit of 0
+  temperature: float = ranged(1.0, above=0)
+  top_k: int = ranged(0, at_least=0, at_most=COUNT)  # sample: from so many of the likeliest tokens; 0 = all
+  top_p: float = ranged(1.0, above=0, at_most=1)  # sample: from the fewest tokens that have this probability together
   inverted_nucleus: bool = False  # sample: keep 1 - top_p instead, and divide by the temperature after filtering
-  beams: int = 4                  # beam: texts kept for each row
-  length_penalty: float = 1.0     # beam: texts compete by log-probability / length ** length_penalty
+  beams: int = ranged(4, at_least=1, at_most=1000)  # beam: texts kept for each row, each with a cache of its own
+  # beam: texts compete by log-probability / length ** length_penalty
+  length_penalty: float = ranged(1.0, at_least=-10, at_most=10)
   prompt: str = "A picture of"    # what follows an image at test, and only there; no space at its end
-  max_new_tokens: int = 20
-  seed: int = 0                   # sample: a row draws by this and its own number
+  max_new_tokens: int = ranged(20, at_least=1, at_most=10**6)
+  seed: int = ranged(0, at_least=0, at_most=SEEDS)  # sample: a row draws by this and its own number
 
 
 @dataclass
 class Spike:
   """Which steps are skipped because loss or gradient norm leaps; see limber_jax.optim. Off, as in the papers."""
 
-  window: int = 0            # W, the last finite losses and gradient norms that say what is usual; 0 = off
+  # W, the last finite losses and gradient norms that say what is usual; 0 = off
+  window: int = ranged(0, at_least=0, at_most=100_000)
   # k: skipped is what is more than k deviations above the median. Gradient norms have a long tail: those of healthy
   # runs on 16 digits a batch come to 14.
-  factor: float = 20.0
+  factor: float = ranged(20.0, above=0)
 
 
 @dataclass
 class Optim:
   """AdamW with linear warm-up and cosine decay to zero: CLIP, Tables 18-20."""
 
-  lr: float = 5e-4
+  lr: float = ranged(5e-4, above=0)
   # cosine | linear: after a linear warm-up | deepspeed: a logarithmic warm-up, then linear, as LiMBeR's code had it
-  schedule: str = "cosine"
-  part_lr: dict[str, float] = field(default_factory=dict)  # the peak rate of a part, where it is not `lr`
-  warmup_steps: int = 2000
-  weight_decay: float = 0.2  # on kernels and embeddings; never on gains, biases and the temperature
-  b1: float = 0.9
-  b2: float = 0.98
-  eps: float = 1e-6
-  clip_norm: float = 0.0     # global gradient norm; 0 does not clip
-  max_skips: int = 10        # steps in a row with a non-finite loss or gradient, or with spikes, that end the run
+  schedule: str = ranged("cosine", choices=("cosine", "linear", "deepspeed"))
+  # the peak rate of a part, where it is not `lr`; a part is frozen by leaving it out of `trainable`
+  part_lr: dict[str, float] = ranged(factory=dict, above=0)
+  warmup_steps: int = ranged(2000, at_least=0, at_most=COUNT)  # less than `steps`
+  # on kernels and embeddings, never on gains, biases and the temperature; times the rate 1 at most
+  weight_decay: float = ranged(0.2, at_least=0)
+  b1: float = ranged(0.9, at_least=0, below=1)
+  b2: float = ranged(0.98, at_least=0, below=1)
+  eps: float = ranged(1e-6, above=0)
+  clip_norm: float = ranged(0.0, at_least=0)  # global gradient norm; 0 does not clip
+  # steps in a row with a non-finite loss or gradient, or with spikes, that end the run
+  max_skips: int = ranged(10, at_least=1, at_most=COUNT)
   spike: Spike = field(default_factory=Spike)
 
 
@@ -146,27 +159,30 @@ class Mesh:
   Over several TPU slices `data` is a multiple of their number: no parameter is split over them.
   """
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: int = ranged(-1, at_least=-1, at_most=10**6)
+  fsdp: int = ranged(1, at_least=-1, at_most=10**6)
+  tensor: int = ranged(1, at_least=-1, at_most=10**6)
 
 
 @dataclass(unsafe_hash=True)  # an attribute of linen modules, which are hashed; not to be changed once built
 class Compute:
   """How the arithmetic is done; no field changes what is computed beyond rounding."""
 
-  dtype: str = "bfloat16"    # of activations; parameters and reductions are float32
-  remat: str = "none"        # none | dots: keep matrix products | full: keep only block inputs
-  attention: str = "auto"    # auto: cudnn where the device has it | xla | cudnn
-  unroll: int = 1            # transformer blocks per iteration of the scan
+  # of activations; parameters and reductions are float32
+  dtype: str = ranged("bfloat16", choices=("float32", "bfloat16", "float16"))
+  # none | dots: keep matrix products | full: keep only block inputs
+  remat: str = ranged("none", choices=("none", "dots", "full"))
+  # auto: cudnn where the device has it | xla | cudnn
+  attention: str = ranged("auto", choices=("auto", "xla", "cudnn"))
+  unroll: int = ranged(1, at_least=1, at_most=10_000)  # transformer blocks per iteration of the scan
 
 
 @dataclass
 class Checkpoint:
   """When to save, and what to keep. Saving is asynchronous."""
 
-  every: int = 1000          # steps
-  keep: int = 2              # the newest; 2 at least are kept
+  every: int = ranged(1000, at_least=1, at_most=COUNT)  # steps
+  keep: int = ranged(2, at_least=0, at_most=COUNT)      # the newest; 2 at least are kept
   best: str = ""             # a metric of an evaluation, such as "zeroshot/top1": its best step is kept too
 
 
@@ -176,8 +192,9 @@ class Evaluation:
 
   name: str = "zeroshot"     # a name in registry.EVALS, whose docstring says which of the fields below it uses
   source: Source = field(default_factory=Source)
-  every: int = 1000          # steps; 0 = only at the end; -1 = only by limber_jax.evaluate, never in training
-  batch_size: int = 256
+  # steps; 0 = only at the end; -1 = only by limber_jax.evaluate, never in training
+  every: int = ranged(1000, at_least=-1, at_most=COUNT)
+  batch_size: int = ranged(256, at_least=1, at_most=2**20)
   classes: str = ""          # a built-in list (imagenet, food101, …) | a file, one class a line; "" = the source's own
   # a built-in list (imagenet80, imagenet7, single, food101, …) | a file, one a line, {} for the class | one itself
   # "" = the source's own, and where it has none imagenet7
@@ -187,10 +204,11 @@ class Evaluation:
   metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice
   scorer: str = ""                  # weights of the CLIP behind CLIPScore; "" leaves CLIPScore out
   scorer_model: str = ""            # what those are of, if nothing beside them says it: a size or a configuration file
-  shots: tuple[int, ...] = (0,)     # examples before a question, or a class
-  seeds: tuple[int, ...] = (0,)     # of what is drawn: a figure is the mean over them
-  damaged: float = 0.01             # the share of items that may be unreadable
-  threshold: float = 0.95           # of overlap: the cosine from which on two images count as the same
+  shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT)  # examples before a question, or a class
+  seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS)  # of what is drawn: a figure is the mean over them
+  damaged: float = ranged(0.01, at_least=0, at_most=1)  # the share of items that may be unreadable
+  # of overlap: the cosine from which on two images count as the same
+  threshold: float = ranged(0.95, at_least=-1, at_most=1)
 
 
 @dataclass
@@ -223,19 +241,19 @@ class Config:
   decoding: Decoding = field(default_factory=Decoding)
   data: Data = field(default_factory=Data)
   optim: Optim = field(default_factory=Optim)
-  batch_size: int = 32768    # pairs in one optimizer step, over all devices
-  steps: int = 390_625       # 32 epochs of 400 M pairs at 32,768
-  seed: int = 0
+  batch_size: int = ranged(32768, at_least=1, at_most=2**24)  # pairs in one optimizer step, over all devices
+  steps: int = ranged(390_625, at_least=1, at_most=COUNT)     # 32 epochs of 400 M pairs at 32,768
+  seed: int = ranged(0, at_least=0, at_most=SEEDS)
   mesh: Mesh = field(default_factory=Mesh)
   compute: Compute = field(default_factory=Compute)
   checkpoint: Checkpoint = field(default_factory=Checkpoint)
   evals: dict[str, Evaluation] = field(default_factory=dict)
   # workdir -> the experiment file that is trained there first, unless it has been: what `init` reads
   first: dict[str, str] = field(default_factory=dict)
-  log_every: int = 50        # steps
+  log_every: int = ranged(50, at_least=1, at_most=COUNT)  # steps
   # Seconds without a batch or a step, or six times as many without anything else, after which the run prints where its
   # threads are and exits; see limber_jax.watchdog. 0 waits for ever.
-  watchdog: float = 600.0
+  watchdog: float = ranged(600.0, at_least=1, or_zero=True)
 
   def __post_init__(self):
     self.evals, self.first = dict(self.evals), dict(self.first)
@@ -248,26 +266,33 @@ RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.
            "data.tokenizer.path", "data.features", "decoding", "evals", "first")
 
 
-# The least that a field may be, where less is no other meaning but a mistake.
-LEAST = {
-  "batch_size": 1, "steps": 1, "seed": 0, "log_every": 1, "watchdog": 0, "checkpoint.every": 1, "checkpoint.keep": 0,
-  "data.length": 1, "data.workers": 0, "data.threads": 0, "data.prefetch": 0, "data.damaged": 0, "loss.chunk_size": 0,
-  "loss.accumulate": 1, "captions.micro_batch": 1, "compute.unroll": 1, "optim.max_skips": 1, "decoding.beams": 1,
-  "decoding.max_new_tokens": 1, "decoding.top_k": 0}
-LEAST_OF_EVALUATION = {"every": -1, "batch_size": 1, "damaged": 0}
+def check(config: Config, start: str = "config.") -> None:
+  """Raises UserError for the first field that is of another type or range, or names what is not there.
+
+  Args:
+    config: the experiment.
+    start: stands before the names of fields, in the message.
+  """
+  ranges.check(config, start)
+  size = registry.lookup("task", registry.SIZES, config.task)
+  if not isinstance(config.model, size):
+    raise UserError(f"task {config.task!r} needs a {size.__module__.removeprefix('limber_jax.')}.{size.__name__}, "
+                    f"got {type(config.model).__name__}")
 
 
-def check_numbers(config: Config) -> None:
-  """Raises UserError for the first number that is less than its field may be."""
-  values = flatten(config)
-  least = LEAST | {f"evals.{e}.{name}": n for e in config.evals for name, n in LEAST_OF_EVALUATION.items()}
-  for name, n in least.items():
-    if values[name] < n:
-      raise UserError(f"config.{name}={values[name]}: wanted {n} or more")
+def check_best(config: Config) -> None:
+  """Raises UserError if checkpoint.best names no metric of an evaluation that training runs."""
+  best, running = config.checkpoint.best, [name for name, e in config.evals.items() if e.every >= 0]
+  if best and not best.startswith(tuple(f"{name}/" for name in running)):
+    raise UserError(f"config.checkpoint.best={best!r}: wanted a metric of an evaluation that training runs, such as "
+                    f"{(running or ['zeroshot'])[0]}/top1; those of this experiment: {', '.join(running) or 'none'}")
 
 
-# Of a field of a size: it came later than the first runs, and its default is what they did.
-LATER = {"later": True}
+def missing_best(best: str, metrics: dict[str, float]) -> str:
+  """Returns what to say if the evaluation of which checkpoint.best is a metric was run and gave others; else ""."""
+  beside = [name for name in metrics if name.partition("/")[0] == best.partition("/")[0]]
+  return f"config.checkpoint.best={best!r} was not measured, so no checkpoint is the best; there are " + ", ".join(
+    beside) if best and beside and best not in metrics else ""
 
 
 def flatten(config: Any, prefix: str = "", *, known: bool = False) -> dict[str, Any]:
@@ -304,7 +329,8 @@ def from_json(text: str, where: str) -> Config:
     where: where it was read, for messages.
 
   Raises:
-    UserError: no JSON object, or a field is missing, unknown or of another type; the message names `where` and field.
+    UserError: no JSON object, or a field is missing, unknown or of another type or range; the message names `where` and
+      the field.
   """
   try:
     values = json.loads(text)
@@ -328,7 +354,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
   for a model is not to be guessed, but those marked LATER, whose defaults are what was done before there was a choice.
 
   Raises:
-    UserError: a field is missing, unknown or of another type.
+    UserError: a field is missing, unknown or of another type or range.
   """
   used: set[str] = set()
   groups = {name.rsplit(".", i)[0] for name in values for i in range(name.count(".") + 1)}
@@ -373,17 +399,15 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
       of = of[:1] * len(value) if of[-1] is ... else of
       if len(of) == len(value):
         return tuple(leaf(h, name, v) for h, v in zip(of, value, strict=True))
-    if hint is float and type(value) is int:  # which is how 1.0 may have been written in an experiment
-      return float(value)
-    if type(value) is not hint:
-      raise UserError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
-    return value
+    ranges.check_value(value, hint, name)
+    return float(value) if hint is float else value  # 1.0 may have been written as 1 in an experiment
 
   root = cls
   out = build([cls], "")
   for name in sorted(values.keys() - used):
     beside = [n for n in used if n.rpartition(".")[0] == name.rpartition(".")[0]]
     raise UserError(f"{name}: no such field{did_you_mean(name, beside or {n.partition('.')[0] for n in used})}")
+  check(out, "") if isinstance(out, Config) else ranges.check(out, "")
   return out
 
 

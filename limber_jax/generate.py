@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Decoding, choose
+from limber_jax import ranges
+from limber_jax.config import Decoding
 from limber_jax.errors import UserError
 from limber_jax.models.gptj import Cache, constrain_cache, empty_cache
 
@@ -28,15 +29,7 @@ class Generated(NamedTuple):
 
 def check(settings: Decoding) -> None:
   """Raises UserError, naming the field, for a setting that cannot be or that its method would not look at."""
-  choose("decoding.method", settings.method, ("greedy", "sample", "beam"))
-  for name, good, wanted in (
-    ("temperature", settings.temperature > 0, "a number above 0; method='greedy' is the limit of 0"),
-    ("top_k", settings.top_k >= 0, "a number of tokens, or 0 for all"),
-    ("top_p", 0 < settings.top_p <= 1, "a probability above 0"),
-    ("beams", settings.beams >= 1, "at least 1"),
-  ):
-    if not good:
-      raise UserError(f"decoding.{name}={getattr(settings, name)!r}: expected {wanted}")
+  ranges.check(settings, "decoding.")
   fields = {"sample": ("temperature", "top_k", "top_p", "inverted_nucleus"), "beam": ("beams", "length_penalty")}
   for method, names in fields.items():
     for name in names:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from limber_jax.config import Optim, Spike, choose
+from limber_jax import ranges
+from limber_jax.config import Optim
 from limber_jax.errors import UserError
 from limber_jax.parallel import path_name
 
@@ -29,13 +30,10 @@ def schedule(config: Optim, steps: int) -> optax.Schedule:
   Raises:
     UserError: the warm-up is as long as the run, or the settings are out of range.
   """
-  if not 0 <= config.warmup_steps < steps:
-    raise UserError(f"config.optim.warmup_steps={config.warmup_steps} must be at least 0 and less than "
-                    f"config.steps={steps}")
-  if config.lr <= 0:
-    raise UserError(f"config.optim.lr={config.lr} must be more than 0")
-
-  kind = choose("optim.schedule", config.schedule, ("cosine", "linear", "deepspeed"))
+  ranges.check(config, "config.optim.")
+  if config.warmup_steps >= steps:
+    raise UserError(f"config.optim.warmup_steps={config.warmup_steps}: wanted less than config.steps={steps}")
+  kind = config.schedule
 
   def lr(count):
     count = jnp.asarray(count, jnp.float32)
@@ -58,24 +56,17 @@ def make(config: Optim, steps: int) -> optax.GradientTransformation:
   """Returns AdamW with the schedule of `config`, decoupled decay by `decay_mask`, and clipping by global norm.
 
   Raises:
-    UserError: as of `schedule`, or a rate that is not above 0.
+    UserError: as of `schedule`, or a decay by which weights would change their sign.
   """
-  for part, lr in config.part_lr.items():
-    if lr <= 0:
-      raise UserError(f"config.optim.part_lr[{part!r}]={lr} must be more than 0; take the part out of config.trainable "
-                      "to freeze it")
+  ranges.check(config, "config.optim.")
+  for name, lr in {"lr": config.lr, **{f"part_lr.{part}": lr for part, lr in config.part_lr.items()}}.items():
+    if lr * config.weight_decay > 1:
+      raise UserError(f"config.optim.weight_decay={config.weight_decay}: times config.optim.{name}={lr} it is more "
+                      "than 1, and each step would turn the signs of the weights")
   clip = [_clip(config.clip_norm)] if config.clip_norm else []
   rates = [_scale_parts({part: lr / config.lr for part, lr in config.part_lr.items()})] if config.part_lr else []
   return optax.chain(*clip, optax.adamw(schedule(config, steps), config.b1, config.b2, config.eps,
                                         weight_decay=config.weight_decay, mask=decay_mask), *rates)
-
-
-def check_spike(config: Spike) -> Spike:
-  """Returns `config`; raises UserError if its settings are out of range."""
-  if config.window < 0 or config.factor <= 0:
-    raise UserError(f"config.optim.spike: window={config.window} must be at least 0 and factor={config.factor} more "
-                    "than 0")
-  return config
 
 
 def limit(history: jax.Array, factor: float) -> jax.Array:

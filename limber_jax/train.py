@@ -67,7 +67,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   Raises:
     UserError: settings that do not fit together, or weights that are not there or do not fit.
   """
-  config_lib.check_numbers(config)
+  config_lib.check(config)
   mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
   task = registry.lookup("task", registry.TASKS, config.task).of(config)
@@ -128,7 +128,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
 
   def create(params, stats):
-    return TrainState.create(params, stats, tx, optim.check_spike(config.optim.spike).window)
+    return TrainState.create(params, stats, tx, config.optim.spike.window)
 
   like = laid_out(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
 
@@ -203,7 +203,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       config.data.damaged allows, a data worker that is gone, or a checkpoint that could not be saved: the run ends
       there rather than take steps that the next fault would lose.
   """
-  config_lib.check_numbers(config)
+  config_lib.check(config)
+  config_lib.check_best(config)
   with contextlib.ExitStack() as until_end:
     held = until_end.enter_context(lock.Lock(
       os.path.join(workdir, lock.NAME), what=workdir, otherwise="choose another --workdir", first=parallel.from_first,

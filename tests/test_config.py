@@ -1,13 +1,14 @@
 """A configuration comes back from its JSON, and nothing else passes for one."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from limber_jax import cli, registry
-from limber_jax.config import Evaluation, Source, check_numbers, from_json, to_json
+from limber_jax import cli, help, ranges, registry
+from limber_jax.config import Evaluation, Source, check, check_best, from_json, missing_best, to_json
 from limber_jax.errors import UserError
 from limber_jax.train import setup, train
 
@@ -20,7 +21,7 @@ def test_an_experiment_comes_back_from_its_json(path):
   config = cli.load_experiment(str(path))
   back = from_json(to_json(config), "x")
   assert back == config and type(back.model) is type(config.model)
-  check_numbers(config)
+  check(config)
 
 
 def test_names_with_dots_come_back():
@@ -79,16 +80,72 @@ def test_what_is_no_json_object_is_no_configuration(text):
     from_json(text, "x")
 
 
-@pytest.mark.parametrize(("name", "value", "least"), [
-  ("batch_size", 0, 1), ("batch_size", -8, 1), ("log_every", 0, 1), ("checkpoint.every", 0, 1), ("steps", 0, 1),
-  ("loss.accumulate", 0, 1), ("data.workers", -1, 0), ("optim.max_skips", 0, 1), ("evals.digits.batch_size", 0, 1)])
-def test_a_number_that_is_too_small_is_one_line(name, value, least, tmp_path):
+@pytest.mark.parametrize(("name", "value", "wanted"), [
+  ("batch_size", 0, "1 or more"), ("log_every", 0, "1 or more"), ("checkpoint.every", -5, "1 or more"),
+  ("evals.digits.batch_size", 0, "1 or more"), ("data.workers", -1, "0 or more"),
+  ("optim.clip_norm", -1.0, "0 or more"),
+  ("optim.b1", 1.5, "less than 1"), ("optim.b2", 1 - 1e-12, "less than 1"), ("optim.eps", 0.0, "more than 0"),
+  ("optim.weight_decay", -1.0, "0 or more"), ("watchdog", -1.0, "0, or 1 or more"),
+  ("seed", 10**20, "4294967295 or less"), ("decoding.beams", 10**6, "1000 or less"),
+  ("data.crop_scale", (0.5, math.nan), "a finite number"), ("optim.part_lr", {"prompt": math.inf}, "a finite number"),
+  ("optim.eps", 1e-50, "0, or a number that is not 0 in float32 (1.2e-38 or more)"),
+  ("model.lm.layers", 60_000, "10000 or less"), ("model.lm.heads", 0, "1 or more"),
+  ("model.image.std", (0.2, 0.0, 0.2), "1e-06 or more")])
+def test_a_number_out_of_its_range_is_one_line_wherever_it_is_read(name, value, wanted, tmp_path):
   config = cli.load_experiment(str(LIMBER))
   holder, *fields, last = config, *name.split(".")
   for field in fields:
     holder = holder[field] if isinstance(holder, dict) else getattr(holder, field)
   setattr(holder, last, value)
+  path = f"{name}.prompt" if isinstance(value, dict) else name
+  message = rf"{re.escape(path)}=\S+: wanted {re.escape(wanted)}$"
   for call in (lambda: train(config, str(tmp_path / "run")), lambda: setup(config)):
-    with pytest.raises(UserError, match=f"^config.{re.escape(name)}={value}: wanted {least} or more$"):
+    with pytest.raises(UserError, match=f"^config.{message}"):
       call()
+  with pytest.raises(UserError, match=f"^runs/x/config.json: {message}"):
+    from_json(to_json(config), "runs/x/config.json")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+  ({"data": {"workers": 2}}, "data: expected Data, got {'workers': 2}"),
+  ({"steps": "10"}, "steps: expected int, got '10'"), ({"steps": 10.0}, "steps: expected int, got 10.0"),
+  ({"model": "clip_vit_b32"}, "model: expected a size, such as models.clip.SIZES"),
+  ({"evals": {"a.b": Evaluation()}}, "evals: expected names without dots, got 'a.b'"),
+  ({"evals": {"a": {"name": "zeroshot"}}}, "evals.a: expected Evaluation, got {'name': 'zeroshot'}"),
+  ({"trainable": "prompt"}, r"trainable: expected tuple\[str, ...\], got 'prompt'")])
+def test_what_is_of_another_type_in_an_experiment_is_named(change, message, tmp_path):
+  config = cli.load_experiment(str(LIMBER))
+  for name, value in change.items():
+    setattr(config, name, value)
+  with pytest.raises(UserError, match=f"^config.{message}"):
+    train(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("best", ["top1", "digit/top1", "digits", "words/top1"])
+def test_the_best_checkpoint_is_by_a_metric_of_an_evaluation_in_training(best):
+  config = cli.load_experiment(str(LIMBER))
+  config.checkpoint.best, config.evals["words"] = best, Evaluation(every=-1)
+  with pytest.raises(UserError, match=rf"checkpoint.best='{best}': wanted a metric .* such as digits/top1; those of t"):
+    check_best(config)
+  config.checkpoint.best = "digits/cider"
+  check_best(config)
+  assert missing_best("digits/cider", {"digits/top1": 0.5, "words/top1": 0.5}).endswith("there are digits/top1")
+  assert not missing_best("digits/cider", {"digits/cider": 0.5}) and not missing_best("digits/cider", {"words/top1": 1})
+
+
+def test_a_range_says_what_it_allows():
+  assert str(ranges.Range(at_least=0, below=1)) == "0 or more and less than 1"
+  assert str(ranges.Range(at_least=1, or_zero=True)) == "0, or 1 or more"
+  assert str(ranges.Range(at_least=0, at_most=255)) == "0 to 255"
+  assert str(ranges.Range(choices=("", "csv"))) == '"" | csv'
+  assert str(ranges.ANY) == ""
+
+
+def test_every_number_of_every_configuration_has_a_range():
+  open_ended = {"model.mean", "model.image.mean", "model.others.NAME.image.mean"}  # any finite number
+  for name, field, hint, _ in help.fields():
+    bare = field.metadata.get("range") is None
+    assert not bare or hint in (str, bool) or str in getattr(hint, "__args__", ()) or "Source" in str(hint), name
+    if hint in (int, float):
+      assert str(ranges.range_of(field)) or name.removeprefix("config.") in open_ended, name

@@ -321,10 +321,10 @@ def test_filters_are_those_of_transformers(transformers):
 
 @pytest.mark.parametrize("settings,message", [
   (Decoding("gready"), "decoding.method='gready': choose one of greedy, sample, beam"),
-  (Decoding("sample", temperature=0.0), "decoding.temperature=0.0: expected a number above 0; method='greedy' is"),
+  (Decoding("sample", temperature=0.0), "decoding.temperature=0.0: wanted more than 0"),
   (Decoding("sample", top_k=-1), "decoding.top_k=-1"),
-  (Decoding("sample", top_p=1.5), "decoding.top_p=1.5: expected a probability"),
-  (Decoding("beam", beams=0), "decoding.beams=0: expected at least 1"),
+  (Decoding("sample", top_p=1.5), "decoding.top_p=1.5: wanted 1 or less"),
+  (Decoding("beam", beams=0), "decoding.beams=0: wanted 1 or more"),
   (Decoding(temperature=0.7), "decoding.temperature=0.7 is for method='sample', but the method is 'greedy'"),
   (Decoding("beam", top_p=0.9), "decoding.top_p=0.9 is for method='sample', but the method is 'beam'"),
   (Decoding("sample", beams=3), "decoding.beams=3 is for method='beam'"),

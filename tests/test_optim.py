@@ -92,4 +92,4 @@ def test_a_window_takes_the_newest_in_the_place_of_the_oldest():
 @pytest.mark.parametrize("change", [{"window": -1}, {"window": 8, "factor": 0.0}])
 def test_an_impossible_window_is_refused(change):
   with pytest.raises(UserError, match="config\\.optim\\.spike"):
-    optim.check_spike(Spike(**change))
+    optim.make(Optim(spike=Spike(**change)), 3000)

@@ -15,8 +15,8 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "config", "registry", "errors", "cli", "log", "parallel", "signals", "peers", "goodput",
-   "watchdog", "lock", "streams", "atomic"},
+  {"__init__", "losses", "config", "ranges", "registry", "errors", "cli", "help", "log", "parallel", "signals", "peers",
+   "goodput", "watchdog", "lock", "streams", "atomic"},
   {"models", "optim", "data", "metrics"},
   {"state", "checkpoint"},
   {"weights", "generate"},

@@ -9,9 +9,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute, choose
+from limber_jax.config import Compute
 from limber_jax.models.layers import LayerNorm
 from limber_jax.models.linear import Dense, broadcast
+from limber_jax.ranges import ranged
 
 KINDS = ("", "normal", "parallel", "scaled_parallel")
 NAMES = ("adapter_attn", "adapter_mlp")  # of the modules in a block, by which their parameters are split off
@@ -26,9 +27,9 @@ class AdapterSize:
   MLP, 235.0 M parameters in GPT-J; its later ones are on both, with downsample=8.
   """
 
-  mlp: str = ""
-  attention: str = ""
-  downsample: int = 4       # width of the model / width of the bottleneck
+  mlp: str = ranged("", choices=KINDS)
+  attention: str = ranged("", choices=KINDS)
+  downsample: int = ranged(4, at_least=1, at_most=10**6)  # width of the model / width of the bottleneck
   layer_norm: bool = False  # before the bottleneck
 
 
@@ -66,7 +67,7 @@ def adapted(size: AdapterSize | None, place: str, compute: Compute) -> Callable[
     place: "attention" or "mlp".
     compute: of the model.
   """
-  kind = choose(f"adapters.{place}", getattr(size, place), KINDS) if size else ""
+  kind = getattr(size, place) if size else ""
   if not kind:
     return lambda x, y: y
   return Adapter(kind, size, compute, name={"attention": "adapter_attn", "mlp": "adapter_mlp"}[place])

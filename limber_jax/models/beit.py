@@ -16,24 +16,25 @@ from limber_jax.config import Compute
 from limber_jax.models.layers import ACTIVATIONS, BLOCK_SHARDING, Features, LayerNorm, Rows, scan, under
 from limber_jax.models.linear import Conv, Dense, broadcast
 from limber_jax.parallel import BATCH, constrain
+from limber_jax.ranges import ranged
 
 
 @dataclass
 class BeitSize:
   """Sizes of a BEiT."""
 
-  kind: str = "beit"
-  image_size: int = 224  # pixels a side
-  patch: int = 16        # pixels a side
-  width: int = 1024
-  layers: int = 24
-  heads: int = 16
-  mlp_ratio: int = 4
+  kind: str = ranged("beit", choices=("beit",))
+  image_size: int = ranged(224, at_least=1, at_most=4096)  # pixels a side
+  patch: int = ranged(16, at_least=1, at_most=4096)        # pixels a side; divides image_size
+  width: int = ranged(1024, at_least=1, at_most=10**6)
+  layers: int = ranged(24, at_least=1, at_most=10_000)
+  heads: int = ranged(16, at_least=1, at_most=10**6)  # divide the width
+  mlp_ratio: int = ranged(4, at_least=1, at_most=1000)
   shared_positions: bool = True  # one table of position biases for all blocks (pt22k), or one a block (ft22k)
   pooler: bool = False           # LayerNorm on the mean of the tokens; only fine-tuned weights have one
   # Share of samples for which the last block skips a branch, when `train`; it falls linearly to 0 at the first. HF's
   # checkpoints say 0.1, and LiMBeR's code, which put the frozen encoder in train mode, dropped them.
-  drop_path: float = 0.0
+  drop_path: float = ranged(0.0, at_least=0, below=1)
 
   @property
   def num_tokens(self) -> int:

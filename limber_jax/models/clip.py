@@ -1,7 +1,6 @@
 """CLIP: an image tower and a text tower into one embedding space. Source: arXiv 2103.00020."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import LATER, Compute, choose, unflatten
+from limber_jax import ranges
+from limber_jax.config import Compute, unflatten
 from limber_jax.errors import UserError
 from limber_jax.models import resnet, text, vit
 from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
 from limber_jax.models.resnet import ResNet, ResNetSize
 from limber_jax.models.text import TextSize, TextTransformer
 from limber_jax.models.vit import ViT, ViTSize
+from limber_jax.ranges import ranged
 
 # OpenAI's statistics of its training images, on the scale 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,18 +33,19 @@ PIXELS = ("mean", "std", "resize", "resample", "resize_to", "crop_rounding", "fi
 class ClipSize:
   """Everything that defines a CLIP but its weights."""
 
-  embed_dim: int = 512
+  embed_dim: int = ranged(512, at_least=1, at_most=10**6)
   image: ViTSize | ResNetSize = field(default_factory=ViTSize)
   text: TextSize = field(default_factory=TextSize)
-  activation: str = "quick_gelu"
+  activation: str = ranged("quick_gelu", choices=tuple(ACTIVATIONS))
   # How an image becomes pixels; data.transforms.ResizeCrop says what the words mean.
-  mean: tuple[float, float, float] = MEAN
-  std: tuple[float, float, float] = STD
-  resize: str = field(default="shortest", metadata=LATER)      # shortest | longest | squash | native
-  resample: str = field(default="bicubic", metadata=LATER)     # a filter of PIL's
-  resize_to: int = field(default=0, metadata=LATER)            # pixels of the side that is resized; 0 = image_size
-  crop_rounding: str = field(default="even", metadata=LATER)   # even: torchvision's | down: transformers'
-  fill_color: int = field(default=0, metadata=LATER)           # grey beside images that are smaller than the crop
+  mean: tuple[float, float, float] = ranged(MEAN)
+  std: tuple[float, float, float] = ranged(STD, at_least=1e-6)
+  resize: str = ranged("shortest", choices=RESIZES, later=True)  # shortest | longest | squash | native
+  resample: str = ranged("bicubic", choices=RESAMPLES, later=True)  # a filter of PIL's
+  # pixels of the side that is resized; 0 = image_size
+  resize_to: int = ranged(0, at_least=0, at_most=16_384, later=True)
+  crop_rounding: str = ranged("even", choices=ROUNDINGS, later=True)  # even: torchvision's | down: transformers'
+  fill_color: int = ranged(0, at_least=0, at_most=255, later=True)  # grey beside images that are smaller than the crop
 
 
 def _size(embed_dim, image, text_width) -> Callable[[], ClipSize]:
@@ -149,27 +151,10 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
   return (images.astype(jnp.float32) / 255 - m) / s
 
 
-def check_pixels(size: Any) -> None:
-  """Raises UserError if a ClipSize or EncoderSize says of the pixels what cannot be."""
-  choose("model.resize", size.resize, RESIZES)
-  choose("model.resample", size.resample, RESAMPLES)
-  choose("model.crop_rounding", size.crop_rounding, ROUNDINGS)
-  if size.resize_to < 0:
-    raise UserError(f"config.model.resize_to={size.resize_to}: wanted pixels, or 0 for as many as the model takes")
-  if not 0 <= size.fill_color <= 255:
-    raise UserError(f"config.model.fill_color={size.fill_color}: wanted 0 to 255")
-  for name in ("mean", "std"):
-    value = getattr(size, name)
-    if len(value) != 3 or not all(math.isfinite(x) and (x != 0 or name == "mean") for x in value):
-      raise UserError(f"config.model.{name}={value}: wanted three numbers"
-                      f"{', none of them 0' if name == 'std' else ''}")
-
-
 def build(size: ClipSize, compute: Compute) -> Clip:
   """Returns the towers of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
-  choose("model.activation", size.activation, tuple(ACTIVATIONS))
-  check_pixels(size)
-  choose("compute.dtype", compute.dtype, ("float32", "bfloat16", "float16"))
+  ranges.check(size, "config.model.")
+  ranges.check(compute, "config.compute.")
   i = size.image
   if isinstance(i, ViTSize):
     if i.image_size % i.patch:

@@ -12,16 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import LATER, Compute, choose
+from limber_jax import ranges
+from limber_jax.config import Compute
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import beit, clip, nfnet, resnet, vit
 from limber_jax.models.beit import Beit, BeitSize
 from limber_jax.models.clip import ClipSize, normalise
-from limber_jax.models.layers import Features, Rows, under
+from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
 from limber_jax.models.nfnet import NfResNet, NfResNetSize
 from limber_jax.models.resnet import ResNet, ResNetSize
 from limber_jax.models.vit import ViT, ViTSize
 from limber_jax.parallel import Rules
+from limber_jax.ranges import ranged
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,19 +38,21 @@ class EncoderSize:
   """Everything that defines an image encoder but its weights."""
 
   tower: Tower = field(default_factory=ViTSize)
-  mean: tuple[float, ...] = clip.MEAN  # of the training images, on the scale 0..1
-  std: tuple[float, ...] = clip.STD
+  mean: tuple[float, ...] = ranged(clip.MEAN, length=3)  # of the training images, on the scale 0..1
+  std: tuple[float, ...] = ranged(clip.STD, at_least=1e-6, length=3)
   # shortest: the short side to image_size, then the central square | squash: straight to a square, aspect not kept |
   # longest: the long side, and fill_color beside it | native: the central square of the pixels as they are, whatever
   # the directory of the weights says; black where the image is smaller
-  resize: str = "shortest"
-  resample: str = "bicubic"            # a filter of PIL's
-  features: str = "tokens"             # tokens | pooled: what goes to the language model
-  embed_dim: int = 512                 # E of CLIP's towers; the others pool to their own width
-  activation: str = "quick_gelu"       # of CLIP's towers
-  resize_to: int = field(default=0, metadata=LATER)           # pixels of the side that is resized; 0 = image_size
-  crop_rounding: str = field(default="even", metadata=LATER)  # even: torchvision's | down: transformers'
-  fill_color: int = field(default=0, metadata=LATER)          # grey beside images that are smaller than the crop
+  resize: str = ranged("shortest", choices=clip.RESIZES)
+  resample: str = ranged("bicubic", choices=clip.RESAMPLES)  # a filter of PIL's
+  features: str = ranged("tokens", choices=FEATURES)  # tokens | pooled: what goes to the language model
+  # E of CLIP's towers; the others pool to their own width
+  embed_dim: int = ranged(512, at_least=1, at_most=10**6)
+  activation: str = ranged("quick_gelu", choices=tuple(ACTIVATIONS))  # of CLIP's towers
+  # pixels of the side that is resized; 0 = image_size
+  resize_to: int = ranged(0, at_least=0, at_most=16_384, later=True)
+  crop_rounding: str = ranged("even", choices=clip.ROUNDINGS, later=True)  # even: torchvision's | down: transformers'
+  fill_color: int = ranged(0, at_least=0, at_most=255, later=True)  # grey beside images that are smaller than the crop
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,8 @@ class Encoder:
   @classmethod
   def of(cls, size: EncoderSize, compute: Compute) -> "Encoder":
     """Returns the encoder of `size`, computing as `compute` says; raises UserError if its sizes do not fit together."""
-    clip.check_pixels(size)
-    choose("model.features", size.features, FEATURES)
-    choose("compute.dtype", compute.dtype, ("float32", "bfloat16", "float16"))
+    ranges.check(size, "config.model.")
+    ranges.check(compute, "config.compute.")
     t = size.tower
     if isinstance(t, ViTSize | ResNetSize):
       return cls(size, clip.build(ClipSize(size.embed_dim, t, activation=size.activation), compute).image)

@@ -11,25 +11,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute, choose
+from limber_jax import ranges
+from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models.adapters import AdapterSize, adapted
 from limber_jax.models.layers import BLOCK_SHARDING, REMAT, LayerNorm, Rows, under
 from limber_jax.models.linear import Dense, broadcast, matmul
 from limber_jax.parallel import BATCH, constrain
+from limber_jax.ranges import COUNT, ranged
 
 
 @dataclass(unsafe_hash=True)  # an attribute of linen modules, which are hashed; not to be changed once built
 class GPTJSize:
   """Sizes of a GPT-J; the defaults are those of the published 6B."""
 
-  kind: str = "gptj"
-  vocab: int = 50_400    # 50,257 of GPT-2 and rows that no text uses
-  context: int = 2048    # tokens
-  width: int = 4096
-  layers: int = 28
-  heads: int = 16
-  rotary: int = 64       # dimensions of each head that positions turn
+  kind: str = ranged("gptj", choices=("gptj",))
+  vocab: int = ranged(50_400, at_least=2, at_most=COUNT)  # 50,257 of GPT-2 and rows that no text uses
+  context: int = ranged(2048, at_least=1, at_most=10**7)  # tokens
+  width: int = ranged(4096, at_least=1, at_most=10**6)
+  layers: int = ranged(28, at_least=1, at_most=10_000)
+  heads: int = ranged(16, at_least=1, at_most=10**6)      # divide the width
+  rotary: int = ranged(64, at_least=2, at_most=10**6)     # even; dimensions of each head that positions turn
 
 
 SIZES: dict[str, Callable[[], GPTJSize]] = {
@@ -161,7 +163,7 @@ class GPTJ(nn.Module):
   def setup(self):
     size = self.size
     check(size, self.adapters)
-    choose("compute.dtype", self.compute.dtype, ("float32", "bfloat16", "float16"))
+    ranges.check(self.compute, "config.compute.")
     self.embedding = self.param("embedding", nn.initializers.normal(0.02), (size.vocab, size.width))
     self.ln_f = LayerNorm()
     self.head = Head(size.vocab)
@@ -222,7 +224,7 @@ class GPTJ(nn.Module):
 
 def _scan(length: int, compute: Compute) -> Callable[..., nn.Module]:
   """Returns the block `length` times, as models.layers.scan does; of its arguments all but the past are shared."""
-  block, policy = Block, REMAT[choose("compute.remat", compute.remat, tuple(REMAT))]
+  block, policy = Block, REMAT[compute.remat]
   if policy is not None:
     block = nn.remat(block, prevent_cse=False, policy=policy)
   shared = (nn.broadcast,) * 4
@@ -231,7 +233,10 @@ def _scan(length: int, compute: Compute) -> Callable[..., nn.Module]:
 
 
 def check(size: GPTJSize, adapters: AdapterSize | None = None) -> None:
-  """Raises UserError if the sizes do not fit together."""
+  """Raises UserError if the sizes cannot be, or do not fit together."""
+  ranges.check(size, "model.")
+  if adapters is not None:
+    ranges.check(adapters, "adapters.")
   if size.width % size.heads:
     raise UserError(f"model: {size.heads} heads do not divide a width of {size.width}")
   if size.rotary % 2 or not 0 < size.rotary <= size.width // size.heads:

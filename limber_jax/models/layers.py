@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import Compute, choose
+from limber_jax.config import Compute
 from limber_jax.models.linear import Dense
 from limber_jax.parallel import BATCH, constrain
 
@@ -117,7 +117,6 @@ def attention_kernel(compute: Compute, head_width: int) -> str:
   "auto" takes cuDNN's flash attention where it runs: an NVIDIA GPU of compute capability 8.0 or later, half precision,
   and a head width that is a multiple of 8, at most 128.
   """
-  choose("compute.attention", compute.attention, ("auto", "xla", "cudnn"))
   if compute.attention != "auto":
     return compute.attention
   if jax.default_backend() != "gpu" or compute.dtype == "float32" or head_width % 8 or head_width > 128:
@@ -185,7 +184,7 @@ def scan(block: type[nn.Module], length: int, compute: Compute) -> Callable[...,
     length: number of repetitions.
     compute: its `remat` says what the backward pass keeps, its `unroll` how many blocks one iteration holds.
   """
-  policy = REMAT[choose("compute.remat", compute.remat, tuple(REMAT))]
+  policy = REMAT[compute.remat]
   if policy is not None:
     # Under scan nothing can be merged with the forward pass, so the barrier of prevent_cse would only cost.
     block = nn.remat(block, prevent_cse=False, policy=policy)

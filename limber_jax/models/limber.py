@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from limber_jax import ranges
 from limber_jax.config import Compute
 from limber_jax.models import adapters, gptj, prompt
 from limber_jax.models.adapters import AdapterSize
@@ -17,14 +18,15 @@ from limber_jax.models.encoders import Encoder, EncoderSize
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
 from limber_jax.parallel import Rules, within
+from limber_jax.ranges import ranged
 
 
 @dataclass
 class PromptSize:
   """What the linear map is, beside the widths it joins."""
 
-  per_feature: int = 1       # k, prompt tokens that each feature becomes
-  dropout: float = 0.1       # of its outputs
+  per_feature: int = ranged(1, at_least=1, at_most=10**6)  # k, prompt tokens that each feature becomes
+  dropout: float = ranged(0.1, at_least=0, below=1)        # of its outputs
   layer_norm: bool = False   # after it: MAGMA's
 
 
@@ -64,6 +66,7 @@ class Limber:
   @classmethod
   def of(cls, size: LimberSize, compute: Compute) -> "Limber":
     """Returns the models of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
+    ranges.check(size, "config.model.")
     has_adapters = size.adapters.mlp or size.adapters.attention
     lm = GPTJ(size.lm, compute, size.adapters if has_adapters else None)
     gptj.check(size.lm, lm.adapters)

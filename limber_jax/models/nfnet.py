@@ -17,16 +17,19 @@ from limber_jax.config import Compute
 from limber_jax.models.layers import Features, Rows, scan, under
 from limber_jax.models.linear import broadcast, conv
 from limber_jax.parallel import BATCH, constrain
+from limber_jax.ranges import ranged
 
 
 @dataclass
 class NfResNetSize:
   """Sizes of an NF-ResNet."""
 
-  kind: str = "nf_resnet"
-  image_size: int = 384                      # pixels a side; any will do: the weights were trained at 256
-  layers: tuple[int, ...] = (3, 4, 6, 3)     # blocks in each of the four stages
-  width: int = 64                            # channels after the stem
+  kind: str = ranged("nf_resnet", choices=("nf_resnet",))
+  # pixels a side; any will do: the weights were trained at 256
+  image_size: int = ranged(384, at_least=1, at_most=4096)
+  # blocks in each of the four stages
+  layers: tuple[int, ...] = ranged((3, 4, 6, 3), at_least=1, at_most=10_000, length=4)
+  width: int = ranged(64, at_least=1, at_most=10**5)  # channels after the stem
 
   @property
   def num_tokens(self) -> int:

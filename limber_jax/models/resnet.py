@@ -14,17 +14,19 @@ from limber_jax.config import Compute
 from limber_jax.models.layers import BatchNorm, Features, Rows, attention_kernel, scan, torch_uniform, under
 from limber_jax.models.linear import Conv, Dense, broadcast
 from limber_jax.parallel import BATCH, constrain
+from limber_jax.ranges import ranged
 
 
 @dataclass
 class ResNetSize:
   """Sizes of a ModifiedResNet."""
 
-  kind: str = "resnet"
-  image_size: int = 224                             # pixels a side
-  layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # blocks in each of the four stages
-  width: int = 64                                   # channels after the stem
-  heads: int = 32                                   # of the attention pooling
+  kind: str = ranged("resnet", choices=("resnet",))
+  image_size: int = ranged(224, at_least=32, at_most=4096)  # pixels a side; a multiple of 32
+  # blocks in each of the four stages
+  layers: tuple[int, int, int, int] = ranged((3, 4, 6, 3), at_least=1, at_most=10_000)
+  width: int = ranged(64, at_least=2, at_most=10**5)  # channels after the stem; even
+  heads: int = ranged(32, at_least=1, at_most=10**6)  # of the attention pooling; divide 32 times the width
 
   @property
   def num_tokens(self) -> int:

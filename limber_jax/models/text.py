@@ -1,12 +1,12 @@
 """CLIP's text transformer. Source: CLIP (arXiv 2103.00020), section 2.4, and OpenAI's release."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from limber_jax.config import LATER, Compute
+from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models.layers import (
   BLOCK_SHARDING,
@@ -21,20 +21,21 @@ from limber_jax.models.layers import (
   under,
 )
 from limber_jax.models.linear import Dense, broadcast
+from limber_jax.ranges import COUNT, ranged
 
 
 @dataclass
 class TextSize:
   """Sizes of the text transformer."""
 
-  context: int = 77      # tokens, start and end included
-  vocab: int = 49_408
-  width: int = 512
-  layers: int = 12
-  heads: int = 8
+  context: int = ranged(77, at_least=2, at_most=10**6)   # tokens, start and end included
+  vocab: int = ranged(49_408, at_least=2, at_most=COUNT)
+  width: int = ranged(512, at_least=1, at_most=10**6)
+  layers: int = ranged(12, at_least=1, at_most=10_000)
+  heads: int = ranged(8, at_least=1, at_most=10**6)  # divide the width
   # The id that ends a text, which is pooled where it comes first; -1: the highest id that the text holds, as OpenAI
   # had it. A vocabulary with ids above that of the end needs the former.
-  eos: int = field(default=-1, metadata=LATER)
+  eos: int = ranged(-1, at_least=-1, at_most=COUNT, later=True)
 
 
 def check_end(size: TextSize, eot: int, where: str) -> None:

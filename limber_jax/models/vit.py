@@ -21,18 +21,19 @@ from limber_jax.models.layers import (
   under,
 )
 from limber_jax.models.linear import Conv, Dense, broadcast
+from limber_jax.ranges import ranged
 
 
 @dataclass
 class ViTSize:
   """Sizes of a Vision Transformer."""
 
-  kind: str = "vit"
-  image_size: int = 224  # pixels a side
-  patch: int = 32        # pixels a side
-  width: int = 768
-  layers: int = 12
-  heads: int = 12
+  kind: str = ranged("vit", choices=("vit",))
+  image_size: int = ranged(224, at_least=1, at_most=4096)  # pixels a side
+  patch: int = ranged(32, at_least=1, at_most=4096)        # pixels a side; divides image_size
+  width: int = ranged(768, at_least=1, at_most=10**6)
+  layers: int = ranged(12, at_least=1, at_most=10_000)
+  heads: int = ranged(12, at_least=1, at_most=10**6)  # divide the width
 
   @property
   def num_tokens(self) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax import losses
-from limber_jax.config import Captions, Config, Data, Decoding, choose, flatten
+from limber_jax import losses, ranges
+from limber_jax.config import Captions, Config, Data, Decoding, flatten
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
@@ -47,12 +47,11 @@ class Captioning:
     if not isinstance(config.model, LimberSize):
       raise UserError(f"task 'captioning' needs a models.limber.LimberSize, got {type(config.model).__name__}")
     c, k, n = config.captions, config.loss.accumulate, config.batch_size
-    choose("captions.eos", c.eos, ("always", "reference"))
-    choose("captions.mean", c.mean, ("tokens", "reference"))
-    choose("captions.encoder", c.encoder, ("eval", "train"))
-    if "reference" in (c.eos, c.mean) and (c.micro_batch < 1 or n % c.micro_batch):
+    ranges.check(c, "config.captions.")
+    ranges.check(config.loss, "config.loss.")
+    if "reference" in (c.eos, c.mean) and n % c.micro_batch:
       raise UserError(f"config.captions.micro_batch={c.micro_batch} does not divide config.batch_size={n}")
-    if k < 1 or n % k:
+    if n % k:
       raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={n}")
     model = Limber.of(config.model, config.compute)
     if any(p.startswith("image") for p in config.trainable) and config.data.features:

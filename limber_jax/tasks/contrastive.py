@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax import losses
-from limber_jax.config import Config, Data, choose
+from limber_jax import losses, ranges
+from limber_jax.config import Config, Data
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
@@ -33,10 +33,10 @@ class Contrastive:
   def of(cls, config: Config) -> "Contrastive":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     loss = config.loss
-    choose("loss.kind", loss.kind, ("softmax", "sigmoid"))
+    ranges.check(loss, "config.loss.")
     if not isinstance(config.model, clip.ClipSize):
       raise UserError(f"task 'contrastive' needs a model from models.clip.SIZES, got {type(config.model).__name__}")
-    if loss.accumulate < 1 or config.batch_size % loss.accumulate:
+    if config.batch_size % loss.accumulate:
       raise UserError(f"config.loss.accumulate={loss.accumulate} does not divide config.batch_size={config.batch_size}")
     if loss.accumulate > 1 and isinstance(config.model.image, clip.ResNetSize) and "image" in config.trainable:
       raise UserError(f"config.loss.accumulate={loss.accumulate}: BatchNorm of a trained ResNet takes its statistics "

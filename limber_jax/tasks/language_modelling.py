@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax import losses
+from limber_jax import losses, ranges
 from limber_jax.config import Config, Data
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
@@ -38,7 +38,8 @@ class LanguageModelling:
     if not isinstance(size, GPTJSize):
       raise UserError(f"task 'language_modelling' needs a size of models.gptj.SIZES, got {type(size).__name__}")
     gptj.check(size)
-    if k < 1 or config.batch_size % k:
+    ranges.check(config.loss, "config.loss.")
+    if config.batch_size % k:
       raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={config.batch_size}")
     if config.data.length > size.context:
       raise UserError(f"config.data.length={config.data.length} is more than the model's context of {size.context}")

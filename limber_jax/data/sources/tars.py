@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from limber_jax.config import Source, choose
+from limber_jax import ranges
+from limber_jax.config import Source
 
 KEEP = "fetch it again, or read what is whole in it with source.incomplete=keep"
 
@@ -41,7 +42,8 @@ class CutOff(ValueError):
 
 def keeps(config: Source) -> bool:
   """Returns whether tars that are cut off are read; raises UserError if config.incomplete says nothing of it."""
-  return choose("data.source.incomplete", config.incomplete, ("refuse", "keep")) == "keep"
+  ranges.check(config, "config.data.source.")
+  return config.incomplete == "keep"
 
 
 def cut_off(path: str) -> CutOff | None:

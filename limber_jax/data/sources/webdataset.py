@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax.config import Source, choose
+from limber_jax import ranges
+from limber_jax.config import Source
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
@@ -200,7 +201,8 @@ def _split(config: Source) -> str:
 
 def _rule(config: Source) -> Rule:
   """Returns how members become records; raises UserError of keys that no name can end in."""
-  first = choose("data.source.key_dot", config.key_dot, ("last", "first")) == "first"
+  ranges.check(config, "config.data.source.")
+  first = config.key_dot == "first"
   image, text = config.image_key.strip(".").lower(), config.text_key.strip(".").lower() * ("." in config.text_key)
   for name, suffix in (("image_key", config.image_key), ("text_key", text)):
     if suffix and not re.fullmatch(r"\.?[^/\0]{1,100}", suffix):
