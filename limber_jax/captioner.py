@@ -19,12 +19,12 @@ import numpy as np
 from absl import flags
 
 import limber_jax
-from limber_jax import cli, parallel
+from limber_jax import cli, inputs, parallel
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract
 from limber_jax.classify import attempt
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
-from limber_jax.data import transforms
+from limber_jax.data import transforms, vocabularies
 from limber_jax.data.images import ImageFlags, ImageOptions
 from limber_jax.data.sources import folder
 from limber_jax.errors import UserError, did_you_mean
@@ -166,9 +166,8 @@ def read_run(workdir: str) -> Config:
   """Returns the experiment of a workdir; raises UserError if there is none, or one that writes no captions."""
   path = os.path.join(workdir, "config.json")
   try:
-    with open(path, encoding="utf-8") as file:
-      text = file.read()
-  except (OSError, UnicodeDecodeError) as error:
+    text = inputs.text(path, inputs.CONFIG)
+  except (OSError, UnicodeDecodeError, UserError) as error:
     raise UserError(f"--workdir={workdir}: no run there (config.json: {getattr(error, 'strerror', None) or error}); "
                     f"train one with python -m limber_jax.train --config=… --workdir={workdir}") from error
   return _captioning(config_lib.from_json(text, path), path)
@@ -177,6 +176,7 @@ def read_run(workdir: str) -> Config:
 def _captioning(config: Config, where: str) -> Config:
   if config.task != "captioning":
     raise UserError(f"{where}: a run of task {config.task!r}, which writes no captions; expected 'captioning'")
+  vocabularies.check_stored(config.data.tokenizer, where)
   return config
 
 

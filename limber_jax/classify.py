@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from limber_jax import cli, config, parallel
+from limber_jax import cli, config, inputs, parallel
 from limber_jax.config import Compute
 from limber_jax.data import tokenizers, transforms
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions
@@ -27,6 +27,7 @@ from limber_jax.models import clip
 from limber_jax.models.text import check_end
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
+from limber_jax.weights.configs import naming
 
 
 class Classifier:
@@ -139,8 +140,9 @@ def own_images(weights: str) -> ImageOptions:
   path = os.path.join(weights, "config.json")
   if not os.path.isdir(os.path.join(weights, "checkpoints")) or not os.path.isfile(path):
     return ImageOptions()
-  with open(path, encoding="utf-8") as file:
-    return ImageOptions.of(config.from_json(file.read(), path).data)
+  with naming(path):
+    text = inputs.text(path, inputs.CONFIG)
+  return ImageOptions.of(config.from_json(text, path).data)
 
 
 def read_labels(given: Sequence[str], path: str) -> list[str]:

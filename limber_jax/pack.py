@@ -33,7 +33,7 @@ from typing import Any
 from absl import flags
 from PIL import Image
 
-from limber_jax import cli, lock, registry
+from limber_jax import cli, inputs, lock, registry
 from limber_jax.atomic import atomic_write
 from limber_jax.config import Source
 from limber_jax.data import checks, sources, text
@@ -68,7 +68,7 @@ def guess(path: str) -> str:
         return name
   suffix = os.path.splitext(path)[1].lower()
   if suffix == ".json" and os.path.isfile(path):
-    with open(path, "rb") as file:
+    with inputs.opened(path) as file:
       return "mixture" if b'"sources"' in file.read(2**16) else "coco"
   if suffix in _SUFFIXES:
     return _SUFFIXES[suffix]

@@ -5,11 +5,12 @@ tables as the source `captions` reads them (.tsv, .csv), or any other text with 
 --config.data.tokenizer.name=bpe --config.data.tokenizer.path=DIR.
 """
 
+import io
 from collections.abc import Iterator
 
 from absl import flags
 
-from limber_jax import cli, registry
+from limber_jax import cli, inputs, registry
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.tokenizers import BpeTokenizer
@@ -35,10 +36,10 @@ def lines(path: str) -> Iterator[str]:
     yield from captions(Source(name="captions", path=path))
     return
   try:
-    with open(path, "rb") as file:
+    with inputs.opened(path) as file:
       text.check_encoding(file.read(64), f"--source={path}")
-    with open(path, encoding="utf-8-sig") as file:
-      yield from map(text.clean, file)
+      file.seek(0)
+      yield from map(text.clean, io.TextIOWrapper(file, "utf-8-sig"))
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--source={path}: {error}") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from limber_jax import captioner, cli
+from limber_jax import captioner, cli, inputs
 from limber_jax.captioner import Captioner, Written
 from limber_jax.classify import attempt
 from limber_jax.data import text
@@ -57,8 +57,7 @@ def read_lines(path: str, flag: str, fields: Sequence[str]) -> list[dict[str, st
     UserError: no such file, nothing in it, or another object; the message names the line.
   """
   try:
-    with open(path, "rb") as file:
-      words = text.decode(file.read(), f"{flag}={path}")
+    words = text.decode(inputs.read(path, inputs.LIST), f"{flag}={path}")
   except OSError as error:
     raise UserError(f"{flag}={path}: cannot be read ({error.strerror or error})") from error
   if words.lstrip().startswith("[") and words.rstrip().endswith("]"):

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from limber_jax import registry
 from limber_jax.classify import find
 from limber_jax.config import Data, Source
-from limber_jax.data import images, transforms
+from limber_jax.data import bounds, images, transforms
 from limber_jax.data.images import ImageOptions
 from limber_jax.data.pipeline import data_fingerprint
 from limber_jax.data.tokenizers import ByteTokenizer
@@ -197,3 +197,72 @@ def test_folders_and_the_inspecting_command_know_the_formats(tmp_path):
   told = [json.loads(subprocess.run([*command, *more], capture_output=True, text=True, check=False).stdout)
           for more in ((), ("--formats=GIF",))]
   assert [t["unreadable"] for t in told] == [1, 0] and told[1]["formats"] == {"PNG": 1, "GIF": 1}
+
+
+def scans(width, height, more):
+  """Returns a progressive JPEG whose last scan, with its table, is repeated `more` times."""
+  data = saved(colours(width, height), "JPEG", progressive=True)
+  last = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))
+  return data[:-2] + data[last:-2] * more + data[-2:]
+
+
+def test_a_jpeg_is_read_up_to_a_number_of_scans_and_named_from_there_on():
+  most = scans(40, 30, bounds.MAX_SCANS - 10)  # libjpeg writes ten
+  np.testing.assert_array_equal(decode(most), pil(most))
+  with pytest.raises(UserError, match="JPEG file of more than 100 scans over 1,200 pixels; at most 100 scans"):
+    decode(scans(40, 30, bounds.MAX_SCANS - 9))
+  large = scans(6000, 5000, 24)  # 34 scans over 30 megapixels
+  start = bounds.check_parts(large)
+  with pytest.raises(UserError, match="JPEG file of more than 33 scans over 30,000,000 pixels"):
+    bounds.check_scans(large, start, 30_000_000)
+  bounds.check_scans(large, start, 29_000_000)
+
+
+def test_what_looks_like_a_scan_is_none():
+  whole = saved(colours(), "JPEG", progressive=True)
+  inner = whole.index(b"\xff\xc4", whole.index(b"\xff\xda"))  # a table between two scans
+  for comment in (b"\xff\xda" * 400, b"\xff\xd9" + b"\xff\xda" * 400):
+    segment = b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment
+    np.testing.assert_array_equal(decode(whole[:inner] + segment + whole[inner:]), pil(whole))
+    hidden = scans(20, 12, 200)
+    with pytest.raises(UserError, match="more than 100 scans"):
+      decode(hidden[:inner] + segment + hidden[inner:])
+  np.testing.assert_array_equal(decode(whole + b"\xff\xda" * 400), pil(whole))  # behind its end, as of several images
+  gray = saved(colours().convert("L"), "JPEG")
+  np.testing.assert_array_equal(decode(gray + b"\xff\xda" * 400), pil(gray))
+
+
+def chunk(name, data=b""):
+  return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+N = bounds.MAX_PARTS
+JPEG, PNG, GIF = (saved(colours(), format) for format in ("JPEG", "PNG", "GIF"))
+TABLE = 13 + 3 * (2 << (GIF[10] & 7))  # where a GIF's blocks begin
+FLOODS = {
+  "JPEG segments": (JPEG[:2], b"\xff\xfe\0\2", JPEG[2:]), "JPEG padding": (JPEG[:2], b"\xff", JPEG[2:]),
+  "JPEG of nothing": (JPEG[:2] + b"\xff\xfe\0\2", b"a", JPEG[2:]), "JPEG of stuffing": (JPEG[:2], b"\xff\0", JPEG[2:]),
+  "PNG chunks": (PNG[:33], chunk(b"tEXt", b"a\0b"), PNG[33:]), "PNG of no pixels": (PNG[:33], chunk(b"IDAT"), PNG[33:]),
+  "GIF comment": (GIF[:TABLE] + b"\x21\xfe", b"\1a", b"\0" + GIF[TABLE:]),
+  "GIF of nothing": (GIF[:TABLE], b"a", GIF[TABLE:]),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_of_parts_is_refused_before_the_file_is_opened_and_a_few_are_none(name):
+  begin, part, end = FLOODS[name]
+  with pytest.raises(UserError, match=rf"^{name[:4].strip()} file of more than 100,000 .* is not opened$"):
+    decode(begin + part * (N + 10) + end, ALL)
+  few = begin + part * 20 + end
+  np.testing.assert_array_equal(decode(few, ALL), pil(few))
+
+
+def test_a_tiff_of_too_many_strips_is_refused(monkeypatch):
+  entries = [(256, 1, 2), (257, 1, 40), (258, 1, 8), (259, 1, 1), (262, 1, 1), (273, 40, 122), (277, 1, 1), (278, 1, 1),
+             (279, 40, 282)]  # tag, count, value or place
+  head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHII", t, 4, *x) for t, *x in entries)
+  data = head + struct.pack("<I40I40I", 0, *[8] * 40, *[2] * 40)
+  assert decode(data, ALL).shape == (40, 2, 3)
+  monkeypatch.setattr(bounds, "MAX_PARTS", 39)
+  with pytest.raises(UserError, match="TIFF file of 40 strips; at most 39"):
+    decode(data, ALL)

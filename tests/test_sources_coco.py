@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data import transforms
-from limber_jax.data.sources import annotations
 from limber_jax.data.sources.coco import Coco
 from limber_jax.data.sources.digits import CLASSES, Digits
 from limber_jax.errors import UserError
@@ -211,12 +211,12 @@ def test_a_missing_file_is_told_with_what_belongs_there_and_its_page(tmp_path):
                                       r"nocaps.org/download.*did you mean 'captions_val2014.json'") as caught:
     coco(tmp_path / "annotations" / "captions_val204.json")
   assert "\n" not in str(caught.value)
-  with pytest.raises(UserError, match=r"is a directory; wanted .*known: captions_val2014\.json"):
+  with pytest.raises(UserError, match=r"a directory, not a file; wanted .*known: captions_val2014\.json"):
     coco(tmp_path / "annotations")
 
 
 def test_a_file_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(annotations, "MAX_BYTES", 10)
+  monkeypatch.setattr(inputs, "ANNOTATIONS", inputs.Kind("file of annotations", 10))
   with pytest.raises(UserError, match="at most 10 are read"):
     coco(official(tmp_path, [IMAGE], [CAPTION]))
 

@@ -16,7 +16,7 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # their neighbours in the same layer.
 LAYERS = (
   {"__init__", "losses", "config", "ranges", "registry", "errors", "cli", "help", "log", "parallel", "signals", "peers",
-   "goodput", "watchdog", "lock", "streams", "atomic"},
+   "goodput", "watchdog", "lock", "streams", "atomic", "inputs"},
   {"models", "optim", "data", "metrics"},
   {"state", "checkpoint"},
   {"weights", "generate"},

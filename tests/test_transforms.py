@@ -14,7 +14,6 @@ from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.data.transforms import (
   CROPS,
-  MAX_BYTES,
   MAX_PIXELS,
   RATIO,
   RESAMPLES,
@@ -24,6 +23,7 @@ from limber_jax.data.transforms import (
   random_box,
 )
 from limber_jax.errors import UserError
+from limber_jax.inputs import IMAGE
 
 
 def picture(width, height, seed=0):
@@ -219,9 +219,9 @@ class TestDecode:
 
   def test_a_file_of_too_many_bytes_is_refused_before_it_is_decoded(self):
     whole = encoded(picture(9, 9), "JPEG")
-    assert decode(whole + bytes(MAX_BYTES - len(whole))).shape == (9, 9, 3)
+    assert decode(whole + bytes(IMAGE.most - len(whole))).shape == (9, 9, 3)
     with pytest.raises(UserError, match=r"image of 20,000,001 bytes; at most 20,000,000"):
-      decode(whole + bytes(MAX_BYTES + 1 - len(whole)))
+      decode(whole + bytes(IMAGE.most + 1 - len(whole)))
 
   def test_a_text_where_an_image_is_wanted_is_told(self):
     with pytest.raises(UserError, match="a text without an image"):

@@ -9,6 +9,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from limber_jax.data import bounds
 from limber_jax.errors import UserError, did_you_mean
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -129,6 +130,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def sniff(data: bytes) -> tuple[str, Image.Transpose | None]:
   """Returns (which of FORMATS and MORE a file is, as Pillow names it, or ""; what its EXIF orientation asks for)."""
   try:
+    bounds.check_parts(data)
     with Image.open(io.BytesIO(data), formats=[*FORMATS, *(name.upper() for name in MORE)]) as image:
       return {"MPO": "JPEG"}.get(image.format, image.format), turned(image)  # JPEG files that hold several images
   except Exception:  # as in transforms.opened

@@ -5,12 +5,10 @@ The id that ends a text is the highest of all: the text tower pools at the first
 
 import abc
 import functools
-import gzip
 import hashlib
 import html
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import ftfy
@@ -18,11 +16,13 @@ import numpy as np
 import regex
 import tokenizers
 
-from limber_jax import config, registry
+from limber_jax import config, inputs, registry
 from limber_jax.atomic import atomic_write, check, refusal
+from limber_jax.data import vocabularies
+from limber_jax.data.vocabularies import BYTE, LETTER
 from limber_jax.errors import UserError
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END = vocabularies.START, vocabularies.END
 
 
 def load(settings: config.Tokenizer) -> "Tokenizer":
@@ -113,13 +113,6 @@ class ByteTokenizer(Tokenizer):
     return hashlib.sha256(b"bytes").hexdigest()[:16]
 
 
-# A byte's stand-in in vocabulary files: itself where it prints, else the next letter from 256 on.
-_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_ORDER = [*_PRINTING, *sorted(set(range(256)) - set(_PRINTING))]
-_LETTER = {byte: chr(byte if i < len(_PRINTING) else 256 + i - len(_PRINTING)) for i, byte in enumerate(_ORDER)}
-_BYTE = {letter: byte for byte, letter in _LETTER.items()} | {" ": 0x20}
-
-
 class ClipTokenizer(Tokenizer):
   """CLIP's byte-pair encoding, with ids equal to open_clip's for every text.
 
@@ -135,13 +128,11 @@ class ClipTokenizer(Tokenizer):
                          regex.IGNORECASE)
 
   def __init__(self, path: str = ""):
-    self._vocab, self._merges = _read_bpe(path or "openai/clip-vit-base-patch32")
-    missing = next((t for t in (START, END, *_LETTER.values(), *(f"{c}</w>" for c in _LETTER.values()))
-                    if t not in self._vocab), None)
-    if missing is not None:
-      raise UserError(f"config.data.tokenizer.path={path!r}: not a CLIP vocabulary, {missing!r} is not among its "
-                      f"{len(self._vocab)} tokens")
-    self._prepare()
+    self._vocab, self._merges = vocabularies.read(path or "openai/clip-vit-base-patch32", "clip")
+    vocabularies.check_has(self._vocab, (START, END, *LETTER.values(), *(f"{c}</w>" for c in LETTER.values())), path,
+                           "a CLIP vocabulary")
+    with vocabularies.naming(path):
+      self._prepare()
     if self.eot != self.vocab_size - 1:
       raise UserError(f"config.data.tokenizer.path={path!r}: {END!r} must have the highest id {self.vocab_size - 1}, "
                       f"got {self.eot}: CLIP's text tower finds the end of a text by it")
@@ -164,7 +155,7 @@ class ClipTokenizer(Tokenizer):
   def _word(self, word: str) -> tuple[int, ...]:
     if word in self._special:
       return self._special[word]
-    return tuple(token.id for token in self._bpe.tokenize(word.encode().decode("latin-1").translate(_LETTER)))
+    return tuple(token.id for token in self._bpe.tokenize(word.encode().decode("latin-1").translate(LETTER)))
 
   def encode(self, text: str) -> list[int]:
     out: list[int] = []
@@ -173,65 +164,14 @@ class ClipTokenizer(Tokenizer):
     return out
 
   def decode(self, ids: Iterable[int]) -> str:
-    tokens = (self._token[i] for i in self._body(ids))
+    tokens = (self._token.get(i, "") for i in self._body(ids))
     letters = "".join(f"{t[:-4]} " if t.endswith("</w>") else t for t in tokens)
-    return bytes(_BYTE[c] for c in letters).decode("utf-8", "replace").rstrip()
+    spelled = b"".join(bytes((BYTE[c],)) if c in BYTE else c.encode() for c in letters)
+    return spelled.decode("utf-8", "replace").rstrip()
 
   def fingerprint(self) -> str:
     vocab = sorted((i, token) for token, i in self._vocab.items() if token not in (START, END))
     return hashlib.sha256(json.dumps([vocab, list(map(list, self._merges))]).encode()).hexdigest()[:16]
-
-
-def _read_bpe(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-  """Returns a vocabulary {token: id} with START and END, and the merges in order."""
-  if os.path.isfile(path):
-    return _read_openai(path)
-  if os.path.isdir(path):
-    if not (os.path.isfile(f"{path}/tokenizer.json")
-            or (os.path.isfile(f"{path}/vocab.json") and os.path.isfile(f"{path}/merges.txt"))):
-      raise UserError(f"config.data.tokenizer.path={path!r}: no tokenizer.json there, nor vocab.json and merges.txt")
-  else:
-    path = _fetch(path, "clip")
-  import transformers  # only here: it takes seconds
-
-  # Of transformers' tokenizer only the tables are used: its cleaning and splitting differ from CLIP's.
-  model = json.loads(transformers.CLIPTokenizer.from_pretrained(path).backend_tokenizer.to_str())["model"]
-  return model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-
-
-def _fetch(name: str, kind: str) -> str:
-  """Returns the local directory of a hub repository's tokenizer.json, downloaded if it is not there yet."""
-  import huggingface_hub  # only here, with transformers
-
-  huggingface_hub.logging.set_verbosity_error()  # it would tell each of its retries, twice
-  try:
-    try:
-      file = huggingface_hub.hf_hub_download(name, "tokenizer.json", local_files_only=True)
-    except huggingface_hub.errors.LocalEntryNotFoundError:
-      file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-    raise UserError(
-      f"tokenizer {kind!r}: {name!r} is no file or directory here, and the hub does not give its tokenizer.json "
-      f"({' '.join(str(error).split())[:120]}); point at a local copy (a directory with tokenizer.json"
-      + (", or OpenAI's bpe_simple_vocab_16e6.txt.gz" if kind == "clip" else "")
-      + ") with --config.data.tokenizer.path=…, or use --config.data.tokenizer.name=bytes, which needs no file"
-    ) from error
-  return os.path.dirname(file)
-
-
-def _read_openai(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-  """Reads OpenAI's gzipped list of merges, whose order is that of the ids."""
-  size = 49152 - 256 - 2  # merges in use; the file holds five times as many
-  try:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-      merges = [tuple(line.split()) for line in file.read().split("\n")[1 : size + 1]]
-  except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-    raise UserError(f"config.data.tokenizer.path={path!r}: not OpenAI's gzipped vocabulary: {error}") from error
-  if len(merges) != size or any(len(m) != 2 for m in merges):
-    raise UserError(f"config.data.tokenizer.path={path!r}: wanted {size:,} merges of two tokens, got {len(merges):,}")
-  letters = [_LETTER[byte] for byte in _ORDER]
-  tokens = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges), START, END]
-  return {token: i for i, token in enumerate(tokens)}, merges
 
 
 class Gpt2Tokenizer(Tokenizer):
@@ -242,26 +182,11 @@ class Gpt2Tokenizer(Tokenizer):
   """
 
   def __init__(self, path: str = ""):
-    path = path or "EleutherAI/gpt-j-6B"
-    folder = path if os.path.isdir(path) else _fetch(path, "gpt2")
-    try:
-      if os.path.isfile(file := os.path.join(folder, "tokenizer.json")):
-        with open(file, encoding="utf-8") as opened:
-          model = json.load(opened)["model"]
-        vocab = model["vocab"]
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-      else:
-        vocab, merges = tokenizers.models.BPE.read_file(os.path.join(folder, "vocab.json"),
-                                                        os.path.join(folder, "merges.txt"))
-    except Exception as error:  # tokenizers raises nothing narrower
-      raise UserError(f"config.data.tokenizer.path={path!r}: no tokenizer.json there, nor vocab.json and merges.txt "
-                      f"({error})") from error
-    missing = next((t for t in ("<|endoftext|>", *_LETTER.values()) if t not in vocab), None)
-    if missing is not None:
-      raise UserError(f"config.data.tokenizer.path={path!r}: not GPT-2's vocabulary, {missing!r} is not among its "
-                      f"{len(vocab)} tokens")
+    vocab, merges = vocabularies.read(path or "EleutherAI/gpt-j-6B", "gpt2")
+    vocabularies.check_has(vocab, (END, *LETTER.values()), path, "GPT-2's vocabulary")
     self._tables = vocab, merges
-    self._prepare()
+    with vocabularies.naming(path):
+      self._prepare()
 
   def _prepare(self) -> None:
     vocab, merges = self._tables
@@ -305,32 +230,31 @@ class BpeTokenizer(Tokenizer):
 
   def __init__(self, path: str = ""):
     file = os.path.join(path, self.FILE)
-    if not path or not os.path.isfile(file):
-      raise UserError(f"config.data.tokenizer.path={path!r}: no {self.FILE} there; make one from your captions with "
+    if what := inputs.what_is(file) if path else "no such file":
+      what = inputs.what_is(path) or what if path and not os.path.isdir(path) else what
+      what = what.replace("no such file", f"no {self.FILE} there")
+      raise UserError(f"config.data.tokenizer.path={path!r}: {what}; make one from your captions with "
                       "`python -m limber_jax.train_tokenizer --source=FILE --vocab_size=8192 --out=DIR`, then "
                       "--config.data.tokenizer.path=DIR")
-    with open(file, encoding="utf-8") as opened:
-      self._json = opened.read()
-    try:
+    vocab, merges, self._fingerprint = vocabularies.read_own(file, self.PAD)
+    self._tables = vocab, merges
+    with vocabularies.naming(path):
       self._prepare()
-    except Exception as error:  # the only kind that tokenizers raises
-      raise UserError(f"{file}: {error}") from error
-    ids = [self._bpe.token_to_id(t) for t in (self.PAD, START, END)]
-    if ids != [0, self.vocab_size - 2, self.vocab_size - 1]:
-      raise UserError(f"{file}: wanted {self.PAD}, {START}, {END} at 0 and the two highest ids, got {ids}; this "
-                      "tokenizer was not made by limber_jax.train_tokenizer")
 
   def _prepare(self) -> None:
-    self._bpe = tokenizers.Tokenizer.from_str(self._json)
-    self._bpe.encode_special_tokens = True  # "<|endoftext|>" inside a caption is text
-    self.vocab_size = self._bpe.get_vocab_size()
+    vocab, merges = self._tables
+    self._bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    # A word takes the space before it along, the first one too: "dog" is the same token wherever it stands.
+    self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    self._bpe.decoder = tokenizers.decoders.ByteLevel()
+    self.vocab_size = len(vocab)
     self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
 
   def __getstate__(self):
-    return self._json
+    return self._tables, self._fingerprint
 
   def __setstate__(self, state):
-    self._json = state
+    self._tables, self._fingerprint = state
     self._prepare()
 
   def encode(self, text: str) -> list[int]:
@@ -340,7 +264,7 @@ class BpeTokenizer(Tokenizer):
     return self._bpe.decode([i for i in self._body(ids) if i > 0], skip_special_tokens=False).removeprefix(" ")
 
   def fingerprint(self) -> str:
-    return hashlib.sha256(self._json.encode()).hexdigest()[:16]
+    return self._fingerprint
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int, directory: str) -> "BpeTokenizer":

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from limber_jax import inputs
 from limber_jax.config import choose
+from limber_jax.data import bounds
 from limber_jax.data.images import PLAIN, ImageOptions, sniff, to_rgb, turned
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
@@ -17,7 +19,6 @@ from limber_jax.errors import UserError
 Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator | None], Record]
 
-MAX_BYTES = 20_000_000         # of an encoded image: a photo of 32 megapixels has fewer
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
 DRAFT = 2                      # times what is needed that a JPEG file has at least when it is decoded at a fraction
 RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
@@ -119,7 +120,8 @@ def decode(image: bytes | np.ndarray, options: ImageOptions = PLAIN) -> np.ndarr
 def opened(image: bytes | np.ndarray, least: int = 0, options: ImageOptions = PLAIN) -> Image.Image:
   """Returns an image in RGB, decoded; raises UserError for what is not a whole JPEG, PNG or WEBP, or of `options`.
 
-  More than MAX_BYTES, or MAX_PIXELS by its header, are refused before anything is decoded.
+  More than `inputs.IMAGE` has, or MAX_PIXELS by its header, or what `bounds` does not allow, are refused
+  before anything is decoded.
 
   Args:
     image: the bytes of a file, or uint8 [h, w, 3].
@@ -131,10 +133,15 @@ def opened(image: bytes | np.ndarray, least: int = 0, options: ImageOptions = PL
       raise UserError(f"image: wanted uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
     _check_size(image.shape[1], image.shape[0])
     return Image.fromarray(image)
-  check_bytes(len(image))
+  inputs.check_size(len(image), inputs.IMAGE)
+  scans = bounds.check_parts(image)
   try:
     found = Image.open(io.BytesIO(image), formats=options.known)
     _check_size(*found.size)
+    if found.format in ("JPEG", "MPO"):
+      bounds.check_scans(image, scans, found.width * found.height)
+    elif len(found.tile) > bounds.MAX_PARTS:
+      raise UserError(f"{found.format} file of {len(found.tile):,} strips; at most {bounds.MAX_PARTS:,} are read")
     if least:
       found.draft("RGB", (least, least))
     found.info.pop("transparency", None)  # dropped by the conversion anyway, which would warn of it
@@ -150,12 +157,6 @@ def opened(image: bytes | np.ndarray, least: int = 0, options: ImageOptions = PL
       reason = f"not one of {', '.join(options.known)}" + (
         f"; it is a {other}, read with config.data.formats or --formats={other.lower()}" if other else "")
     raise UserError(f"image of {len(image):,} bytes cannot be decoded: {reason}") from error
-
-
-def check_bytes(size: int) -> None:
-  """Raises UserError for an encoded image of more than MAX_BYTES; to be asked before it is read."""
-  if size > MAX_BYTES:
-    raise UserError(f"image of {size:,} bytes; at most {MAX_BYTES:,} are read")
 
 
 def _check_size(width: int, height: int) -> None:

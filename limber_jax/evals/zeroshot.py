@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from limber_jax import inputs
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.text import decode
@@ -379,8 +380,9 @@ def load_templates(name: str) -> list[str]:
     return _read(f"templates/{name}")
   if "{}" in name:
     return [name]
-  if not os.path.isfile(name):
-    raise UserError(f"templates: no file {name!r}, and no template with {{}}{did_you_mean(name, known)}")
+  if what := inputs.what_is(name):
+    what = what.replace("no such file", "no such file, and no template with {}")
+    raise UserError(f"templates: {name!r}: {what}{did_you_mean(name, known)}")
   templates = lines(name, "templates")
   if bad := next((t for t in templates if "{}" not in t), None):
     raise UserError(f"templates: {name} has the line {bad!r}, without {{}} for the class")
@@ -390,8 +392,7 @@ def load_templates(name: str) -> list[str]:
 def lines(path: str, what: str) -> list[str]:
   """Returns the lines of a UTF-8 file that are not empty; raises UserError, with `what` they are, if there are none."""
   try:
-    with open(path, "rb") as file:
-      text = decode(file.read(), f"{what}: {path}")
+    text = decode(inputs.read(path, inputs.LIST), f"{what}: {path}")
   except OSError as error:
     raise UserError(f"{what}: cannot read {path!r} ({error.strerror or error})") from error
   found = [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]

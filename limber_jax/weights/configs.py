@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from limber_jax import config as config_lib
+from limber_jax import inputs
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
 from limber_jax.models.clip import ClipSize
@@ -166,8 +167,7 @@ def _plain(value: Any) -> Any:
 
 def read_json(path: str) -> dict[str, Any]:
   """Returns the JSON object in a file; to be called inside of `naming`."""
-  with open(path, encoding="utf-8") as file:
-    values = json.load(file)
+  values = json.loads(inputs.text(path, inputs.CONFIG))
   if not isinstance(values, dict):
     raise UserError("expected a JSON object")
   return values

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from limber_jax import inputs
 from limber_jax.errors import UserError
 from limber_jax.weights import pickles
 
@@ -52,7 +53,7 @@ def tensors(path: str) -> dict[str, Tensor]:
   """
   what = "safetensors"
   try:
-    with open(path, "rb") as file:
+    with inputs.opened(path) as file:
       head = file.read(9)
     if head[8:] == b"{":
       return _safetensors(path)

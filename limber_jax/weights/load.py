@@ -25,7 +25,6 @@ heads and activation are said by `model`, by a configuration beside it or by Ope
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +38,7 @@ import orbax.checkpoint as ocp
 
 from limber_jax.checkpoint import Checkpoints, kept_frozen
 from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
+from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
 from limber_jax.models import clip, gptj, prompt
 from limber_jax.models.beit import BeitSize
@@ -195,11 +195,12 @@ def own_tokenizer(weights: str) -> Tokenizer:
   path = os.path.join(folder, "config.json")
   if os.path.isdir(os.path.join(folder, "checkpoints")) and os.path.isfile(path):  # a run of limber_jax.train
     try:
-      with open(path, encoding="utf-8") as file:
-        recorded = json.load(file)
-      return Tokenizer(recorded["data.tokenizer.name"], recorded["data.tokenizer.path"])
-    except (OSError, ValueError, KeyError) as error:
+      recorded = read_json(path)
+      found = Tokenizer(recorded["data.tokenizer.name"], recorded["data.tokenizer.path"])
+    except (OSError, UserError, ValueError, KeyError) as error:
       raise UserError(f"{path} names no tokenizer ({error})") from error
+    vocabularies.check_stored(found, path)
+    return found
   beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "merges.txt"))
   return Tokenizer("clip", folder if beside else "")
 

@@ -5,12 +5,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from limber_jax import inputs
 from limber_jax.data import text
-from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
-MAX_BYTES = 2**30  # of a file, which is read whole: the largest that is published, Karpathy's COCO, has 0.14 GB
-OBJECT = 2**20     # bytes of the JSON object of one record
+OBJECT = 2**20  # bytes of the JSON object of one record
 
 TWICE = "its id is listed twice, and the first counts"  # a reason of damage
 
@@ -26,19 +25,17 @@ def load(path: str, wanted: str) -> dict[str, Any]:
     wanted: what is expected there and the page it comes from, for the message when it is missing.
 
   Raises:
-    UserError: no such file, over MAX_BYTES, or no JSON object; of a damaged file the message names the byte.
+    UserError: no such file, too large, or no JSON object; of a damaged file the message names the byte.
   """
-  if not os.path.isfile(path):
-    what = "is a directory" if os.path.isdir(path) else "no such file"
+  if what := inputs.what_is(path):
     beside = path if os.path.isdir(path) else os.path.dirname(path) or "."
     names = [f for f in os.listdir(beside) if f.endswith(".json")] if os.path.isdir(beside) else []
     near = did_you_mean(os.path.basename(path), names) if 0 < len(names) <= 20 else ""
     raise UserError(f"source.path={path!r}: {what}; wanted {wanted}{near}")
-  if (size := os.path.getsize(path)) > MAX_BYTES:
-    raise UserError(f"{path} has {size:,} bytes; annotations of at most {MAX_BYTES:,} are read; wanted {wanted}")
   try:
-    with open(path, "rb") as file:
-      data = file.read()
+    data = inputs.read(path, inputs.ANNOTATIONS)
+  except UserError as error:
+    raise UserError(f"{path}: {error}; wanted {wanted}") from error
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
   words = text.decode(data, path)
@@ -131,13 +128,11 @@ def read_image(root: str, name: str, folders: Sequence[str] = FOLDERS) -> bytes:
     UserError: it is nowhere, too large, cannot be read, or its name leads out of the root; nothing outside is read.
   """
   for folder in ("", *folders):
-    full = os.path.normpath(os.path.join(root, folder, name))
-    if os.path.commonpath([full, root]) != root:
+    full = inputs.below(root, os.path.join(folder, name))
+    if full is None:
       raise UserError(f"image {name!r} lies outside of {root}; set source.images to a directory that holds all images")
     try:
-      with open(full, "rb") as file:
-        check_bytes(os.fstat(file.fileno()).st_size)
-        return file.read()
+      return inputs.read(full, inputs.IMAGE)
     except (FileNotFoundError, NotADirectoryError):
       continue
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
@@ -72,11 +73,10 @@ class Awa2:
 
   def _lines(self, name: str) -> list[str]:
     path = os.path.join(self._root, name)
-    if not os.path.isfile(path):
-      raise UserError(f"source.path={self._root!r}: no file {name}; wanted {WANTED}")
+    if what := inputs.what_is(path):
+      raise UserError(f"source.path={self._root!r}: {what.replace('such file', f'file {name}')}; wanted {WANTED}")
     try:
-      with open(path, encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
+      return [line.strip() for line in inputs.text(path, inputs.LIST).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 

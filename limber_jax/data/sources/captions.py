@@ -1,17 +1,16 @@
 """Tables of captions and image files: Conceptual Captions' and open_clip's layouts."""
 
 import hashlib
-import mmap
 import os
 from typing import Any
 
 import numpy as np
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of
-from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")  # the likeliest first
@@ -45,8 +44,8 @@ class Captions:
 
   def __init__(self, config: Source):
     self._path, self._name = config.path, os.path.basename(config.path)
-    if not os.path.isfile(config.path):
-      raise UserError(f"config.data.source.path={config.path!r}: no such file; wanted {LAYOUTS}; point at yours with "
+    if what := inputs.what_is(config.path):
+      raise UserError(f"config.data.source.path={config.path!r}: {what}; wanted {LAYOUTS}; point at yours with "
                       "--config.data.source.path=FILE, and at its images with --config.data.source.images=DIRECTORY")
     if not os.path.getsize(config.path):
       raise UserError(f"config.data.source.path={config.path!r} is empty; wanted {LAYOUTS}")
@@ -65,8 +64,7 @@ class Captions:
                       "images = a record an image with all its captions")
 
   def _open(self) -> None:
-    with open(self._path, "rb") as file:
-      self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    self._map = inputs.mapped(self._path)
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k not in ("_map", "_table")}
@@ -175,14 +173,12 @@ class Captions:
     if "://" in path:
       raise UserError(f"{where}: {path!r} is an address, and nothing is fetched during training; download the images "
                       "with img2dataset first, and give a table with their paths")
-    full = os.path.normpath(os.path.join(self._root, path))
-    if os.path.commonpath([full, self._root]) != self._root:
+    full = inputs.below(self._root, path)
+    if full is None:
       raise UserError(f"{where}: {path!r} lies outside of {self._root}; set --config.data.source.images to a directory "
                       "that holds all images")
     try:
-      with open(full, "rb") as file:
-        check_bytes(os.fstat(file.fileno()).st_size)
-        return out | {"image": file.read()}
+      return out | {"image": inputs.read(full, inputs.IMAGE)}
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
       reason = getattr(error, "strerror", None) or error
       raise UserError(f"{where}: cannot read {full!r}: {reason}; relative paths start at "

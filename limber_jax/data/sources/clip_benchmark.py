@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import captions_of
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
 from limber_jax.data.sources.webdataset import MAX_SHARDS, MAX_TEXT
-from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
 COUNT, TYPE = "nshards.txt", "dataset_type.txt"
@@ -27,7 +27,7 @@ IMAGES = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark 
 # To (suffix of what is told of an image, other parts, what it is), by what TYPE says; without that file the first.
 KINDS = {"classification": ("cls", ("npy",), "label"), "multilabel": ("npy", (), "labels"),
          "retrieval": ("txt", (), "captions")}
-MAX_LIST = 2**20  # bytes of a file beside the tars
+LIST = inputs.Kind("list", 2**20)  # a file beside the tars
 _QUESTION = re.compile(r"[a-z]+:")
 
 
@@ -143,7 +143,7 @@ class ClipBenchmark:
     shard, key, row = self._row(index)
     out = self._annotation(shard, key, row)
     try:
-      check_bytes(row[1])
+      inputs.check_size(row[1], inputs.IMAGE)
     except UserError as error:
       raise UserError(f"{shard.path}: {key}: {error}") from error
     return out | {"image": shard.contents(key, *row[:3])}
@@ -204,13 +204,11 @@ def _lines(folder: str, name: str) -> list[str] | None:
   """Returns the lines of a file as their programs read them, without white space around them; None if there is none."""
   path = os.path.join(folder, name)
   try:
-    with open(path, "rb") as file:
-      data = file.read(MAX_LIST + 1)
-    if len(data) > MAX_LIST:
-      raise UserError(f"{path}: more than {MAX_LIST:,} bytes")
-    lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    lines = [line.strip() for line in inputs.read(path, LIST).decode("utf-8-sig").splitlines()]
   except FileNotFoundError:
     return None
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
   except UnicodeDecodeError as error:
     raise UserError(f"{path}, byte {error.start:,}: not UTF-8") from error
   except OSError as error:

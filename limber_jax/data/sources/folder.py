@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import tars
 from limber_jax.data.text import decode
@@ -99,7 +100,8 @@ class Folder:
     for file in (path, f"{path}.tar"):
       if os.path.isfile(file):
         return _Tar(file, tars.keeps(self._config))
-    raise UserError(f"{self._where}: no such file or directory; wanted {LAYOUTS}; point at yours with "
+    what = inputs.what_is(path).replace("no such file", "no such file or directory")
+    raise UserError(f"{self._where}: {what}; wanted {LAYOUTS}; point at yours with "
                     "--config.data.source.path=DIRECTORY")
 
   def _damaged(self, what: str, reason: str) -> None:
@@ -128,7 +130,7 @@ class Folder:
     if not self._tree.has(path):
       lists = [f for f in self._tree.entries(self._start)[1] if f.lower().endswith(LISTS)]
       raise UserError(f"{self._where}: no file {name!r} there{did_you_mean(name, lists)}")
-    return decode(self._tree.read(path), f"{self._config.path}/{name}")
+    return decode(self._tree.read(path, inputs.LIST), f"{self._config.path}/{name}")
 
   def _in_folders(self, given: tuple[str, ...] | None) -> tuple[list[Item], list[str]]:
     """Returns the images in class folders, and the names of all of these folders."""
@@ -211,7 +213,7 @@ class _Directory:
       with os.scandir(os.path.join(self._root, folder)) as found:
         for entry in found:
           if not entry.name.startswith("."):
-            (folders if entry.is_dir() else files).append(entry.name)
+            (folders if os.path.isdir(entry) else files).append(entry.name)  # of a link in a circle is_dir raises
     except (FileNotFoundError, NotADirectoryError):
       pass  # no folder of this name: an empty one
     except OSError as error:
@@ -221,12 +223,15 @@ class _Directory:
   def has(self, path: str) -> bool:
     return "\0" not in path and os.path.isfile(os.path.join(self._root, path))
 
-  def read(self, path: str) -> bytes:
+  def read(self, path: str, kind: inputs.Kind = inputs.IMAGE) -> bytes:
+    """Returns the bytes of a file; raises UserError if it cannot be read or has more than are read of its kind."""
+    full = os.path.join(self._root, path)
     try:
-      with open(os.path.join(self._root, path), "rb") as file:
-        return file.read()
+      return inputs.read(full, kind)
     except OSError as error:
-      raise UserError(f"{os.path.join(self._root, path)}: cannot be read ({error.strerror or error})") from error
+      raise UserError(f"{full}: cannot be read ({error.strerror or error})") from error
+    except UserError as error:
+      raise UserError(f"{full}: {error}") from error
 
 
 class _Tar:
@@ -251,7 +256,7 @@ class _Tar:
           elif member.offset_data + member.size <= size:
             self._at[name] = member.offset_data, member.size  # of a name that comes twice the last counts, as in tar
         end = tar.offset
-      with open(path, "rb") as file:
+      with inputs.opened(path) as file:
         file.seek(end)
         rest = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -281,12 +286,16 @@ class _Tar:
   def has(self, path: str) -> bool:
     return path in self._at
 
-  def read(self, path: str) -> bytes:
+  def read(self, path: str, kind: inputs.Kind = inputs.IMAGE) -> bytes:
+    """Returns the bytes of a file; raises UserError if it cannot be read or has more than are read of its kind."""
     start, size = self._at[path]
     try:
-      with open(self._path, "rb") as file:
+      inputs.check_size(size, kind)
+      with inputs.opened(self._path) as file:
         file.seek(start)
         return file.read(size)
+    except UserError as error:
+      raise UserError(f"{self._path}: {path}: {error}") from error
     except OSError as error:
       raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
 
@@ -311,9 +320,8 @@ def images_below(folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[lis
 
 
 def read_image(path: str) -> bytes | np.ndarray:
-  """Returns a file as a record's "image" holds it; raises OSError, or UserError for a PPM that cannot be decoded."""
-  with open(path, "rb") as file:
-    data = file.read()
+  """Returns a file as a record's "image" holds it; raises OSError, or UserError if it is too large or a damaged PPM."""
+  data = inputs.read(path, inputs.IMAGE)
   return _pixels(data, path) if path.lower().endswith(".ppm") else data
 
 

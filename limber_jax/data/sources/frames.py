@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import io
 import os
 from typing import Any
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError
@@ -132,9 +134,8 @@ class Frames:
     """Returns the class that YouTube-BB itself gives an anchor, by its folder, which is called ytid_milliseconds."""
     path = os.path.join(self._path, YTBB[2])
     try:
-      with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
+      reader = csv.DictReader(io.StringIO(inputs.text(path, inputs.LIST).removeprefix("\ufeff"), newline=""))
+      rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
       raise UserError(f"{path}: cannot be read ({error})") from error
     if missing := [c for c in ("ytid", "time_ms", "label") if c not in (reader.fieldnames or ())]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.data.sources.parquet import Columns, image_of
@@ -143,7 +144,7 @@ def _names(path: str) -> list[str]:
 
 def _batches(path: str) -> tuple[pa.Schema, list[pa.RecordBatch]]:
   """Returns the columns and the pieces of an Arrow stream, which stay on disk."""
-  with open(path, "rb") as file:
+  with inputs.opened(path) as file:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - len(END), 0))
     if file.read() != END:

@@ -1,10 +1,10 @@
 """Lines of JSON: a caption and the path of its image a line, or a text alone for language models."""
 
 import hashlib
-import mmap
 import os
 from typing import Any
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object, read_image
 from limber_jax.data.sources.captions import IMAGE_KEYS
@@ -36,8 +36,7 @@ class Jsonl:
   def __init__(self, config: Source):
     self._config, self._path = config, config.path
     where = f"config.data.source.path={config.path!r}"
-    if not os.path.isfile(config.path) or not os.path.getsize(config.path):
-      what = "is empty" if os.path.isfile(config.path) else "no such file"
+    if what := inputs.what_is(config.path) or ("" if os.path.getsize(config.path) else "is empty"):
       raise UserError(f"{where}: {what}; wanted {LAYOUT}; point at yours with --config.data.source.path=FILE")
     if config.split not in ("train", ""):
       raise UserError(f"config.data.source.split={config.split!r}: a file of lines has no parts; leave it empty")
@@ -74,8 +73,7 @@ class Jsonl:
                       "NEW.jsonl")
 
   def _open(self) -> None:
-    with open(self._path, "rb") as file:
-      self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    self._map = inputs.mapped(self._path)
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != "_map"}

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
-from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError
 
 VERSION = 1
@@ -62,7 +62,7 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     raise UserError("its checksum fits, but it is no record of limber_jax.pack")
   out |= annotations.captions_of(out.get("texts", out["text"])) if size is not None else {}
   if size is not None:
-    check_bytes(size)
+    inputs.check_size(size, inputs.IMAGE)
     out["image"] = image
   return out
 

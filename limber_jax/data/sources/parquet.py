@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of, label_of, read_image
 from limber_jax.data.sources.webdataset import shards
 from limber_jax.data.text import clean, flaw
-from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
 WANTED = ("Parquet files with images: img2dataset's with --output_format=parquet or files, or a data set of the "
@@ -111,7 +111,7 @@ def image_of(value: Any, column: str, root: str) -> bytes:
     if not path:
       raise UserError(f"no image in {column!r}")
     return read_image(root, path, ())
-  check_bytes(len(value))
+  inputs.check_size(len(value), inputs.IMAGE)
   return value
 
 

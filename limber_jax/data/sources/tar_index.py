@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
+from limber_jax import inputs
 from limber_jax.atomic import atomic_write
-from limber_jax.data.sources.tars import BLOCK, KEEP, CutOff, Member, mapped, members, shown
+from limber_jax.data.sources.tars import BLOCK, KEEP, CutOff, Member, members, shown
 from limber_jax.errors import UserError
 
 
@@ -117,7 +118,7 @@ class Shard:
 def _pread(path: str, size: int, offset: int) -> bytes:
   """Returns `size` bytes of a file; raises UserError if they are not there."""
   try:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = os.open(path, inputs.FLAGS)
     try:
       data = os.pread(file, size, offset)
     finally:
@@ -163,7 +164,7 @@ def _open(path: str, rule: Rule, keep: bool) -> Shard:
   index: str | bytes = file
   found = None
   if os.path.isfile(file):
-    with open(file, "rb") as opened:
+    with inputs.opened(file) as opened:
       found = _read(opened, rule)
   # Where what is whole is kept, the tar alone decides; else an index of a whole one says that it was longer.
   if found is not None and (found[0] != size if keep else not found[1]):
@@ -202,23 +203,21 @@ def _read(file: BinaryIO, rule: Rule) -> tuple[int, bool, int, int, bytes, bytes
 
 def _make(path: str, size: int, rule: Rule, keep: bool) -> bytes:
   """Returns the index of a tar; raises ValueError if it is not whole, and with `keep` only if it is damaged."""
-  with open(path, "rb") as opened, mapped(opened) as data:
-    found = _Found(rule)
-    good = size
-    try:
-      for member in members(data):
-        found.add(member)
-    except CutOff as error:
-      if not keep:
-        raise
-      good = error.position
-      found.cut(error, size)
-    rows, names = bytearray(), bytearray()
-    for key, parts in found.records():
-      row = _ROW.pack(*(value for m in parts for value in (
-        (m.start, m.size, zlib.crc32(data[m.header : m.start])) if m else (0, 0, 0))), len(names), len(key), 0)[:-4]
-      rows += row + struct.pack("<I", zlib.crc32(key, zlib.crc32(row)))
-      names += key
+  found, data, good = _Found(rule), inputs.mapped(path), size
+  try:
+    for member in members(data):
+      found.add(member)
+  except CutOff as error:
+    if not keep:
+      raise
+    good = error.position
+    found.cut(error, size)
+  rows, names = bytearray(), bytearray()
+  for key, parts in found.records():
+    row = _ROW.pack(*(value for m in parts for value in (
+      (m.start, m.size, zlib.crc32(data[m.header : m.start])) if m else (0, 0, 0))), len(names), len(key), 0)[:-4]
+    rows += row + struct.pack("<I", zlib.crc32(key, zlib.crc32(row)))
+    names += key
   told = json.dumps(found.damage).encode()
   body = bytes(rows + names)
   head = _HEAD.pack(_MAGIC, size, len(rows) // _ROW.size, len(names), len(told), good, rule.digest,

@@ -1,13 +1,11 @@
 """Tars, read where they lie: their members, and where one that is cut off stops."""
 
-import contextlib
 import mmap
-import os
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from limber_jax import ranges
+from limber_jax import inputs, ranges
 from limber_jax.config import Source
 
 KEEP = "fetch it again, or read what is whole in it with source.incomplete=keep"
@@ -49,21 +47,13 @@ def keeps(config: Source) -> bool:
 def cut_off(path: str) -> CutOff | None:
   """Returns where a tar stops before its end, None where it does not or is damaged otherwise."""
   try:
-    with open(path, "rb") as file, mapped(file) as data:
-      for _ in members(data):
-        pass  # going over them is what finds the end
+    for _ in members(inputs.mapped(path)):
+      pass  # going over them is what finds the end
   except CutOff as error:
     return error
   except (ValueError, OSError):
     pass  # what else is wrong is told by whoever reads it
   return None
-
-
-def mapped(file: BinaryIO) -> contextlib.AbstractContextManager[mmap.mmap | bytes]:
-  """Returns the bytes of an open file."""
-  if not os.fstat(file.fileno()).st_size:  # which no map can have
-    return contextlib.nullcontext(b"")
-  return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 _LINKS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe",

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax import ranges
+from limber_jax import inputs, ranges
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
 from limber_jax.data.text import decode
-from limber_jax.data.transforms import check_bytes
 from limber_jax.errors import UserError, did_you_mean
 
 WANTED = ("tars as img2dataset and webdataset write them (0000.jpg, 0000.txt, 0000.json …): a directory of them, one, "
@@ -172,7 +171,7 @@ class Webdataset:
     shard, key, row = self._row(index)
     out = self._annotation(shard, key, row)
     try:
-      check_bytes(row[1])
+      inputs.check_size(row[1], inputs.IMAGE)
     except UserError as error:
       raise UserError(f"{shard.path}: {key}: {error}") from error
     return out | {"image": shard.contents(key, *row[:3])}
