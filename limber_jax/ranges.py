@@ -20,7 +20,7 @@ from limber_jax.errors import UserError
 LATER = {"later": True}
 SEEDS = 2**32 - 1  # the highest seed: JAX drops what is above 32 bits, so that more seeds would give the same numbers
 COUNT = 2**31 - 1  # the highest number of steps, rows …: they are counted in int32
-_FLOAT32 = np.finfo(np.float32)
+_LARGEST, _SMALLEST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).smallest_normal))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Range:
       return f"choose one of {', '.join(filter(None, self.choices))}" if self.choices and value not in self.choices \
         else ""
     if isinstance(value, float):
-      if not math.isfinite(value) or abs(value) > _FLOAT32.max:
+      if not math.isfinite(value) or abs(value) > _LARGEST:
         return "wanted a finite number"
-      if value and abs(value) < _FLOAT32.smallest_normal:
-        return f"wanted 0, or a number that is not 0 in float32 ({_FLOAT32.smallest_normal:.2g} or more)"
+      if value and abs(value) < _SMALLEST:
+        return f"wanted 0, or a number that is not 0 in float32 ({_SMALLEST:.2g} or more)"
     if self.or_zero and value == 0:
       return ""
     # What is just below 1 may be 1 in float32, where 1 - b2**t is what is divided by.
