@@ -368,7 +368,7 @@ class Flags:
                                            "token.", lower_bound=0.0)
     self._top_p = flags.DEFINE_float("top_p", None, "Sample from the fewest tokens with this probability together.",
                                      lower_bound=0.0, upper_bound=1.0)
-    self._seed = flags.DEFINE_integer("seed", None, "Of what is sampled.")
+    self._seed = flags.DEFINE_integer("seed", None, "Of what is sampled.", lower_bound=0)
     self._max_new_tokens = flags.DEFINE_integer("max_new_tokens", None, "Tokens of a text at most.", lower_bound=1)
     self._batch_size = flags.DEFINE_integer("batch_size", 32, "Images at a time, over all devices.", lower_bound=1)
     self._fsdp = flags.DEFINE_integer("fsdp", 1, "Devices that each hold a share of the weights, for language models "

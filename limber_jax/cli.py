@@ -130,6 +130,10 @@ def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] =
       print("interrupted", file=sys.stderr, flush=True)
       return _failed(130, "interrupted")
     except Exception as error:
+      if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        message = f"out of memory ({' '.join(str(error).split())[:200] or type(error).__name__}); take smaller batches"
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return _failed(2, message)
       traceback.print_exc()
       return _failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 

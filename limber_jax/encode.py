@@ -193,7 +193,8 @@ def _local(x: jax.Array) -> np.ndarray:
 if __name__ == "__main__":
   _config = cli.define_config()
   _out = flags.DEFINE_string("out", None, "Directory for the features; made if missing.")
-  _batch_size = flags.DEFINE_integer("batch_size", 0, "Images at a time, over all devices; 0: as in training.")
+  _batch_size = flags.DEFINE_integer("batch_size", 0, "Images at a time, over all devices; 0: as in training.",
+                                     lower_bound=0)
   _shard_mb = flags.DEFINE_float("shard_mb", SHARD_MB, "Size of a file in 10⁶ bytes.", lower_bound=0)
 
   def _main(argv: list[str]) -> None:

@@ -385,12 +385,13 @@ def _work(number: int) -> list[dict[str, Any]] | None:
 
 if __name__ == "__main__":
   _source = SourceFlags()
-  _shrink = flags.DEFINE_integer("shrink", 0, "Pixels that the shorter side is scaled down to, such as 256; 0: none.")
-  _quality = flags.DEFINE_integer("quality", QUALITY, "Of the JPEG files of shrunk images.")
-  _per_shard = flags.DEFINE_integer("per_shard", PER_SHARD, "Records of a shard.")
-  _damaged = flags.DEFINE_float("damaged", 0.01, "The share of records that may be unreadable.")
+  _shrink = flags.DEFINE_integer("shrink", 0, "Pixels that the shorter side is scaled down to, such as 256; 0: none.",
+                                 lower_bound=0)
+  _quality = flags.DEFINE_integer("quality", QUALITY, "Of the JPEG files of shrunk images.", 1, 100)
+  _per_shard = flags.DEFINE_integer("per_shard", PER_SHARD, "Records of a shard.", 1)
+  _damaged = flags.DEFINE_float("damaged", 0.01, "The share of records that may be unreadable.", 0, 1)
   _images = ImageFlags()
-  _workers = flags.DEFINE_integer("workers", 2, "Processes; 0 packs in this one.")
+  _workers = flags.DEFINE_integer("workers", 2, "Processes; 0 packs in this one.", 0, 1024)
 
   def _main(argv: list[str]) -> int:
     if len(argv) != 2:

@@ -6,6 +6,7 @@ Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split), `tensor` (
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -123,6 +124,29 @@ def _grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
   except (NotImplementedError, ValueError, AssertionError) as error:
     raise UserError(f"mesh {_named(shape)}: these {len(devices)} devices cannot be laid out so "
                     f"({' '.join(str(error).split())[:200]}); choose another config.mesh") from error
+
+
+def check_fits(tree: Any, mesh: Mesh, what: str) -> None:
+  """Raises UserError if arrays are more than the devices of a mesh have memory for, all of them together.
+
+  It is asked before anything is allocated, and refuses only what cannot be: one copy of the arrays, and nothing else.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs.
+    mesh: from `make_mesh`.
+    what: they are, for the message, such as "config.model".
+  """
+  device = mesh.devices.flat[0]
+  if device.platform == "cpu":
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * jax.process_count()
+  else:
+    memory = ((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or math.inf) * mesh.devices.size
+  leaves = jax.tree.leaves(tree)
+  count, size = (sum(f(x) for x in leaves) for f in (lambda x: math.prod(x.shape),
+                                                     lambda x: math.prod(x.shape) * x.dtype.itemsize))
+  if size > memory:
+    raise UserError(f"{what} has {count / 1e9:,.1f} G parameters, {size / 1e9:,.1f} GB, and {mesh.devices.size} × "
+                    f"{device.device_kind} have {memory / 1e9:,.1f} GB")
 
 
 def compiler_options() -> dict[str, Any]:

@@ -122,6 +122,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   trained, fixed = split(params_like, config.trainable)
   loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
   random = [part for part in loaded if not config.init.of(part)]
+  parallel.check_fits([trained, [params_like[part] for part in loaded]], mesh, "config.model")
   kept = {part: tree for part in random if workdir and (tree := kept_frozen(
     workdir, part, {"params": params_like[part], "stats": stats_like.get(part, {})})) is not None}
   frozen = Frozen(*initial(loaded, kept) if loaded else ({}, {}))
@@ -205,12 +206,12 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
   """
   config_lib.check(config)
   config_lib.check_best(config)
+  first = {directory: (file, cli.load_experiment(file)) for directory, file in config.first.items()}
   with contextlib.ExitStack() as until_end:
     held = until_end.enter_context(lock.Lock(
       os.path.join(workdir, lock.NAME), what=workdir, otherwise="choose another --workdir", first=parallel.from_first,
       log=log))
-    for directory, file in config.first.items():
-      experiment = cli.load_experiment(file)
+    for directory, (file, experiment) in first.items():
       if not os.path.isdir(os.path.join(directory, "checkpoints", str(experiment.steps))):
         log(f"first {file}, in {directory}")
         state, began = train(experiment, directory, log=log, stop=stop, began=began), None
@@ -311,6 +312,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         metrics = evaluate(s, due, state.params, state.stats)
       out.write(step, metrics)
       out.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+      if missing := config_lib.missing_best(config.checkpoint.best, metrics):
+        out.line(missing)
       out.restart_clock()
       return metrics
 

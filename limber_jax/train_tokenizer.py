@@ -18,7 +18,8 @@ from limber_jax.errors import UserError
 
 CONFIG = cli.define_config()
 SOURCE = flags.DEFINE_multi_string("source", [], "Table (.tsv, .csv) or text file with one caption a line.")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Ids in all, start, end and padding included.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Ids in all, start, end and padding included.",
+                                  lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Directory for tokenizer.json.")
 
 

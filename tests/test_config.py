@@ -11,6 +11,7 @@ from limber_jax import cli, help, ranges, registry
 from limber_jax.config import Evaluation, Source, check, check_best, from_json, missing_best, to_json
 from limber_jax.errors import UserError
 from limber_jax.train import setup, train
+from tests.runs import tiny, tiny_limber
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 LIMBER = EXPERIMENTS / "quickstart_limber.py"
@@ -149,3 +150,17 @@ def test_every_number_of_every_configuration_has_a_range():
     assert not bare or hint in (str, bool) or str in getattr(hint, "__args__", ()) or "Source" in str(hint), name
     if hint in (int, float):
       assert str(ranges.range_of(field)) or name.removeprefix("config.") in open_ended, name
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(tmp_path):
+  config = tiny_limber()
+  config.model.lm.layers, config.model.lm.width = 10_000, 8192
+  with pytest.raises(UserError, match=r"^config.model has 8,0\d\d.\d G parameters, [\d,.]+ GB, and 8 × cpu have "):
+    setup(config)
+
+
+def test_a_mistake_in_an_experiment_that_comes_first_is_told_before_anything_is_trained(tmp_path):
+  (tmp_path / "broken.py").write_text("from tests.runs import tiny\n\ndef get_config():\n  return tiny(steps=-1)\n")
+  with pytest.raises(UserError, match=r"broken.py: config.steps=-1: wanted 1 or more$"):
+    train(tiny(first={"a": f"{EXPERIMENTS}/quickstart.py", "b": f"{tmp_path}/broken.py"}), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
