@@ -204,8 +204,10 @@ class Evaluation:
   metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice
   scorer: str = ""                  # weights of the CLIP behind CLIPScore; "" leaves CLIPScore out
   scorer_model: str = ""            # what those are of, if nothing beside them says it: a size or a configuration file
-  shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT)  # examples before a question, or a class
-  seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS)  # of what is drawn: a figure is the mean over them
+  # examples before a question, or a class
+  shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT, nonempty=True)
+  # of what is drawn: a figure is the mean over them
+  seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS, nonempty=True)
   damaged: float = ranged(0.01, at_least=0, at_most=1)  # the share of items that may be unreadable
   # of overlap: the cosine from which on two images count as the same
   threshold: float = ranged(0.95, at_least=-1, at_most=1)

@@ -28,12 +28,13 @@ class Range:
   """What one value may be; of a tuple or a dict it is said of each element."""
 
   at_least: float | None = None
-  above: float | None = None
+  above: float | None = None      # it is more
   at_most: float | None = None
-  below: float | None = None
-  choices: tuple[str, ...] = ()
-  length: int = 0        # of a tuple; 0 = any
-  or_zero: bool = False  # whether 0 is allowed too, which is another meaning
+  below: float | None = None      # it is less
+  or_zero: bool = False           # 0 is allowed too, which means something else
+  choices: tuple[str, ...] = ()   # of a string
+  length: int = 0                 # of a tuple; 0 = any
+  nonempty: bool = False          # of a tuple: it has an element at least
 
   def __str__(self) -> str:
     """Returns such as "0 or more and less than 1", "" if anything goes."""
@@ -58,7 +59,7 @@ class Range:
       if not math.isfinite(value) or abs(value) > _LARGEST:
         return "wanted a finite number"
       if value and abs(value) < _SMALLEST:
-        return f"wanted 0, or a number that is not 0 in float32 ({_SMALLEST:.2g} or more)"
+        return f"it is 0 in float32, whose numbers begin at {_SMALLEST:.2g}"
     if self.or_zero and value == 0:
       return ""
     # What is just below 1 may be 1 in float32, where 1 - b2**t is what is divided by.
@@ -77,21 +78,16 @@ class Range:
 ANY = Range()
 
 
-def ranged(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, at_least: float | None = None,
-           above: float | None = None, at_most: float | None = None, below: float | None = None,
-           choices: tuple[str, ...] = (), length: int = 0, later: bool = False,
-           or_zero: bool = False) -> Any:
+def ranged(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, later: bool = False,
+           **allowed: Any) -> Any:
   """Returns the field of a dataclass with a default, or a factory of one, that says what its value may be.
 
   Args:
     default, factory: as of dataclasses.field.
-    at_least, above, at_most, below: bounds of a number, the first and third among what may be.
-    choices: of a string.
-    length: of a tuple.
     later: whether it is LATER.
-    or_zero: whether 0 is allowed too.
+    allowed: fields of `Range`.
   """
-  metadata = {"range": Range(at_least, above, at_most, below, choices, length, or_zero)} | (LATER if later else {})
+  metadata = {"range": Range(**allowed)} | (LATER if later else {})
   return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -131,6 +127,8 @@ def check_value(value: Any, hint: Any, name: str, allowed: Range = ANY) -> None:
     length = allowed.length or (0 if of[-1] is ... else len(of))
     if length and len(value) != length:
       raise UserError(f"{name}={_shown(value)}: wanted {length} of them, got {len(value)}")
+    if allowed.nonempty and not value:
+      raise UserError(f"{name}=(): wanted one at least")
     for inner, h in zip(value, of[:1] * len(value) if of[-1] is ... else of, strict=True):
       check_value(inner, h, name, allowed)
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from limber_jax import cli, help, ranges, registry
-from limber_jax.config import Evaluation, Source, check, check_best, from_json, missing_best, to_json
+from limber_jax.config import Evaluation, Optim, Source, check, check_best, from_json, missing_best, to_json
 from limber_jax.errors import UserError
 from limber_jax.train import setup, train
 from tests.runs import tiny, tiny_limber
@@ -89,7 +89,6 @@ def test_what_is_no_json_object_is_no_configuration(text):
   ("optim.weight_decay", -1.0, "0 or more"), ("watchdog", -1.0, "0, or 1 or more"),
   ("seed", 10**20, "4294967295 or less"), ("decoding.beams", 10**6, "1000 or less"),
   ("data.crop_scale", (0.5, math.nan), "a finite number"), ("optim.part_lr", {"prompt": math.inf}, "a finite number"),
-  ("optim.eps", 1e-50, "0, or a number that is not 0 in float32 (1.2e-38 or more)"),
   ("model.lm.layers", 60_000, "10000 or less"), ("model.lm.heads", 0, "1 or more"),
   ("model.image.std", (0.2, 0.0, 0.2), "1e-06 or more")])
 def test_a_number_out_of_its_range_is_one_line_wherever_it_is_read(name, value, wanted, tmp_path):
@@ -114,8 +113,10 @@ def test_a_number_out_of_its_range_is_one_line_wherever_it_is_read(name, value, 
   ({"model": "clip_vit_b32"}, "model: expected a size, such as models.clip.SIZES"),
   ({"evals": {"a.b": Evaluation()}}, "evals: expected names without dots, got 'a.b'"),
   ({"evals": {"a": {"name": "zeroshot"}}}, "evals.a: expected Evaluation, got {'name': 'zeroshot'}"),
+  ({"optim": Optim(eps=1e-50)}, "optim.eps=1e-50: it is 0 in float32, whose numbers begin at 1.2e-38$"),
+  ({"evals": {"a": Evaluation(seeds=())}}, r"evals.a.seeds=\(\): wanted one at least$"),
   ({"trainable": "prompt"}, r"trainable: expected tuple\[str, ...\], got 'prompt'")])
-def test_what_is_of_another_type_in_an_experiment_is_named(change, message, tmp_path):
+def test_what_cannot_be_in_an_experiment_is_named(change, message, tmp_path):
   config = cli.load_experiment(str(LIMBER))
   for name, value in change.items():
     setattr(config, name, value)

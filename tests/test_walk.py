@@ -140,7 +140,7 @@ for line in sys.stdin:
   if (child := os.fork()) == 0:
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    resource.setrlimit(resource.RLIMIT_AS, (24 << 30,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (300,) * 2)
     sys.argv = ["train", *argv]
     main()
