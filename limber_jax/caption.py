@@ -1,8 +1,8 @@
 """Captions images: `python -m limber_jax.caption --workdir=runs/limber photo.jpg folder/`.
 
 Prints a table, or with --json one object a line; --out=FILE writes these lines to a file, which appears once it is
-whole. How captions are written is the run's own config.decoding, unless flags say otherwise. Images that cannot be read
-are named on stderr and counted; the exit code is then 1.
+whole: stopped or killed, the same command goes on. How captions are written is the run's own config.decoding, unless
+flags say otherwise. Images that cannot be read are named on stderr and counted; the exit code is then 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from limber_jax.classify import find
 from limber_jax.data.images import ImageOptions
 
 
-def captions(model: Captioner, paths: Sequence[str]) -> Iterator[Written]:
-  """Yields the caption of each image: what follows it and the prompt of the model's decoding."""
-  for written in model.write([(path, (0, model.decoding.prompt)) for path in paths]):
+def captions(model: Captioner, paths: Sequence[str], start: int = 0) -> Iterator[Written]:
+  """Yields the caption of each image from number `start` on: what follows it and the prompt of the model's decoding."""
+  for written in model.write([(path, (0, model.decoding.prompt)) for path in paths], start=start):
     yield written._replace(text=written.text.strip())
 
 
@@ -29,8 +29,10 @@ if __name__ == "__main__":
     paths = find(inputs, ImageOptions.of(_flags.config()[0].data))
     with _flags.output() as output:
       model = _flags.open(len(paths), _prompt.value)
+      done = output.resume(lambda: {"command": "caption", **model.key()}, [{"image": path} for path in paths],
+                           model.batch_size)
       rows = ({"image": w.path, "error": w.error} if w.error else {"image": w.path, "caption": w.text}
-              for w in captions(model, paths))
+              for w in captions(model, paths, done))
       widths = {"image": max(map(len, [*map(cli.printable, paths), "image"])), "caption": 0}
       return output.write(rows, widths, len(paths))
 

@@ -7,9 +7,7 @@ import dataclasses
 import functools
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,8 +17,8 @@ import numpy as np
 from absl import flags
 
 import limber_jax
-from limber_jax import cli, inputs, parallel
 from limber_jax import config as config_lib
+from limber_jax import inputs, parallel
 from limber_jax.checkpoint import Checkpoints, abstract
 from limber_jax.classify import attempt
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
@@ -32,15 +30,14 @@ from limber_jax.generate import row_keys
 from limber_jax.models.encoders import ENCODERS, EncoderSize
 from limber_jax.models.gptj import SIZES, Cache
 from limber_jax.models.limber import part
+from limber_jax.output import Output
 from limber_jax.state import split
 from limber_jax.tasks import interleaved
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.tasks.interleaved import Layout, Segments
 from limber_jax.train import Setup, check_frozen, setup
 from limber_jax.weights import load, projection
-
-PROGRESS = 50  # images from which on it is told how far they are
-EVERY = 10     # seconds between two such lines
+from limber_jax.weights.digest import digest
 
 
 class Written(NamedTuple):
@@ -68,6 +65,7 @@ class Captioner:
     self.batch_size = setup.config.batch_size
     self._model, self._mesh, self._tokenizer, self._blind = model, setup.mesh, setup.tokenizer, blind
     self._prompt_length = 0 if blind else model.prompt_length(name)
+    self._trained, self._setup, self._name = (params, stats), setup, name
     self._params = {**setup.frozen.params, **params}
     self._stats = {**setup.frozen.stats, **stats}
     self._preprocess = transforms.with_options(
@@ -82,7 +80,18 @@ class Captioner:
     """Returns the image in a file as the encoder takes it, uint8 [H, W, 3]; raises UserError or OSError."""
     return self._preprocess({"image": folder.read_image(path)}, None)["image"]
 
-  def write(self, requests: Sequence[tuple[str, Segments]], shots: Sequence[np.ndarray] = ()) -> Iterator[Written]:
+  def key(self) -> dict[str, Any]:
+    """Returns all that a text depends on but the request and the shots, plain JSON."""
+    params, stats = self._trained
+    config = self._setup.config
+    trained = {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
+    return {"weights": self._setup.digests | trained, "model": config_lib.flatten(config.model, known=True),
+            "decoding": dataclasses.asdict(self.decoding), "map": self._name, "blind": self._blind,
+            "images": ImageOptions.of(config.data).changes(), "tokenizer": self._tokenizer.fingerprint(),
+            "dtype": config.compute.dtype, "batch_size": self.batch_size, "version": limber_jax.__version__}
+
+  def write(self, requests: Sequence[tuple[str, Segments]], shots: Sequence[np.ndarray] = (), *,
+            start: int = 0) -> Iterator[Written]:
     """Yields what the language model writes after each of the requests, in their order.
 
     All batches are of one shape: texts are padded on the right to the longest, the last batch with empty rows. What is
@@ -93,6 +102,7 @@ class Captioner:
       requests: the path of an image, and what is read before the text is written: texts, and images by their numbers.
         Those of the shots come first, then that of the request's own image, len(shots).
       shots: S images uint8 [H, W, 3] that all requests share.
+      start: how many of the requests are left out because they are done, whole batches.
 
     Raises:
       UserError: more text and images than the language model's context holds.
@@ -105,9 +115,9 @@ class Captioner:
                       f"more than the language model's context of {context}")
     with jax.set_mesh(self._mesh):
       prompts = self._shots(shots)
-      start = interleaved.common(list(layouts.values()), len(prompts))
-      prefix = self._prefix(next(iter(layouts.values())), start, prompts) if start else None
-    batches = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
+      shared = interleaved.common(list(layouts.values()), len(prompts))
+      prefix = self._prefix(next(iter(layouts.values())), shared, prompts) if shared else None
+    batches = [requests[i : i + self.batch_size] for i in range(start, len(requests), self.batch_size)]
     with ThreadPoolExecutor() as pool:
 
       def start_reading(batch):
@@ -117,10 +127,11 @@ class Captioner:
       for number, batch in enumerate(batches):
         images = [image.result() for image in reading]
         reading = start_reading(batches[number + 1]) if number + 1 < len(batches) else []
-        rows = [(image, Layout(*(part[start:] for part in layouts[segments])), number * self.batch_size + i)
+        first = start + number * self.batch_size
+        rows = [(image, Layout(*(part[shared:] for part in layouts[segments])), first + i)
                 for i, (image, (_, segments)) in enumerate(zip(images, batch, strict=True))
                 if not isinstance(image, str)]
-        texts = iter(self._write_batch(rows, prompts, prefix, length - start) if rows else ())
+        texts = iter(self._write_batch(rows, prompts, prefix, length - shared) if rows else ())
         for image, (path, _) in zip(images, batch, strict=True):
           yield Written(path, "", image) if isinstance(image, str) else Written(path, next(texts))
 
@@ -375,7 +386,8 @@ class Flags:
                                       "that one cannot hold.", lower_bound=1)
     self._images = ImageFlags()
     self._json = flags.DEFINE_bool("json", False, "Print one JSON object a line.")
-    self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, whole or not at all.")
+    self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, which is there once it is "
+                                    "whole; what is stopped goes on.")
 
   def config(self) -> tuple[Config, str]:
     """Returns (the experiment that the flags name, the map's name); raises UserError for what does not fit."""
@@ -409,70 +421,6 @@ class Flags:
     """Returns whether the terminal is all that the results go to."""
     return not self._out.value
 
-  def output(self) -> "Output":
+  def output(self) -> Output:
     """Returns where to and how the flags want it; raises UserError if the file of --out cannot be written."""
     return Output(as_json=self._json.value, path=self._out.value)
-
-
-class Output:
-  """Rows on the terminal or in a file. Open it before the model, which takes a while, and close it in any case."""
-
-  def __init__(self, *, as_json: bool = False, path: str = ""):
-    """Opens the file `path`, or prints if it is ""; raises UserError if it cannot be written."""
-    self._json, self._path = as_json or bool(path), path
-    self._file = None
-    if path:
-      try:
-        self._file = open(f"{path}.tmp", "w", encoding="utf-8")  # noqa: SIM115 (`close` closes it)
-      except OSError as error:
-        raise UserError(f"--out={path}: cannot write there ({error.strerror})") from error
-
-  def __enter__(self) -> "Output":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    """Removes what is left of a file that was not finished."""
-    if self._file and not self._file.closed:
-      self._file.close()
-      os.remove(f"{self._path}.tmp")
-
-  def write(self, rows: Iterable[dict[str, str]], widths: dict[str, int], total: int) -> int:
-    """Writes rows, names those with an "error" on stderr, finishes the file, and returns the exit code.
-
-    Args:
-      rows: {"image": path, …, "caption": text} or {"image": path, "error": reason}.
-      widths: of the columns of a table, in order; a single one has no heading.
-      total: how many rows there are; from PROGRESS on it is told how far it is.
-    """
-    columns, unread, start = list(widths), 0, time.monotonic()
-    told = start - EVERY
-    if not self._json and len(columns) > 1:
-      self._print(widths, {name: name for name in columns})
-    for number, row in enumerate(rows, 1):
-      if "error" in row:
-        unread += 1
-        print(f"{cli.printable(row['image'])}: {row['error']}", file=sys.stderr, flush=True)
-      elif self._json:
-        print(json.dumps(row), file=self._file, flush=not self._file)
-      else:
-        self._print(widths, row)
-      now = time.monotonic()
-      if total >= PROGRESS and (now - told >= EVERY or number == total):
-        told = now
-        rate = number / max(now - start, 1e-9)
-        print(f"{number} of {total} images, {rate:.1f} a second", file=sys.stderr, flush=True)
-    if self._file:
-      self._file.close()
-      os.replace(f"{self._path}.tmp", self._path)
-      print(f"{total - unread} lines written to {self._path}")
-    if unread:
-      print(f"{unread} of {total} images could not be read", file=sys.stderr)
-    return 1 if unread else 0
-
-  @staticmethod
-  def _print(widths: dict[str, int], row: dict[str, str]) -> None:
-    cells = []
-    for name, width in widths.items():
-      text = row[name] if name == "image" else " ".join(row[name].split())
-      cells.append(f"{cli.printable(text):<{width}}")
-    print("  ".join(cells).rstrip(), flush=True)

@@ -1,21 +1,23 @@
 """Names images: `python -m limber_jax.classify --weights=DIR --labels="a dog,a cat" photo.jpg folder/`.
 
-Prints a table, or with --json one object a line. Labels are used as they are written; --templates puts them
-into sentences. Images that cannot be read are named on stderr and counted; the exit code is then 1.
+Prints a table, or with --json one object a line; --out=FILE writes these lines to a file, which appears once it is
+whole: stopped or killed, the same command goes on. Labels are used as they are written; --templates puts them into
+sentences. Images that cannot be read are named on stderr and counted; the exit code is then 1.
 """
 
 import functools
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
+import limber_jax
 from limber_jax import cli, config, inputs, parallel
 from limber_jax.config import Compute
 from limber_jax.data import tokenizers, transforms
@@ -25,9 +27,11 @@ from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import classifier, lines, load_templates
 from limber_jax.models import clip
 from limber_jax.models.text import check_end
+from limber_jax.output import Output
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
 from limber_jax.weights.configs import naming
+from limber_jax.weights.digest import digest
 
 
 class Classifier:
@@ -77,7 +81,15 @@ class Classifier:
     self._preprocess = transforms.with_options(self._preprocess, images)
     text = classifier(functools.partial(embed, "embed_text"), functools.partial(words, truncate=False), labels,
                       templates, size.text.context)
+    self._depends = {"labels": list(labels), "templates": list(templates), "tokenizer": words.fingerprint(),
+                     "model": config.flatten(size, known=True), "images": images.changes(),
+                     "batch_size": self.batch_size, "version": limber_jax.__version__}
+    self._loaded = params, stats
     self._weights = text * np.exp(loaded.params["logit_scale"])  # [L, E]
+
+  def key(self) -> dict[str, Any]:
+    """Returns all that the probabilities of an image depend on but the image, plain JSON."""
+    return {"weights": digest(self._loaded), **self._depends}
 
   def read(self, path: str) -> np.ndarray:
     """Returns the image in a file as the model takes it, uint8 [H, W, 3]; raises UserError or OSError."""
@@ -126,7 +138,7 @@ def find(inputs: Sequence[str], images: ImageOptions = PLAIN) -> list[str]:
       continue
     inside, refused = folder.images_below(path, suffixes)
     for name, reason in refused.items():
-      print(f"{name}: {reason}", file=sys.stderr, flush=True)
+      print(cli.printable(f"{name}: {reason}"), file=sys.stderr, flush=True)
     if not inside:
       raise UserError(f"{path}: no images in this folder; looked for {', '.join(suffixes)}")
     found += inside
@@ -156,6 +168,22 @@ def read_labels(given: Sequence[str], path: str) -> list[str]:
   return labels
 
 
+def _row(path: str, labels: Sequence[str], found: np.ndarray | str) -> dict[str, Any]:
+  """Returns what is written about an image, of its probabilities or of why it cannot be read."""
+  if isinstance(found, str):
+    return {"image": path, "error": found}
+  best = int(np.argmax(found))
+  return {"image": path, "label": labels[best], "probability": float(found[best]),
+          "probabilities": dict(zip(labels, found.tolist(), strict=True))}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+  """Returns the columns of a row: the likeliest label, and the next two."""
+  (label, p), *others = sorted(row["probabilities"].items(), key=lambda pair: -pair[1])
+  return {"image": row["image"], "label": label, "p": f"{p:.1%}",
+          "next": ", ".join(f"{other} {q:.1%}" for other, q in others[:2])}
+
+
 if __name__ == "__main__":
   _weights = flags.DEFINE_string("weights", None, "A workdir of limber_jax.train, or weights of Hugging Face, "
                                  "open_clip or OpenAI.")
@@ -168,6 +196,8 @@ if __name__ == "__main__":
   _tokenizer_path = flags.DEFINE_string("tokenizer_path", "", "Directory or hub id of the tokenizer.")
   _images = ImageFlags()
   _json = flags.DEFINE_bool("json", False, "Print one JSON object a line, with the probabilities of all labels.")
+  _out = flags.DEFINE_string("out", "", "Write these lines to this file, which is there once it is whole; what is "
+                             "stopped goes on.")
 
   def _main(inputs: list[str]) -> int:
     if not _weights.value:
@@ -177,27 +207,14 @@ if __name__ == "__main__":
     tokenizer = load.own_tokenizer(_weights.value)
     if _tokenizer.value or _tokenizer_path.value:
       tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
-    model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value,
-                       images=images)
-    names = {path: cli.printable(path) for path in paths}
-    wide, narrow = max(map(len, [*names.values(), "image"])), max(map(len, [*labels, "label"]))
-    if not _json.value:
-      print(f"{'image':<{wide}}  {'label':<{narrow}}  {'p':>6}  next")
-    unread = 0
-    for path, result in model.classify(paths):
-      if isinstance(result, str):
-        unread += 1
-        print(f"{names[path]}: {result}", file=sys.stderr, flush=True)
-        continue
-      best, *others = [(labels[i], float(result[i])) for i in np.argsort(-result, kind="stable")]
-      if _json.value:
-        print(json.dumps({"image": path, "label": best[0], "probability": best[1],
-                          "probabilities": dict(zip(labels, result.tolist(), strict=True))}), flush=True)
-      else:
-        runners_up = ", ".join(f"{label} {p:.1%}" for label, p in others[:2])
-        print(f"{names[path]:<{wide}}  {best[0]:<{narrow}}  {best[1]:>6.1%}  {runners_up}", flush=True)
-    if unread:
-      print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
-    return 1 if unread else 0
+    wide = max(map(len, [*map(cli.printable, paths), "image"]))
+    widths = {"image": wide, "label": max(map(len, [*labels, "label"])), "p": -6, "next": 0}
+    with Output(as_json=_json.value, path=_out.value) as output:
+      model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value,
+                         images=images)
+      done = output.resume(lambda: {"command": "classify", **model.key()}, [{"image": p} for p in paths],
+                           model.batch_size)
+      rows = (_row(path, labels, result) for path, result in model.classify(paths[done:]))
+      return output.write(rows, widths, len(paths), shown=_shown)
 
-  cli.run(_main, prints=lambda: True)
+  cli.run(_main, prints=lambda: not _out.value)

@@ -259,11 +259,12 @@ if __name__ == "__main__":
                         "do not come; the same command goes on from what was kept") from None
     if jax.process_index() == 0:
       write(out, _workdir.value)
-      rows = {f"{name}/{key}": value for name, e in out["evaluations"].items() for key, value in e["figures"].items()}
+      rows = {f"{name}/{key}": report.shown(key, value)
+              for name, e in out["evaluations"].items() for key, value in e["figures"].items()}
       width = max(map(len, rows))
-      print(f"step {out['step']}")
+      print(f"step {out['step']}; scores times 100, as in report.md")
       for name, value in rows.items():
-        print(f"{name:<{width}}  {value:.4f}")
+        print(f"{name:<{width}}  {value}")
       print(f"written to {os.path.join(_workdir.value, 'results.json')} and report.md")
     return 1 if out["failed"] else 0
 

@@ -38,6 +38,7 @@ class Log:
     """
     self._steps, self._batch, self._active, self._print = steps, batch_size, active, print
     self._mark, self._wait, self._last = time.perf_counter(), 0.0, start_step
+    self._first = True  # the time of the first record is mostly that of compiling
     self._tty = active and print is _builtin_print and sys.stdout.isatty()
     if not active:
       return
@@ -64,10 +65,11 @@ class Log:
     self._last = step
     self.restart_clock()
     self.write(step, metrics | speed)
-    left = (self._steps - step) * speed["seconds_per_step"]
+    left = "" if self._first else f"  left {duration((self._steps - step) * speed['seconds_per_step'])}"
+    self._first = False
     self.line(f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
-              f"{speed['examples_per_second']:,.0f} examples/s  data wait {speed['data_wait']:.0%}  "
-              f"left {duration(left)}", replace=step < self._steps)
+              f"{speed['examples_per_second']:,.0f} examples/s  data wait {speed['data_wait']:.0%}{left}",
+              replace=step < self._steps)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Writes a record of `step` to metrics.jsonl and its numbers to TensorBoard; raises UserError if it cannot."""

@@ -355,7 +355,7 @@ def _others(runs: Sequence[Run]) -> list[str]:
         tables.setdefault((name, evaluation["evaluation"]), {})[label_of(run, runs)] = evaluation["figures"]
   blocks = []
   for (name, kind), columns in tables.items():
-    rows = [(_name(figure) or figure, *(_shown(figure, figures.get(figure)) for figures in columns.values()))
+    rows = [(_name(figure) or figure, *(shown(figure, figures.get(figure)) for figures in columns.values()))
             for figure in dict.fromkeys(f for figures in columns.values() for f in figures)]
     blocks += [f"## {escape(name)}: {escape(kind)}", markdown(("figure", *columns), rows, len(columns))]
   return blocks
@@ -384,7 +384,7 @@ def _details(run: Run) -> list[str]:
                   + _other_counts(run.data[name], evaluation))
     maps = dict.fromkeys(figure.partition("@")[2] for figure in evaluation["figures"])
     names = dict.fromkeys(figure.partition("@")[0] for figure in evaluation["figures"])
-    rows = [(_name(figure) or figure, *(_shown(figure, evaluation["figures"].get(figure + f"@{m}" * bool(m)))
+    rows = [(_name(figure) or figure, *(shown(figure, evaluation["figures"].get(figure + f"@{m}" * bool(m)))
                                       for m in maps)) for figure in names]
     if rows:
       blocks.append(markdown(("figure", *(m or "value" for m in maps)), rows, len(maps)))
@@ -422,7 +422,7 @@ def _name(figure: str) -> str:
   return ""
 
 
-def _shown(figure: str, value: float | None) -> str:
+def shown(figure: str, value: float | None) -> str:
   """Returns a figure as it is printed: scores times 100, whole numbers whole, others with four digits."""
   if value is None or _name(figure):
     return number(value, 2 if "shot" in figure else 1)

@@ -17,17 +17,19 @@ from limber_jax.captioner import Captioner, Written
 from limber_jax.classify import attempt
 from limber_jax.data import text
 from limber_jax.errors import UserError
+from limber_jax.output import stamped
 from limber_jax.tasks.interleaved import example_text, question_text
 
 
 def answers(model: Captioner, questions: Sequence[dict[str, str]],
-            shots: Sequence[dict[str, str]] = ()) -> Iterator[Written]:
-  """Yields the answer to each of the questions.
+            shots: Sequence[dict[str, str]] = (), start: int = 0) -> Iterator[Written]:
+  """Yields the answer to each of the questions from number `start` on.
 
   Args:
     model: what answers.
     questions: {"image": path, "question": …}.
     shots: {"image": path, "question": …, "answer": …}, examples that stand before every question, in this order.
+    start: how many questions are left out because they are answered, whole batches.
 
   Raises:
     UserError: the image of an example cannot be read, or they are more than the language model's context holds.
@@ -41,7 +43,7 @@ def answers(model: Captioner, questions: Sequence[dict[str, str]],
     images.append(image)
     before += [number, example_text(shot["question"], shot["answer"])]
   requests = [(q["image"], (*before, len(images), question_text(q["question"]))) for q in questions]
-  for written in model.write(requests, images):
+  for written in model.write(requests, images, start=start):
     yield written._replace(text=written.text.partition("\n")[0].strip())
 
 
@@ -95,8 +97,10 @@ if __name__ == "__main__":
     shots = read_lines(_shots.value, "--shots", ("image", "question", "answer")) if _shots.value else []
     with _flags.output() as output:
       model = _flags.open(len(questions))
+      examples = [stamped(shot) for shot in shots]
+      done = output.resume(lambda: {"command": "vqa", "shots": examples, **model.key()}, questions, model.batch_size)
       rows = ({"image": w.path, "error": w.error} if w.error else {**q, "answer": w.text}
-              for q, w in zip(questions, answers(model, questions, shots), strict=True))
+              for q, w in zip(questions[done:], answers(model, questions, shots, done), strict=True))
       widths = {name: max(len(name), *(len(cli.printable(q[name])) for q in questions))
                 for name in ("image", "question")}
       return output.write(rows, {**widths, "answer": 0} if _questions.value else {"answer": 0}, len(questions))

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,12 @@ import numpy as np
 import pytest
 import runs
 
-from limber_jax import captioner, parallel
+from limber_jax import captioner, output, parallel
 from limber_jax.caption import captions
-from limber_jax.captioner import Output, change_decoding, open_projection, open_run, read_projection, read_run, to_use
+from limber_jax.captioner import change_decoding, open_projection, open_run, read_projection, read_run, to_use
 from limber_jax.config import Decoding
 from limber_jax.errors import UserError
+from limber_jax.output import Output
 from limber_jax.train import train
 
 PICTURES = 11
@@ -182,7 +185,7 @@ def test_mistakes_are_told_in_a_line(run, tmp_path):
       (lambda: to_use(config, init=["prompt=x"]), "--init=prompt=x: expected PART=PATH of a frozen part"),
       (lambda: to_use(config, init=["lm"]), "--init=lm: expected PART=PATH"),
       (lambda: read_projection(str(tmp_path / "config.json")), "no projection can be read there"),
-      (lambda: Output(path=str(tmp_path / "no" / "x")), "--out=.*: cannot write there .No such file")):
+      (lambda: Output(path=str(tmp_path / "no" / "x")), "--out=.*: cannot be written .No such file")):
     with pytest.raises(UserError, match=match) as error:
       call()
     assert "\n" not in str(error.value)
@@ -226,18 +229,74 @@ def test_a_table_shows_paths_as_they_are_and_texts_on_one_line(capsys):
 
 def test_many_images_are_counted_on_stderr_and_a_file_is_whole_or_not_there(tmp_path, capsys):
   path = tmp_path / "out.jsonl"
-  rows = [{"image": str(i), "caption": "ä"} for i in range(captioner.PROGRESS)]
-  with Output(path=str(path)) as output:
-    assert output.write(rows, {"image": 5, "caption": 0}, len(rows)) == 0
+  inputs = [{"image": str(i)} for i in range(output.PROGRESS)]
+  rows = [given | {"caption": "ä"} for given in inputs]
+  with Output(path=str(path)) as out:
+    assert out.resume(dict, inputs, 8) == 0
+    assert out.write(rows, {"image": 5, "caption": 0}, len(rows)) == 0
   assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == rows
   said = capsys.readouterr()
   assert said.out == f"50 lines written to {path}\n"
   assert [line.split(",")[0] for line in said.err.splitlines()] == ["1 of 50 images", "50 of 50 images"]
+  assert [f.name for f in tmp_path.iterdir()] == ["out.jsonl"]
 
-  def ends():
-    yield rows[0]
-    raise UserError("no more")
 
-  with pytest.raises(UserError, match="no more"), Output(path=str(path)) as output:
-    output.write(ends(), {"image": 5, "caption": 0}, len(rows))
-  assert [f.name for f in tmp_path.iterdir()] == ["out.jsonl"] and len(path.read_text("utf-8").splitlines()) == 50
+def written(path, inputs, rows, key="a"):
+  """Returns (how many were done, exit code) of a command whose batches are of two."""
+  with Output(path=str(path)) as out:
+    done = out.resume(lambda: {"key": key}, inputs, 2)
+    return done, out.write(rows(done), {"image": 5, "caption": 0}, len(inputs))
+
+
+def test_what_is_stopped_goes_on_behind_the_last_whole_batch_if_nothing_has_changed(tmp_path, capsys):
+  path, partial, asked = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", []
+  inputs = [{"image": str(tmp_path / f"{i}.png")} for i in range(7)]
+  for given in inputs[1:]:
+    open(given["image"], "w").close()
+  rows = [{**inputs[0], "error": "no such file"}, *(given | {"caption": "c"} for given in inputs[1:])]
+
+  def stopped(number, error):
+    def until(done):
+      asked.append(done)
+      yield from rows[done:number]
+      if error:
+        raise error
+      os.kill(os.getpid(), signal.SIGHUP)
+      yield from rows[number:]
+
+    return until
+
+  with pytest.raises(UserError, match="no more"):
+    written(path, inputs, stopped(0, UserError("no more")))
+  assert not partial.exists()  # there is nothing to keep
+  with pytest.raises(UserError, match="no more"):
+    written(path, inputs, stopped(5, UserError("no more")))
+  assert sorted(os.listdir(tmp_path))[6:] == ["out.jsonl.partial"]
+  assert written(path, inputs, stopped(6, None)) == (4, 1)  # the signal came at the last row
+  assert "stopped by SIGHUP after 7 of 7" not in (said := capsys.readouterr()).out
+  assert path.exists() and not partial.exists() and said.err.count("no such file") == 2
+  path.unlink()
+  with pytest.raises(KeyboardInterrupt):
+    written(path, inputs, stopped(5, KeyboardInterrupt()))
+  with open(partial, "a") as file:
+    file.write('{"input": [{"image": "half')
+  assert written(path, inputs, stopped(4, None)) == (4, 0) and not path.exists()
+  assert "stopped by SIGHUP after 5 of 7; the same command goes on" in capsys.readouterr().out
+  os.utime(inputs[3]["image"], (1, 1))
+  assert written(path, inputs, lambda done: rows[done:]) == (2, 1)  # a changed image is written about again
+  assert [json.loads(line) for line in path.read_text().splitlines()] == rows[1:]
+  with pytest.raises(UserError, match="no more"):
+    written(path, inputs, stopped(5, UserError("no more")))
+  assert written(path, inputs, lambda done: rows[done:], key="b") == (0, 1)
+  assert f"{partial}: of another model, other settings or another version; begun again" in capsys.readouterr().err
+
+
+def test_a_fifo_gets_the_rows_as_they_come(tmp_path, capsys):
+  os.mkfifo(tmp_path / "fifo")
+  got = []
+  reader = threading.Thread(target=lambda: got.append((tmp_path / "fifo").read_text()))
+  reader.start()
+  rows = [{"image": "a", "caption": "b"}, {"image": "c", "error": "d"}]
+  assert written(tmp_path / "fifo", [{"image": "a"}, {"image": "c"}], lambda done: rows[done:]) == (0, 1)
+  reader.join(10)
+  assert got == [json.dumps(rows[0]) + "\n"] and os.listdir(tmp_path) == ["fifo"] and not capsys.readouterr().out

@@ -37,6 +37,15 @@ def test_a_run_that_goes_on_drops_what_it_does_again_and_what_is_damaged_alone(t
   assert steps(tmp_path) == [1, 4]
 
 
+def test_the_time_left_is_estimated_once_a_step_without_compiling_was_timed(tmp_path):
+  said = []
+  log = Log(str(tmp_path), steps=9, batch_size=4, start_step=3, active=True, print=said.append)
+  for step in (4, 5, 6):
+    log.train(step, {"loss": 1.0})
+  log.close()
+  assert [("  left " in line) for line in said] == [False, True, True]
+
+
 def test_a_full_disk_is_one_line(tmp_path):
   path = written(tmp_path, 2)
   log = make(tmp_path, start=2)

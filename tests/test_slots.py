@@ -7,8 +7,11 @@ import types
 import numpy as np
 import pytest
 
+from limber_jax.config import Source
 from limber_jax.data.pipeline import train_batches
 from limber_jax.data.slots import Parcel, Receiver, Sender
+from limber_jax.data.sources.digits import Digits
+from limber_jax.errors import UserError
 
 
 def piece(seed, rows=4):
@@ -106,3 +109,17 @@ def test_workers_share_memory_that_ends_with_them():
     names = list(receiver._memory)
     assert len(names) == 2 and not any(os.path.exists(f"/dev/shm/{name}") for name in names)
   assert not receiver._memory
+
+
+def test_too_little_shared_memory_is_one_line_and_leaves_none(monkeypatch):
+  before = set(os.listdir("/dev/shm"))
+
+  def full(fd, start, size):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "posix_fallocate", full)
+  with pytest.raises(UserError, match=r"^/dev/shm: data workers need 0\.6 MB .*No space left on device.; make it"):
+    Sender(3)(piece(0))
+  with pytest.raises(UserError, match=r"^/dev/shm: data workers need 2\.1 MB .*No space left on device."):
+    train_batches(Digits(Source("digits")), None, batch_size=4, rows=np.arange(4), seed=0, workers=2)
+  assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")}

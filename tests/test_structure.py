@@ -23,7 +23,7 @@ LAYERS = (
   {"tasks"},
   {"evals"},
   {"recipes", "train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "health",
-   "inspect", "pack", "report", "report_pictures", "report_runs", "train_tokenizer"},
+   "inspect", "output", "pack", "report", "report_pictures", "report_runs", "train_tokenizer"},
   {"bench"},
 )
 

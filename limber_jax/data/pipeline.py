@@ -403,6 +403,7 @@ def _batches(examples: _Examples, start: int, stop: int, workers: int, threads: 
   read = max(threads, ahead) if threads else 0
   stream = pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read))
   if workers:
+    slots.check_room(workers)
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only commands parse
     # For what was read, is on its way, and is being joined.

@@ -4,6 +4,7 @@ Grain takes fresh shared memory for each piece of a batch, every page of which i
 130 of the 200 µs that an image of 224 pixels took from worker to batch, beside 2,200 for decoding and scaling it.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
+from limber_jax.errors import UserError
+
+FOLDER = "/dev/shm"
 LEAST = 2**16  # bytes of an array that is worth a slot
 _ALIGN = 64
 
@@ -54,7 +58,7 @@ class Sender:
     with self._lock:
       if self._memory is None:  # all pieces are of the size of the first
         self._size = size
-        self._memory = SharedMemory(create=True, size=_aligned(self._slots) + self._slots * size)
+        self._memory = _reserved(_aligned(self._slots) + self._slots * size)
       taken = bytes(self._memory.buf[: self._slots])
       if size > self._size or 0 not in taken:
         return None
@@ -87,6 +91,38 @@ class Receiver:
       self._memory[value.name] = memory = SharedMemory(value.name)
       memory.unlink()  # so that it ends with the processes that have it open, however they end
     return np.ndarray(value.shape, value.dtype, self._memory[value.name].buf, value.offset)
+
+
+def check_room(workers: int) -> None:
+  """Raises UserError if there is no shared memory for what data workers take at the least: locks and queues, too."""
+  memory = _reserved(workers * 2**20)
+  memory.close()
+  memory.unlink()
+
+
+def _reserved(size: int) -> SharedMemory:
+  """Returns new shared memory that is all there: else the first write that finds none kills the process by SIGBUS.
+
+  Raises:
+    UserError: there is not that much.
+  """
+  memory = None
+  try:
+    memory = SharedMemory(create=True, size=size)
+    if os.path.exists(file := os.path.join(FOLDER, memory.name)):
+      fd = os.open(file, os.O_RDWR)
+      try:
+        os.posix_fallocate(fd, 0, size)
+      finally:
+        os.close(fd)
+    return memory
+  except OSError as error:
+    if memory is not None:
+      memory.close()
+      memory.unlink()
+    raise UserError(f"{FOLDER}: data workers need {size / 1e6:,.1f} MB more of shared memory there ({error.strerror}); "
+                    "make it larger (docker run --shm-size=…), or set --config.data.workers=0 or a smaller "
+                    "--config.data.prefetch") from error
 
 
 def _aligned(size: int) -> int:
