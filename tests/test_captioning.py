@@ -12,7 +12,19 @@ from runs import run
 
 from limber_jax import losses, optim, parallel
 from limber_jax.bench.train import count_flops
-from limber_jax.config import Captions, Checkpoint, Compute, Config, Data, Loss, Mesh, Optim, Source, Tokenizer
+from limber_jax.config import (
+  Captions,
+  Checkpoint,
+  Compute,
+  Config,
+  Data,
+  Decoding,
+  Loss,
+  Mesh,
+  Optim,
+  Source,
+  Tokenizer,
+)
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
 from limber_jax.models.adapters import AdapterSize
@@ -279,6 +291,7 @@ def test_the_encoder_runs_as_at_test_unless_told_otherwise():
   ({"loss": Loss(accumulate=3)}, "accumulate=3 does not divide config.batch_size=16"),
   ({"captions": Captions(eos="never")}, "captions.eos='never': choose one of always, reference"),
   ({"captions": Captions(eos="reference", micro_batch=5)}, "micro_batch=5 does not divide"),
+  ({"decoding": Decoding("beam", top_p=0.9)}, "decoding.top_p=0.9 is for method='sample', but the method is 'beam'"),
   ({"data": Data(length=63)}, "more than the language model's context of 64"),
   ({"model": size(RESNET), "loss": Loss(accumulate=2), "captions": Captions(encoder="train"),
     "trainable": ("prompt", "image")}, "BatchNorm"),

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from runs import tiny, tiny_limber
 
 from limber_jax import cli, help, ranges, registry
 from limber_jax.config import Evaluation, Optim, Source, check, check_best, from_json, missing_best, to_json
 from limber_jax.errors import UserError
 from limber_jax.train import setup, train
-from tests.runs import tiny, tiny_limber
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 LIMBER = EXPERIMENTS / "quickstart_limber.py"
@@ -161,7 +161,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(tmp_path):
 
 
 def test_a_mistake_in_an_experiment_that_comes_first_is_told_before_anything_is_trained(tmp_path):
-  (tmp_path / "broken.py").write_text("from tests.runs import tiny\n\ndef get_config():\n  return tiny(steps=-1)\n")
+  (tmp_path / "broken.py").write_text("from runs import tiny\n\ndef get_config():\n  return tiny(steps=-1)\n")
   with pytest.raises(UserError, match=r"broken.py: config.steps=-1: wanted 1 or more$"):
     train(tiny(first={"a": f"{EXPERIMENTS}/quickstart.py", "b": f"{tmp_path}/broken.py"}), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

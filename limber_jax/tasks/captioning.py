@@ -17,6 +17,7 @@ from limber_jax.config import Captions, Config, Data, Decoding, flatten
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
+from limber_jax.generate import check as check_decoding
 from limber_jax.generate import generate
 from limber_jax.models.limber import Limber, LimberSize, part
 from limber_jax.models.prompt import prefix_inputs
@@ -48,6 +49,7 @@ class Captioning:
       raise UserError(f"task 'captioning' needs a models.limber.LimberSize, got {type(config.model).__name__}")
     c, k, n = config.captions, config.loss.accumulate, config.batch_size
     ranges.check(c, "config.captions.")
+    check_decoding(config.decoding)
     ranges.check(config.loss, "config.loss.")
     if "reference" in (c.eos, c.mean) and n % c.micro_batch:
       raise UserError(f"config.captions.micro_batch={c.micro_batch} does not divide config.batch_size={n}")
