@@ -1,7 +1,8 @@
 """Rewrites a model's weights for another library: `python -m limber_jax.convert SRC DST --to=hf|open_clip|limber`.
 
 SRC is anything that `limber_jax.weights.load` reads; of a state dict say by --model=clip_vit_b32, or a configuration
-file, what it is of. Tokenizer files are not part of it: copy them beside the result.
+file, what it is of. Files of its tokenizer that lie beside it are copied; what else of its settings the result cannot
+hold, of the tokenizer or of how images are read, is named in a line each.
 
 With --to=projection SRC is a workdir where a linear map was trained between frozen models, and DST the one file that
 holds it; `limber_jax.caption --projection=DST` captions with it wherever these models are.
@@ -13,7 +14,7 @@ from absl import flags
 from limber_jax import captioner, cli
 from limber_jax.atomic import check
 from limber_jax.errors import UserError
-from limber_jax.weights import export, load, preprocessing
+from limber_jax.weights import beside, export, load, preprocessing
 
 
 def convert(source: str, destination: str, to: str, model: str = "") -> None:
@@ -24,7 +25,9 @@ def convert(source: str, destination: str, to: str, model: str = "") -> None:
   if note := preprocessing.otherwise(loaded.size, loaded.size.image.image_size, to):
     print(f"--to={to}: {note}")
   count = sum(x.size for x in jax.tree.leaves(loaded.params))
-  print(f"{destination}: {count / 1e6:.2f} M parameters for {to}; tokenizer files are not part of it")
+  for line in beside.keep(source, destination, to):
+    print(line)
+  print(f"{destination}: {count / 1e6:.2f} M parameters for {to}")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,12 @@ def make_eval(setup: Setup, name: str, context: Context) -> Eval:
                if set(registry.lookup("evaluation", registry.EVALS, n).needs) <= setup.task.predict().keys()]
     raise UserError(f"config.evals.{name}: evaluation {config.name!r} asks a model for {missing[0]!r}, which task "
                     f"{setup.config.task!r} cannot answer; those it can: {', '.join(fitting)}")
-  return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
+  try:
+    return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
+  except UserError as error:  # sources speak of the field that holds one in training
+    other = config.train is not None and config.train.path != config.source.path
+    field = "train" if other and repr(config.train.path) in str(error) else "source"
+    raise UserError(str(error).replace("config.data.source.", f"config.evals.{name}.{field}.")) from error
 
 
 def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False,

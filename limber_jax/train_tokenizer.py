@@ -52,13 +52,22 @@ def main(args: list[str]) -> None:
     raise UserError("wanted either --source=FILE, once or more, or --config=experiments/x.py, whose data are used")
   if OUT.value is None:
     raise UserError("--out=DIR is missing: where tokenizer.json goes")
+  task = ""
   if SOURCE.value:
     texts = (text for path in SOURCE.value for text in lines(path))
   else:
-    texts = captions(cli.get_config(CONFIG).data.source)
+    config = cli.get_config(CONFIG)
+    task, texts = config.task, captions(config.data.source)
   tokenizer = BpeTokenizer.train(texts, VOCAB_SIZE.value, OUT.value)
   print(f"{OUT.value}: {tokenizer.vocab_size} ids; use it with --config.data.tokenizer.name=bpe "
-        f"--config.data.tokenizer.path={OUT.value} --config.model.text.vocab={tokenizer.vocab_size}")
+        f"--config.data.tokenizer.path={OUT.value} {_vocab(task, tokenizer.vocab_size)}")
+
+
+def _vocab(task: str, size: int) -> str:
+  """Returns the setting that must be as large as a tokenizer, for a task, "" where none is known."""
+  clip, lm = f"--config.model.text.vocab={size}", f"--config.model.vocab={size}"
+  fields = {"contrastive": clip, "language_modelling": lm, "captioning": f"--config.model.lm.vocab={size}"}
+  return fields.get(task, f"{clip} (of a language model {lm})")
 
 
 if __name__ == "__main__":

@@ -140,9 +140,16 @@ def test_two_that_say_different_things_are_refused(tmp_path, open_clip):
     load.load(str(tmp_path / "epoch_1.pt"), "clip_vit_b_32")
 
 
-def test_a_model_is_said_by_a_name_with_what_differs():
+def test_a_model_is_said_by_a_name_with_what_differs(tmp_path):
   size = configs.described("clip_vit_b32,activation=gelu,image.heads=8")
   assert (size.activation, size.image.heads, size.text.heads) == ("gelu", 8, 8)
+  assert flatten(configs.described("clip_vit_b32, activation=gelu , image.heads = 8")) == flatten(size)
+  (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      \xff")
+  (tmp_path / "x.json").write_text("heads: 8\n")
+  for name, message in (("x.safetensors", r"not JSON \(.*\); these are weights, not their configuration$"),
+                        ("x.json", r"not JSON \(Expecting value: line 1 column 1 \(char 0\)\)$")):
+    with pytest.raises(UserError, match=rf"^{tmp_path / name}: {message}"):
+      configs.described(str(tmp_path / name))
   assert flatten(configs.described("clip_rn50")) == flatten(clip.SIZES["clip_rn50"]())
   for model, message in (("clip_vit_b32,heads=8", "a CLIP has no 'heads'"), ("clip_vit_b32,image.heads=x", "no number"),
                          ("clip_vit_b32,image.heads=1.5", "image.heads: expected int"), ("b32", "no model 'b32'")):

@@ -199,9 +199,9 @@ def test_folders_and_the_inspecting_command_know_the_formats(tmp_path):
   assert [t["unreadable"] for t in told] == [1, 0] and told[1]["formats"] == {"PNG": 1, "GIF": 1}
 
 
-def scans(width, height, more):
+def scans(width, height, more, image=None):
   """Returns a progressive JPEG whose last scan, with its table, is repeated `more` times."""
-  data = saved(colours(width, height), "JPEG", progressive=True)
+  data = saved(image or colours(width, height), "JPEG", progressive=True)
   last = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))
   return data[:-2] + data[last:-2] * more + data[-2:]
 

@@ -4,11 +4,13 @@ import os
 import socket
 import stat
 
+import jax
 import pytest
+import runs
 from PIL import Image
 
-from limber_jax import classify, inputs, train_tokenizer, vqa
-from limber_jax.config import Source
+from limber_jax import classify, inputs, parallel, train_tokenizer, vqa
+from limber_jax.config import Evaluation, Source
 from limber_jax.data import tokenizers
 from limber_jax.data.sources import annotations, folder
 from limber_jax.data.sources.captions import Captions
@@ -16,7 +18,9 @@ from limber_jax.data.sources.folder import Folder
 from limber_jax.data.sources.jsonl import Jsonl
 from limber_jax.errors import UserError
 from limber_jax.evals import zeroshot
+from limber_jax.train import make_context, make_eval
 from limber_jax.weights import configs, files
+from tests import test_images
 
 PIPE = "a named pipe, not a file"
 
@@ -116,3 +120,16 @@ def test_every_reader_names_a_pipe(name, strange):
   with pytest.raises((UserError, OSError)) as caught:
     reads(str(strange[PIPE]))[name]()
   assert PIPE in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "train", "field"), [
+  ("zeroshot", None, "source"), ("linear_probe", Source("digits", split="train"), "source"),
+  ("linear_probe", Source("captions", "/nowhere.tsv"), "train")])
+def test_data_that_an_evaluation_misses_are_named_by_its_own_field(name, train, field, tmp_path):
+  here, missing = Source("digits", split="test"), Source("captions", "/nowhere.tsv")
+  config = runs.tiny(evals={"held": Evaluation(name=name, source=here if field == "train" else missing, train=train)})
+  s = test_images.made(config)
+  s.mesh = parallel.make_mesh(vars(config.mesh), jax.devices()[:1])
+  with pytest.raises(UserError, match=rf"^config\.evals\.held\.{field}\.path='/nowhere\.tsv': no such file") as caught:
+    make_eval(s, "held", make_context(s, str(tmp_path)))
+  assert "config.data.source" not in str(caught.value)

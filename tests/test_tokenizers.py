@@ -381,7 +381,8 @@ def test_the_command_trains_on_the_users_captions(given, tmp_path):
   command = [sys.executable, "-m", "limber_jax.train_tokenizer", flag, "--vocab_size=300", f"--out={tmp_path}/out"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  assert "--config.data.tokenizer.name=bpe" in done.stdout
+  assert "--config.data.tokenizer.name=bpe" in done.stdout and "--config.model.text.vocab=" in done.stdout
+  assert ("(of a language model --config.model.vocab=" in done.stdout) == (given != "config")
   tokenizer = BpeTokenizer(f"{tmp_path}/out")
   word = "digit" if given == "config" else "many"
   assert tokenizer.vocab_size <= 300 and len(tokenizer.encode(word)) < len(word)

@@ -31,7 +31,7 @@ from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize, check_end
 from limber_jax.models.vit import ViTSize
 from limber_jax.state import TrainState
-from limber_jax.weights import convert, export, files, load
+from limber_jax.weights import adopt, beside, convert, export, files, load
 
 TEXT = TextSize(context=12, vocab=99, width=64, layers=2, heads=1)
 SIZES = {  # heads 64 wide, as OpenAI's have them
@@ -518,7 +518,7 @@ def test_a_gptj_of_another_build_is_refused_by_name(tmp_path, change, message):
     load.load_part(str(tmp_path / "lm"), "lm", GPTJ_MU, lm_like())
 
 
-def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(tmp_path):
+def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(tmp_path, capfd):
   params = random_tree(lm_like())
   export.save_lm(str(tmp_path / "lm"), GPTJ_MU, params)
   config, file = tmp_path / "lm" / "config.json", str(tmp_path / "lm" / "model.safetensors")
@@ -526,8 +526,49 @@ def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(t
   config.write_text(json.dumps(values | {"n_head": 4}))  # which shapes do not show
   with pytest.raises(UserError, match=r"config.json: n_head is 4, .* heads=2"):
     load.load_part(file, "lm", GPTJ_MU, lm_like())
+  for change, message in (({"rotary_dim": 8}, "rotary_dim is 8, .* rotary=16"),
+                          ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+                          ({"activation_function": "relu"}, "activation_function is 'relu'")):
+    config.write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+      load.load_part(file, "lm", GPTJ_MU, lm_like())
+  config.write_text(json.dumps(values))
+  load.load_part(file, "lm", GPTJ_MU, lm_like())
+  assert "taken from the config" not in capfd.readouterr().err
   config.write_text(json.dumps(values | {"n_head": 4, "n_layer": 28}))
   jax.tree.map(np.testing.assert_array_equal, load.load_part(file, "lm", GPTJ_MU, lm_like())[0], params)
+  assert f"{file}: heads (2) and rotary dimensions (16) are taken from the config" in capfd.readouterr().err
+
+
+def test_the_configuration_beside_a_file_of_an_encoder_is_checked_if_it_is_its_own(tmp_path, capfd):
+  size = encoders.ENCODERS["beit_l16_mu"]()
+  like, _ = encoder_like(size)
+  params, file, config = random_tree(like), str(tmp_path / "x.safetensors"), tmp_path / "config.json"
+  save_file(convert.export(beit.HF_WEIGHTS, params), file)
+  load.load_part(file, "image", size, like)
+  assert f"{file}: taken for a BEiT as published" in capfd.readouterr().err
+  values = BEIT_CONFIG | {"model_type": "beit", "use_shared_relative_position_bias": True}
+  for change, message in (({"num_attention_heads": 4}, "num_attention_heads is 4, .* has 2"),
+                          ({"hidden_act": "relu"}, "hidden_act is 'relu', expected 'gelu'"),
+                          ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
+                          ({"use_mean_pooling": False}, "use_mean_pooling is False")):
+    config.write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+      load.load_part(file, "image", size, like)
+  for own in (values, values | {"hidden_size": 768, "hidden_act": "relu"}):  # its own, and another model's
+    config.write_text(json.dumps(own))
+    jax.tree.map(np.testing.assert_array_equal, load.load_part(file, "image", size, like)[0], params)
+  config.write_text(json.dumps(values))
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+    {"image_processor_type": "BeitImageProcessor", "size": {"height": 32, "width": 32}, "do_center_crop": False,
+     "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}))
+  assert adopt.beside(file, size) == adopt.beside(str(tmp_path), size)
+  assert adopt.beside(file, size).mean == (0.1, 0.2, 0.3)
+  size = encoders.ENCODERS["nf_resnet50_mu"]()
+  config.write_text(json.dumps({"architecture": "nf_resnet50", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+  assert adopt.beside(file, size).mean == (0.1, 0.2, 0.3)
+  config.write_text(json.dumps({"architecture": "resnet50", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+  assert adopt.beside(file, size) is None
 
 
 def test_a_directory_without_weights_says_what_was_looked_for(tmp_path):
@@ -1069,7 +1110,7 @@ def test_the_convert_command_rewrites_a_model(saved, tmp_path):
   result = convert_command(path, tmp_path / "out", "--to=hf")
   assert result.returncode == 0, result.stderr
   assert result.stdout.startswith("--to=hf: where an odd number of pixels is to be cut off, it may cut one pixel f")
-  assert result.stdout.endswith("M parameters for hf; tokenizer files are not part of it\n")
+  assert result.stdout.endswith("M parameters for hf\n")
   loaded = load.load(str(tmp_path / "out"))
   assert loaded.size == dataclasses.replace(size, crop_rounding="down")
   assert_equal(loaded.params, params)
@@ -1084,6 +1125,30 @@ def test_the_convert_command_asks_of_a_state_dict_whose_it_is(saved, tmp_path):
   result = convert_command(file, tmp_path / "out", "--to=limber", f"--model={said(tmp_path, size)}")
   assert result.returncode == 0, result.stderr
   assert_equal(load.load(str(tmp_path / "out")).params, params)
+
+
+def test_what_lies_beside_converted_weights_is_kept_or_named(tmp_path):
+  source, out = tmp_path / "source", tmp_path / "out"
+  source.mkdir()
+  out.mkdir()
+  assert list(beside.keep(str(source / "x.pt"), str(out), "hf")) == []  # CLIP's own, which is the default everywhere
+  (source / "tokenizer.json").write_text("{}")
+  (source / "merges.txt").write_text("#version")
+  (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"text_cfg": {
+    "tokenizer_kwargs": {"strip_sep_token": True}, "hf_tokenizer_name": "some/body", "width": 64}}}))
+  assert list(beside.keep(str(source / "x.pt"), str(out), "hf")) == [
+    f"{out}: the tokenizer of {source}: tokenizer.json, merges.txt",
+    "--to=hf: not kept: text_cfg.tokenizer_kwargs={'strip_sep_token': True}",
+    "--to=hf: not kept: text_cfg.hf_tokenizer_name='some/body'"]
+  assert (out / "merges.txt").read_text() == "#version" and not (out / "open_clip_config.json").exists()
+  run = tmp_path / "run"
+  (run / "checkpoints").mkdir(parents=True)
+  (run / "config.json").write_text(json.dumps({
+    "data.tokenizer.name": "bpe", "data.tokenizer.path": "tok", "data.exif": True, "data.formats": ["gif", "bmp"]}))
+  lines = list(beside.keep(str(run), str(out), "limber"))
+  assert lines[0].endswith("its tokenizer 'bpe', which no other library has; use it with --tokenizer=bpe "
+                           "--tokenizer_path=tok")
+  assert "not kept: data.exif=true" in lines[1] and "not kept: data.formats=gif,bmp" in lines[2] and len(lines) == 3
 
 
 @pytest.mark.parametrize("args,message", [

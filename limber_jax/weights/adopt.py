@@ -16,7 +16,7 @@ from limber_jax.models import clip
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.encoders import ENCODERS, EncoderSize
 from limber_jax.models.limber import LimberSize, part
-from limber_jax.weights import configs, load, preprocessing, projection
+from limber_jax.weights import configs, load, names, preprocessing, projection
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.preprocessing import Preprocessing
 
@@ -77,15 +77,16 @@ def beside(path: str, size: ClipSize | EncoderSize) -> Preprocessing | None:
       raise UserError(f"{path} resizes to {found.resize_to} pixels for a model of {found.image.image_size}; what that "
                       f"is for {tower.image_size} it does not say")
     return Preprocessing.of(found)
-  if not os.path.isdir(path):
-    return None
+  folder = path if os.path.isdir(path) else os.path.dirname(names.split(path)[0])
   if tower.kind == "beit":
-    there = any(os.path.isfile(os.path.join(path, name)) for name in configs.PROCESSORS)
-    return configs.hf_preprocessing(path, tower.image_size, "Beit") if there else None
-  if not os.path.isfile(config := os.path.join(path, "config.json")):
+    there = any(os.path.isfile(os.path.join(folder, name)) for name in configs.PROCESSORS)
+    return configs.hf_preprocessing(folder, tower.image_size, "Beit") if there else None
+  if not os.path.isfile(config := os.path.join(folder, "config.json")):
     return None
   with naming(config):
-    return preprocessing.from_timm(read_json(config), tower.image_size)
+    values = read_json(config)
+    lone = folder != path and not str(values.get("architecture", "")).startswith("nf_resnet")
+    return None if lone else preprocessing.from_timm(values, tower.image_size)
 
 
 def _agreed(path: str, name: str, size: ClipSize | EncoderSize) -> dict[str, Any]:

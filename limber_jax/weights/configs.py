@@ -20,6 +20,7 @@ from limber_jax.models.vit import ViTSize
 from limber_jax.weights import identify, preprocessing
 from limber_jax.weights.preprocessing import Preprocessing
 
+WEIGHTS = (".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack")  # how their files are called
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # transformers' files, in its order
 
 # open_clip's defaults, of the settings that we have too.
@@ -167,7 +168,11 @@ def _plain(value: Any) -> Any:
 
 def read_json(path: str) -> dict[str, Any]:
   """Returns the JSON object in a file; to be called inside of `naming`."""
-  values = json.loads(inputs.text(path, inputs.CONFIG))
+  try:
+    values = json.loads(inputs.text(path, inputs.CONFIG))
+  except (ValueError, RecursionError) as error:
+    what = "; these are weights, not their configuration" if path.endswith(WEIGHTS) else ""
+    raise UserError(f"not JSON ({' '.join(str(error).split())[:200]}){what}") from error
   if not isinstance(values, dict):
     raise UserError("expected a JSON object")
   return values
@@ -202,7 +207,7 @@ def described(model: str) -> ClipSize:
   Raises:
     UserError: no such name, file or field, or another model's configuration.
   """
-  base, *changes = re.split(r",(?=[\w.]+=)", model)
+  base, *changes = (part.strip() for part in re.split(r",(?=\s*[\w.]+\s*=)", model))
   if base in clip.SIZES:
     size = clip.SIZES[base]()
   elif os.path.isdir(base):
@@ -210,14 +215,16 @@ def described(model: str) -> ClipSize:
     if not found:
       raise UserError(f"{base}: no configuration of a CLIP there; looked for {', '.join(CONFIGS)}")
     size = size_in(found[0])
-  elif os.path.isfile(base):
+  elif os.path.lexists(base):
+    if what := inputs.what_is(base):
+      raise UserError(f"{base}: {what}; wanted a configuration of a CLIP")
     size = size_in(base)
   else:
     raise UserError(f"no model {base!r} is known here, and no file or directory{did_you_mean(base, clip.SIZES)}")
   if not changes:
     return size
   values = config_lib.flatten(size)
-  for name, value in (change.split("=", 1) for change in changes):
+  for name, value in (map(str.strip, change.split("=", 1)) for change in changes):
     if name not in values:
       raise UserError(f"a CLIP has no {name!r}{did_you_mean(name, values)}")
     try:

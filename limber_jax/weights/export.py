@@ -1,4 +1,4 @@
-"""Weights to disk, for other libraries and for us. Tokenizer files are not part of it."""
+"""Weights to disk, for other libraries and for us. Tokenizer files are the matter of `beside`."""
 
 import contextlib
 import json

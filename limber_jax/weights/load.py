@@ -422,18 +422,40 @@ def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
     source = _read(path)
     if (what := identify.of_tensors(source, clip=True)) and what != identify.GPTJ:
       raise identify.foreign(path, what, "lm", identify.GPTJ)
-    config = os.path.join(os.path.dirname(path), "config.json")
-    if os.path.isfile(config):
+    values, config = _own_config(path, "gptj", {name: getattr(size, _GPTJ[name][0]) for name in _GPTJ_SHOWN}, _GPTJ)
+    if values:
       with naming(config):
-        values = read_json(config)
-        if values.get("model_type") == "gptj" and all(
-            values.get(name, _GPTJ[name][1]) == getattr(size, _GPTJ[name][0]) for name in _GPTJ_SHOWN):
-          _check_gptj(values, size)
+        _check_gptj(values, size)
+    else:
+      _say(f"{path}: heads ({size.heads}) and rotary dimensions ({size.rotary}) are taken from the config, for nothing "
+           "beside the file says them")
   flax_names = any("/" in name for name in source)
   return _Part(source, gptj.FLAX_WEIGHTS if flax_names else gptj.HF_WEIGHTS, gptj.HF_IGNORED)
 
 
 _GPTJ_SHOWN = ("vocab_size", "n_embd", "n_layer")  # by shapes: with others a configuration beside a file is not its own
+
+
+def _own_config(path: str, kind: str, shown: dict[str, Any], defaults: dict[str, Any]) -> tuple[dict[str, Any], str]:
+  """Returns (values, its path) of the config.json beside a lone file of weights; ({}, …) if none there is the file's.
+
+  Args:
+    path: of the weights.
+    kind: the model_type that it has.
+    shown: what shapes show of the model, by transformers' names.
+    defaults: what a configuration that is silent means, itself or with our name before it.
+  """
+  config = os.path.join(os.path.dirname(names.split(path)[0]), "config.json")
+  if not os.path.lexists(config):
+    return {}, config
+  with naming(config):
+    values = read_json(config)
+
+  def value(name: str) -> Any:
+    return values.get(name, default[1] if isinstance(default := defaults[name], tuple) else default)
+
+  own = values.get("model_type") == kind and all(value(name) in (want, [want, want]) for name, want in shown.items())
+  return (values if own else {}), config
 
 
 def _check_gptj(values: dict[str, Any], size: GPTJSize) -> None:
@@ -469,6 +491,7 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
     return _Part(_headed(path, opened, size), rows, _ignored_beside(opened, "image"))
   if not os.path.isdir(path):
     source = _read(path)
+    _check_lone_encoder(path, tower)
   else:
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
@@ -499,6 +522,29 @@ def _headed(path: str, opened: Opened, size: EncoderSize) -> Mapping[str, Any]:
                     f"config's encoder one of {size.embed_dim}; set --config.model.image.embed_dim={width}")
   head = np.eye(width) if size.embed_dim == width else np.zeros((size.embed_dim, width))
   return {**opened.source, name: head.astype(np.float32)}
+
+
+def _check_lone_encoder(path: str, tower: Any) -> None:
+  """Raises if the configuration beside a lone file of an encoder, if it is the file's own, is not of this encoder.
+
+  Of a BEiT nothing but a configuration shows activation, epsilon and pooling, and of timm's nf_resnet nothing the
+  architecture: without one it is said that they are taken for granted.
+  """
+  if tower.kind == "beit":
+    values, config = _own_config(path, "beit", {"hidden_size": tower.width, "num_hidden_layers": tower.layers,
+                                                "patch_size": tower.patch}, _BEIT)
+    if values:
+      with naming(config):
+        return _check_beit(values, tower)
+  else:
+    config = os.path.join(os.path.dirname(names.split(path)[0]), "config.json")
+    if os.path.isfile(config):
+      with naming(config):
+        values = read_json(config)
+      if str(values.get("architecture", "")).startswith("nf_resnet"):
+        return None
+  return _say(f"{path}: taken for {identify.ENCODERS[tower.kind]} as published (activation, epsilon, pooling), for "
+              "nothing beside the file says otherwise")
 
 
 def _check_encoder(config: str, tower: Any) -> None:
