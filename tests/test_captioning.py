@@ -305,6 +305,12 @@ def test_settings_that_cannot_go_together_are_refused(changes, message):
 
 # Texts alone
 
+def test_a_text_of_one_token_has_nothing_to_predict():
+  config = tiny(gptj.SIZES["gptj_mu"](), task="language_modelling", trainable=("lm",), data=Data(length=1))
+  with pytest.raises(UserError, match=r"^config.data.length=1: wanted 2 or more: what is predicted follows another"):
+    LanguageModelling.of(config)
+
+
 def test_a_language_model_learns_its_captions_and_counts_them_once():
   config = tiny(gptj.SIZES["gptj_mu"](), task="language_modelling", trainable=("lm",))
   task = LanguageModelling.of(config)

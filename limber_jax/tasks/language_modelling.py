@@ -41,6 +41,9 @@ class LanguageModelling:
     ranges.check(config.loss, "config.loss.")
     if config.batch_size % k:
       raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={config.batch_size}")
+    if config.data.length < 2:
+      raise UserError(f"config.data.length={config.data.length}: wanted 2 or more: what is predicted follows "
+                      "another token")
     if config.data.length > size.context:
       raise UserError(f"config.data.length={config.data.length} is more than the model's context of {size.context}")
     return cls(GPTJ(size, config.compute), k, config.data.length)
