@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from absl import flags
 
 import limber_jax
 from limber_jax import config as config_lib
-from limber_jax import inputs, parallel
+from limber_jax import parallel, workdirs
 from limber_jax.checkpoint import Checkpoints, abstract
 from limber_jax.classify import attempt
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
@@ -175,13 +176,7 @@ class Captioner:
 
 def read_run(workdir: str) -> Config:
   """Returns the experiment of a workdir; raises UserError if there is none, or one that writes no captions."""
-  path = os.path.join(workdir, "config.json")
-  try:
-    text = inputs.text(path, inputs.CONFIG)
-  except (OSError, UnicodeDecodeError, UserError) as error:
-    raise UserError(f"--workdir={workdir}: no run there (config.json: {getattr(error, 'strerror', None) or error}); "
-                    f"train one with python -m limber_jax.train --config=… --workdir={workdir}") from error
-  return _captioning(config_lib.from_json(text, path), path)
+  return _captioning(workdirs.read_config(workdir), os.path.join(workdir, workdirs.CONFIG))
 
 
 def _captioning(config: Config, where: str) -> Config:
@@ -208,7 +203,7 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     checkpoints.find(checkpoint)  # before the frozen parts are loaded, which may take long
-    s = setup(config, workdir)
+    s = _setup(config, workdir)
 
     def read(step):
       check_frozen(checkpoints.meta(step), s.digests, workdir, step)
@@ -238,7 +233,7 @@ def open_projection(path: str, config: Config, name: str, *, blind: bool = False
     UserError: the frozen weights are not those it was trained on.
   """
   check_map(config, name)
-  s = setup(config)
+  s = _setup(config)
   digests = {"image": s.digests[part("image", s.task.model.encoder_of(name))], "lm": s.digests["lm"]}
   projection.check(projection.load(path)[1], digests, path)
   here = part("prompt", name)
@@ -291,6 +286,16 @@ def _named(size: Any, known: Mapping[str, Any]) -> Any:
   """Returns the name of a size, or all of its fields where it has none."""
   plain = dataclasses.replace(size, crop_rounding="even") if isinstance(size, EncoderSize) else size
   return next((name for name, make in known.items() if make() == plain), config_lib.flatten(size, known=True))
+
+
+def _setup(config: Config, workdir: str = "") -> Setup:
+  """Returns the experiment made concrete; an error about frozen weights says by which flag they are found."""
+  try:
+    return setup(config, workdir)
+  except UserError as error:
+    if told := re.match(r"--config\.(init\.([\w@]+): .*)", str(error)):
+      raise UserError(f"{told[1]}; if it lies elsewhere now, say where by --init={told[2]}=PATH") from error
+    raise
 
 
 def check_map(config: Config, name: str) -> None:

@@ -2,9 +2,10 @@
 
 Layout: workdir/checkpoints/<step>/{params,optimizer,meta,manifest.json}. `params` holds the trained parameters and the
 statistics, so that evaluation and conversion need not know the optimizer; `optimizer` the rest of the TrainState;
-`meta` a JSON object. manifest.json lists size and SHA-256 of every file that restoring reads. Process 0 writes it once
-all processes have written, which needs the file system that they share anyway. A step's directory appears by a rename
-once all of that is there, so a killed save leaves nothing that counts.
+`meta` a JSON object. manifest.json says which step of which run it is, and lists size and SHA-256 of every file that
+restoring reads (limber_jax.manifest). Process 0 writes it once all processes have written, which needs the file system
+that they share anyway. A step's directory appears by a rename once all of that is there, so a killed save leaves
+nothing that counts.
 
 A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
 before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
@@ -19,7 +20,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import hashlib
 import inspect
 import json
 import logging
@@ -29,6 +29,7 @@ import shutil
 import sys
 import traceback
 import types
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,16 +38,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from limber_jax import parallel
+from limber_jax import manifest, parallel, scores, workdirs
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
 from limber_jax.state import TrainState
 
 T = TypeVar("T")
 _POLICIES = ocp.checkpoint_managers
-_MANIFEST = "manifest.json"
-# Orbax writes these two after the manifest, while it commits. No restore reads them.
-_OF_THE_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _TRIES = 50           # to read a checkpoint before a run that trains beside deletes it
 _DELETED = "deleted"  # where a checkpoint goes, by a rename, before its files are deleted: none is ever half there
 
@@ -72,21 +70,22 @@ class Checkpoints:
     self.directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
     self._aside = os.path.abspath(os.path.join(workdir, "damaged"))
     self._metric = config.best
+    self._workdir = workdir
+    self.run = workdirs.identity(workdir)  # what the manifests say, "" of a run of before they did
     self._log = log or (lambda line: print(line, file=sys.stderr, flush=True))
     self._whole: set[int] = set()  # what was compared with its manifest
     self._manager, self._saving, self._step, self._broken = None, None, -1, False
     if write:
+      self.run = parallel.from_first(lambda: self.run or uuid.uuid4().hex)
       parallel.from_first(self._recover)
       self._quiet = contextlib.ExitStack()
       self._quiet.enter_context(_one_line_a_failure())
       # Two, because one may turn out to be damaged; the older goes only after the newer was committed.
       keep = [_POLICIES.LatestN(n=max(config.keep, 2))]
-      best_fn = None
       if config.best:
-        best_fn = lambda metrics: metrics[config.best]  # noqa: E731 (a field of Orbax's options)
-        keep.append(_POLICIES.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
+        keep.append(_Best(self._score))
       self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-        preservation_policy=_POLICIES.AnyPreservationPolicy(keep), best_fn=best_fn, cleanup_tmp_directories=True,
+        preservation_policy=_POLICIES.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
         todelete_subdir=_DELETED, async_options=ocp.AsyncOptions(
           post_finalization_callback=self._seal,
           # In the background, a directory that cannot be made is told only when its writers have waited five minutes.
@@ -133,25 +132,23 @@ class Checkpoints:
     raise UserError(f"{self.directory}: {_TRIES} times a checkpoint was deleted while it was read, by the run that "
                     "trains there; wait until it has ended, or let it keep more, with --config.checkpoint.keep")
 
-  def save(self, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts to save `state` in the background, under its own step; returns once the arrays are copied.
 
     Args:
       state: may be donated to the next step right after.
       meta: what resuming needs besides arrays; plain JSON.
-      metrics: of the evaluations at this step, if there were any.
 
     Raises:
       UserError: this save could not be started, or the one before it failed.
     """
     self.wait()
     self._step = int(state.step)
-    metrics = metrics if metrics and self._metric in metrics else None
     try:
       self._manager.save(self._step, args=ocp.args.Composite(
         params=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
         optimizer=ocp.args.StandardSave(_optimizer(state)),
-        meta=ocp.args.JsonSave(meta | {"manifest": _MANIFEST})), metrics=metrics, force=True)
+        meta=ocp.args.JsonSave(meta | {"manifest": manifest.NAME})), force=True)
     except Exception as error:
       raise self._failed(error) from error
     self._saving = self._watch.submit(self._commit)
@@ -228,11 +225,11 @@ class Checkpoints:
     if step in self._whole:
       return None
     path = os.path.join(self.directory, str(step))
-    if not os.path.exists(os.path.join(path, _MANIFEST)):
+    if not os.path.exists(os.path.join(path, manifest.NAME)):
       if _promises_manifest(path):
-        return f"{_MANIFEST} is missing"
-      self._log(f"{path} is of before checkpoints had a {_MANIFEST}: it is used unchecked")
-    elif (damage := compare(path)) is not None:
+        return f"{manifest.NAME} is missing"
+      self._log(f"{path} is of before checkpoints had a {manifest.NAME}: it is used unchecked")
+    elif (damage := manifest.compare(path, step=step, run=self.run)) is not None:
       return damage
     self._whole.add(step)
     return None
@@ -282,6 +279,10 @@ class Checkpoints:
 
   def _score(self, step: int) -> float | None:
     """Returns `config.best` of a step; None where it was not measured."""
+    found = scores.read(self._workdir).get(step, {}).get("figures", {}) if self._metric else {}
+    if self._metric in found:
+      return found[self._metric]
+    # Earlier releases measured before they saved, and kept the figures in the checkpoint.
     path = os.path.join(self.directory, str(step), "metrics", "metrics")
     if not self._metric or not os.path.exists(path):
       return None
@@ -304,7 +305,7 @@ class Checkpoints:
     # Of the older ones only what Orbax reads as it opens them: to read all takes as long for each as for the newest.
     for step in self._steps():
       path = os.path.join(self.directory, str(step))
-      if step not in damaged and step != newest and (why := compare(path, "metrics/")):
+      if step not in damaged and step != newest and (why := manifest.compare(path, "metrics/")):
         damaged[step] = why
     for step, why in damaged.items():
       path, target = os.path.join(self.directory, str(step)), os.path.join(self._aside, str(step))
@@ -348,7 +349,7 @@ class Checkpoints:
     """Writes the manifest of the step being saved; Orbax calls this in process 0 when all is written but the rename."""
     path = os.path.join(self.directory, str(self._step))
     written = path + ocp.path.atomicity_types.TMP_DIR_SUFFIX
-    write_manifest(written if os.path.isdir(written) else path)
+    manifest.write(written if os.path.isdir(written) else path, step=self._step, run=self.run)
 
   def _commit(self) -> None:
     """Returns when the save under way is on disk, and what it replaces deleted."""
@@ -361,6 +362,19 @@ class Checkpoints:
     steps = [step for step in self._steps() if step != self._step]
     return UserError(f"{self.directory}: step {self._step} could not be saved: {_reason(error)}; "
                      + (f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"))
+
+
+class _Best(_POLICIES.PreservationPolicy):
+  """Keeps the checkpoint with the highest score, the newer of equal ones."""
+
+  def __init__(self, score: Callable[[int], float | None]):
+    self._score = score
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    scored = {c.step: score for c in checkpoints if (score := self._score(c.step)) is not None}
+    best = max(scored, key=lambda step: (scored[step], step), default=None)
+    return [c.step == best for c in checkpoints]
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -404,67 +418,6 @@ def _settle() -> None:
       found.close()
 
 
-def write_manifest(directory: str) -> None:
-  """Writes manifest.json: {"files": {"params/d/1f…": [bytes, SHA-256]}} of all files below `directory`."""
-  files = _files(directory)
-  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-    digests = pool.map(_sha256, files.values())
-    listed = {name: [os.path.getsize(files[name]), digest] for name, digest in zip(files, digests, strict=True)}
-  path = os.path.join(directory, _MANIFEST)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-    json.dump({"files": listed}, file, indent=0)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(f"{path}.tmp", path)
-
-
-def compare(directory: str, within: str = "") -> str | None:
-  """Returns the first difference between files and the manifest.json beside them, or None.
-
-  Args:
-    directory: a checkpoint's; None is returned if it has no manifest.
-    within: such as "metrics/": only files whose names begin so are compared.
-  """
-  try:
-    with open(os.path.join(directory, _MANIFEST), encoding="utf-8") as file:
-      listed = json.load(file)["files"]
-    wanted = {name: (int(size), str(digest)) for name, (size, digest) in listed.items() if name.startswith(within)}
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    return f"{_MANIFEST} cannot be read ({type(error).__name__}: {_first_line(error)})"
-  there = {name: path for name, path in _files(directory).items() if name.startswith(within)}
-  for name in sorted(wanted.keys() ^ there.keys()):
-    return f"{name} is missing; it had {wanted[name][0]} bytes" if name in wanted else f"{name} was not saved there"
-  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    found = pool.map(lambda name: _difference(name, there[name], *wanted[name]), sorted(wanted))
-    return next(filter(None, found), None)
-
-
-def _difference(name: str, path: str, size: int, digest: str) -> str | None:
-  try:
-    if (got := os.path.getsize(path)) != size:
-      return f"{name} has {got} bytes, not the {size} that were saved"
-    if (got := _sha256(path)) != digest:
-      return f"{name} has the SHA-256 {got[:12]}…, not the {digest[:12]}… that was saved"
-  except OSError as error:
-    return f"{name} cannot be read ({error.strerror})"
-  return None
-
-
-def _files(directory: str) -> dict[str, str]:
-  """Returns {name below `directory`: path} of what a manifest lists, in order."""
-  names = (os.path.relpath(os.path.join(folder, file), directory).replace(os.sep, "/")
-           for folder, _, files in os.walk(directory) for file in files)
-  own = (*_OF_THE_COMMIT, _MANIFEST, f"{_MANIFEST}.tmp")
-  return {name: os.path.join(directory, name) for name in sorted(names) if name not in own}
-
-
-def _sha256(path: str) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _promises_manifest(path: str) -> bool:
   """Returns whether a checkpoint says of itself that it has a manifest, or cannot say."""
   try:
@@ -479,7 +432,7 @@ def keep_frozen(workdir: str, part: str, tree: dict[str, Any]) -> None:
   path = _frozen(workdir, part)
   with ocp.StandardCheckpointer() as writer:
     writer.save(path, tree, force=True)
-  parallel.from_first(lambda: write_manifest(path))
+  parallel.from_first(lambda: manifest.write(path))
 
 
 def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any] | None:
@@ -491,7 +444,7 @@ def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any]
   path = _frozen(workdir, part)
   if not os.path.isdir(path):
     return None
-  if (damage := parallel.from_first(lambda: compare(path))) is not None:
+  if (damage := parallel.from_first(lambda: manifest.compare(path))) is not None:
     raise UserError(f"{path} is damaged: {damage}; the run cannot go on without a copy of it")
   where = f"{path} does not fit this config: "
   _check_fits(path, like, where, cast=True)

@@ -52,7 +52,8 @@ def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array, *, axi
   With logits l_ij = scale · cos(image_i, text_j): 1/2N · [Σ_i lse_j l_ij + Σ_j lse_i l_ij − 2 Σ_i l_ii].
 
   Args:
-    image: [N, E] embeddings, of any length: they are normalised here. A row of zeros has cosine 0 and gradient 0.
+    image: [N, E] embeddings, of any length: they are normalised here. A row of zeros, or shorter than 1e-12, has
+      cosine 0 and gradient 0.
     text: [N, E]; row i belongs to row i of `image`.
     scale: [] 1/temperature: exp(min(log_scale, MAX_LOG_SCALE)), where log_scale starts at INITIAL_LOG_SCALE.
     axis_name: the mapped axes (of shard_map or pmap) or the axes of the current mesh that the rows are spread over.
@@ -108,7 +109,7 @@ def caption_loss(logits: jax.Array, tokens: jax.Array, mask: jax.Array, *,
 
   Args:
     logits: [B, T, V]; logits[:, t] are those that predict tokens[:, t]. Any floating-point type: reduced in float32.
-    tokens: integers [B, T].
+    tokens: integers [B, T]; where one that counts is no id, below 0 or V and above, the loss is NaN.
     mask: [B, T], True where a token counts; or floating-point weights.
     total: [] what the weighted sum is divided by; None = the sum of `mask`. A part of a batch, with the sum over the
       whole batch here, gives its share of the batch's mean: so parts can be added up.
@@ -132,7 +133,8 @@ def caption_loss(logits: jax.Array, tokens: jax.Array, mask: jax.Array, *,
   weights = mask.astype(jnp.float32)
   total = jnp.sum(weights) if total is None else jnp.asarray(total, jnp.float32)
   logits = logits.astype(jnp.float32)
-  own = jnp.take_along_axis(logits, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]  # [B, T]
+  ids = jnp.where(tokens < 0, logits.shape[-1], tokens).astype(jnp.int32)  # −1 would be the last one
+  own = jnp.take_along_axis(logits, ids[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]  # [B, T]
   # Not 0 · NaN: what does not count may be anything.
   nats = jnp.where(weights > 0, jax.nn.logsumexp(logits, axis=-1) - own, 0.0)
   right = jnp.where(weights > 0, own >= jnp.max(logits, axis=-1), False)
@@ -220,10 +222,13 @@ def _shard_map(local: Callable, names, rows: int, scalars: int) -> Callable:
 
 
 def _normalise(x):
-  """Returns the rows of x [n, E] at length 1, in float32. Rows of length < 1e-15 become zeros, without gradient."""
+  """Returns the rows of x [n, E] at length 1, in float32. Rows of length < 1e-12 become zeros, without gradient.
+
+  Of shorter ones the gradient's length^−3 is no float32; PyTorch's `normalize` stops growing there as well.
+  """
   x = x.astype(jnp.float32)
   square = jnp.sum(x * x, axis=1, keepdims=True)  # [n, 1]
-  long = square > 1e-30
+  long = square > 1e-24
   return x * jnp.where(long, lax.rsqrt(jnp.where(long, square, 1.0)), 0.0)
 
 
@@ -306,14 +311,15 @@ def _add_line(line, logits, same, axis: int):
 def _margin(line):
   """Returns by how much the others' log-sum-exp exceeds the line's own logit, −inf where there are no others."""
   peak, mass, own = line
-  return jnp.where(mass > 0, (peak - own) + jnp.log(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+  none = mass == 0  # and not "> 0", which is false of NaN too
+  return jnp.where(none, -jnp.inf, (peak - own) + jnp.log(jnp.where(none, 1.0, mass)))
 
 
 def _shares(line):
   """Returns (peak, share, wrong): another's probability is exp(logit − peak) · share, all the others' is wrong."""
   peak, mass, _ = line
   wrong = jax.nn.sigmoid(_margin(line))
-  return peak, wrong / jnp.where(mass > 0, mass, 1.0), wrong
+  return peak, wrong / jnp.where(mass == 0, 1.0, mass), wrong
 
 
 @_own_gradient

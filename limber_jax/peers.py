@@ -36,8 +36,10 @@ _HELD = 5.0     # seconds that such text is held back, to see whether the proces
 
 _ENDING = "limber_jax/ending"  # the key of who ends first, and why
 _HEARD = "limber_jax/heard"    # … and of those who know
+_FAILED = "limber_jax/failed"  # … of what failed, by process
 _STOP = "limber_jax/stop"      # the key of the signal that one of them got first
 LATE = 10.0      # seconds after a request to stop in which one of several may still get the data that it waits for
+_ALIKE = 20.0    # seconds in which all have failed of what fails in all
 _PATIENCE = 5.0  # seconds in which others are to have heard
 _GRACE = 2.0     # seconds in which a process with an error of its own may tell it itself
 _ASK = 0.5       # seconds between two looks for the key
@@ -169,6 +171,28 @@ def tell(code: int, line: str) -> None:
   thread = threading.Thread(target=talk, daemon=True)  # so that nothing holds up the end for longer
   thread.start()
   thread.join(_PATIENCE + 1)
+
+
+def fail_alike(what: str, error: Exception) -> None:
+  """Returns if every process of the run fails of the same; else raises `error`: the others wait for this one.
+
+  Args:
+    what: names it, once in the life of these processes.
+    error: that of this process.
+  """
+  import jax
+
+  if jax.process_count() == 1:
+    return
+  if _BROKEN.search(str(error)):
+    raise error
+  _set(f"{_FAILED}/{what}/{jax.process_index()}", "")
+  until = time.monotonic() + _ALIKE
+  for other in range(jax.process_count()):
+    try:
+      _client().blocking_key_value_get(f"{_FAILED}/{what}/{other}", max(int(1000 * (until - time.monotonic())), 1))
+    except Exception:
+      raise error from None
 
 
 @contextlib.contextmanager

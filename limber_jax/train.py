@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from limber_jax import cli, goodput, lock, optim, parallel, peers, registry
+from limber_jax import cli, goodput, lock, optim, parallel, peers, registry, workdirs
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
@@ -30,6 +31,7 @@ from limber_jax.evals.base import Context, Eval, Stopped
 from limber_jax.evals.splits import named
 from limber_jax.goodput import Ledger
 from limber_jax.log import Log
+from limber_jax.scores import Scores
 from limber_jax.signals import Interrupted, StopRequest
 from limber_jax.state import SHARDING, Frozen, TrainState, check_trainable, split
 from limber_jax.tasks import pieces
@@ -227,23 +229,23 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     until_end.enter_context(peers.shared(stop))
     main = jax.process_index() == 0
     ledger = Ledger(workdir, active=main, began=began)
-    # First what is quick to say: that there are no data.
+    # First what is quick to say: that the workdir is another run's, or that there are no data.
+    parallel.from_first(lambda: workdirs.check(
+      dataclasses.replace(config, model=adopt(config, workdir, log=lambda _: None)), workdir))
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
     checks.check_enough(source, config)
     notes = [*getattr(source, "notes", []), *filter(None, [checks.look(source) if main else ""])]
     damage = damage_lib.Damage(workdir, source, config.data, config.batch_size)
     config = dataclasses.replace(config, model=adopt(config, workdir, log=log if main else lambda _: None))
-    s = setup(config, workdir)
-    _claim(workdir, config, main)
+    s = setup(config, workdir if workdirs.begun(workdir) else "")
     until_end.enter_context(ledger)
     until_end.enter_context(Watchdog(ledger, config.watchdog, name=f"process {jax.process_index()}"))
-    for part in s.drawn:
-      keep_frozen(workdir, part, {"params": s.frozen.params[part], "stats": s.frozen.stats.get(part, {})})
     rows = parallel.local_rows(config.batch_size, s.mesh)
     if config.data.features:
       source = FeatureSource(source, config.data.features, cached(s))
-    fingerprint = pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed,
-                                            s.task.pixel_settings(config.data))
+    fingerprint, earlier = (
+      pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed,
+                                s.task.pixel_settings(config.data), earlier=then) for then in (False, True))
     # One process looks at the flag wherever it waits; several agree on it in the step, see `flagged`.
     single = jax.process_count() == 1
     alone = stop if single else lambda: False
@@ -261,12 +263,15 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     checkpoints = Checkpoints(workdir, config.checkpoint, write=True, log=log)
     with ledger("restore"):
       latest = checkpoints.latest()
+    known = Scores(workdir, latest or 0, log=log if main else lambda _: None)
     if latest is None:
       state, meta = s.init(), {"evaluated": True}
     else:
       with ledger("restore"):
         state, meta = checkpoints.restore(latest, s.like)
-      if meta["data"] != fingerprint:
+      if int(state.step) != latest:
+        raise UserError(f"{checkpoints.directory}/{latest} holds step {int(state.step)}: it was moved or copied there")
+      if meta["data"] not in (fingerprint, earlier):
         raise UserError(f"{workdir} was trained on other data: its checkpoint {latest} has the fingerprint "
                         f"{meta['data'][:12]}, config.data now gives {fingerprint[:12]}; choose another --workdir")
       check_frozen(meta, s.digests, workdir, latest)
@@ -309,18 +314,32 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     step_fn = jax.jit(flagged, donate_argnums=0, out_shardings=(shardings, replicated),
                       compiler_options=parallel.compiler_options())
 
-    def measure(step: int, due: dict[str, Any]) -> dict[str, float]:
-      """Runs evaluations, writes them as one record, and returns it; {} if none was due."""
-      if not due:
-        return {}
-      with ledger("evaluation"):
-        metrics = evaluate(s, due, state.params, state.stats)
-      out.write(step, metrics)
-      out.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-      if missing := config_lib.missing_best(config.checkpoint.best, metrics):
-        out.line(missing)
+    def measure(step: int, names: Iterable[str]) -> None:
+      """Runs evaluations and writes what they give as one record; one that fails is named, and the others go on."""
+      found = {}
+      for name in names:
+        try:
+          known.begin(step, name)
+          with ledger("evaluation"):
+            figures = evaluate(s, {name: evals[name]}, state.params, state.stats)
+        except (Stopped, Interrupted):
+          known.interrupted(step, name)
+          raise
+        except Exception as error:
+          peers.fail_alike(f"{name}/{step}", error)
+          why = _told(error)
+          known.end(step, name, {}, failed=why)
+          out.write(step, {"event": "not evaluated", "evaluation": name, "reason": why})
+          out.line(f"step {step}  {name}: not evaluated: {why}")
+        else:
+          known.end(step, name, figures)
+          found |= figures
+      if found:
+        out.write(step, found)
+        out.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        if missing := config_lib.missing_best(config.checkpoint.best, found):
+          out.line(missing)
       out.restart_clock()
-      return metrics
 
     def name_damage(step: int, due: bool = True) -> None:
       """Names what could not be read up to `step`; raises UserError if it is too much."""
@@ -348,29 +367,34 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       elif step % config.log_every == 0 or step in (start + 1, config.steps):
         out.train(step, values | {k: v for k, v in limits.items() if math.isfinite(v)})
       if in_row >= config.optim.max_skips:
-        raise UserError(f"steps {step - in_row + 1} to {step} had no finite loss and gradient"
-                        f"{', or a spike of them' if limits else ''} (config.optim.max_skips="
+        raise UserError(f"steps {step - in_row + 1} to {step} had no finite loss, gradient and update"
+                        f"{', or a spike' if limits else ''} (config.optim.max_skips="
                         f"{config.optim.max_skips}); the last checkpoint is step {checkpoints.latest()}; try a lower "
                         "--config.optim.lr")
       return bool(stopping)
 
-    def due(step: int) -> dict[str, Any]:
+    def due(step: int) -> list[str]:
       last = step == config.steps
-      return {n: run for n, run in evals.items()
-              if last or (config.evals[n].every and step % config.evals[n].every == 0)}
+      return known.missing(step, [n for n in evals if last or (config.evals[n].every
+                                                               and step % config.evals[n].every == 0)])
 
-    def save(step: int, metrics: dict[str, float], *, evaluated: bool) -> None:
+    def save(step: int) -> None:
+      nonlocal saved
       name_damage(step)
       held.check()
       with ledger("save"):
-        checkpoints.save(state, {"data": fingerprint, "evaluated": evaluated, "frozen": s.digests}, metrics or None)
+        if saved is None:
+          for part in s.drawn:
+            keep_frozen(workdir, part, {"params": s.frozen.params[part], "stats": s.frozen.stats.get(part, {})})
+          parallel.from_first(lambda: workdirs.claim(config, workdir, checkpoints.run))
+        checkpoints.save(state, {"data": fingerprint, "frozen": s.digests})
+      saved = step
 
-    step, stopping, metrics, pending, saved = start, agreed(), {}, None, start
+    step, stopping, pending, saved = start, agreed(), None, None
     until_end.enter_context(ledger("step"))
     try:
-      if not stopping and not meta["evaluated"]:
-        metrics = measure(start, due(start))
-        saved = -1
+      if not stopping and not meta.get("evaluated"):
+        measure(start, due(start))
       with jax.set_mesh(s.mesh):
         while step < config.steps and not stopping:
           with ledger("data") as wait, waiting():
@@ -389,12 +413,14 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
           at_checkpoint = step % config.checkpoint.every == 0
           if stopping or due(step) or at_checkpoint or step == config.steps:
             stopping = record(*pending) or stopping
-            pending, metrics = None, {}
-            if not stopping:
-              metrics = measure(step, due(step))
-            if at_checkpoint or stopping or step == config.steps or config.checkpoint.best in metrics:
-              save(step, metrics, evaluated=not stopping or not due(step))
-              saved = step
+            pending = None
+            best = config.checkpoint.best.partition("/")[0]
+            if at_checkpoint or stopping or step == config.steps or best in due(step):
+              save(step)
+            if not stopping and due(step):
+              with ledger("save"):
+                checkpoints.wait()  # an evaluation may bring the process down, by its hunger for memory alone
+              measure(step, due(step))
     except (Stopped, Interrupted) as reason:
       stopping = True
       if isinstance(reason, Interrupted):
@@ -402,11 +428,11 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         if not single:  # the others wait for this one in the next step, to which they have given the state
           raise UserError(f"{stop.name}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data "
                           f"that do not come, so nothing can be saved of step {step}; the same command goes on from "
-                          f"step {max(saved, start)}") from None
+                          f"step {saved or start}") from None
       if pending is not None:
         record(*pending)
-      if saved != step:  # who waits for data has evaluated what was due
-        save(step, {}, evaluated=isinstance(reason, Interrupted))
+      if step not in (saved, start):
+        save(step)
     finally:
       batches.close()
       out.close()
@@ -418,20 +444,13 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     return state
 
 
-def _claim(workdir: str, config: Config, main: bool) -> None:
-  """Writes config.json, or checks that the one there is of the same experiment."""
-  path = os.path.join(workdir, "config.json")
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      config_lib.check_same(config, file.read(), workdir)
-  if main:
-    try:
-      os.makedirs(workdir, exist_ok=True)
-      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(config_lib.to_json(config))
-      os.replace(f"{path}.tmp", path)
-    except OSError as error:
-      raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from error
+def _told(error: Exception) -> str:
+  """Returns what an evaluation failed of, in a line; of a fault of this program the traceback too, on stderr."""
+  if isinstance(error, UserError):
+    return str(error)
+  if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    traceback.print_exception(error)
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 if __name__ == "__main__":

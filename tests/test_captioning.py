@@ -85,6 +85,9 @@ def test_what_does_not_count_may_be_anything():
   mask = np.array([[True, False]])
   assert losses.caption_loss(logits, np.zeros((1, 2), int), mask)[0] == pytest.approx(np.log(4))
   assert losses.caption_loss(logits, np.zeros((1, 2), int), ~mask & False)[0] == 0
+  for outside in (-1, 4, 2**31 - 1):  # no id: its loss is no number, and where it does not count nothing
+    assert np.isnan(losses.caption_loss(logits, np.array([[0, outside]]), np.ones((1, 2), bool))[0])
+    assert losses.caption_loss(logits, np.array([[0, outside]]), mask)[0] == pytest.approx(np.log(4))
 
 
 LOGITS = np.zeros((2, 3, 4), np.float32)

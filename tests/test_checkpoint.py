@@ -20,10 +20,11 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import environment
 
-from limber_jax import checkpoint as checkpoint_lib
+from limber_jax import checkpoint, manifest
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
+from limber_jax.scores import Scores
 from limber_jax.state import TrainState
 
 TX = optax.adam(1e-3)
@@ -41,10 +42,15 @@ def like(state):
 
 
 def save(workdir, *steps, metrics=None, **config):
-  """Saves toys of some steps as one run, and returns the directory of the checkpoints."""
+  """Saves toys of some steps as one run, measured after each, and returns the directory of the checkpoints."""
   checkpoints = Checkpoints(str(workdir), Checkpoint(**{"keep": 9} | config), write=True)
+  Path(workdir, "run.json").write_text(json.dumps({"run": checkpoints.run}))
+  known = Scores(str(workdir), min(steps) - 1)
   for step in steps:
-    checkpoints.save(toy(step), {"data": step}, (metrics or {}).get(step))
+    checkpoints.save(toy(step), {"data": step})
+    if metrics and step in metrics:
+      known.begin(step, "e")
+      known.end(step, "e", metrics[step])
   checkpoints.close()
   return Path(workdir, "checkpoints")
 
@@ -166,15 +172,57 @@ def test_a_run_moves_damaged_checkpoints_away_and_goes_on(tmp_path):
   assert of_step(opened(tmp_path)[0], 3) and (tmp_path / "damaged" / "3").is_dir()
 
 
-def test_damaged_metrics_of_an_older_step_do_not_stop_a_run(tmp_path):
-  directory = save(tmp_path, 1, 2, best="a", metrics={1: {"a": 1.0}, 2: {"a": 0.5}})
-  (directory / "1" / "metrics" / "metrics").write_text("{")
-  with pytest.raises(UserError, match=r"metrics is damaged: .*--checkpoint=latest"):
+def test_what_evaluations_found_outlives_its_file(tmp_path):
+  save(tmp_path, 1, 2, best="a", metrics={1: {"a": 1.0}, 2: {"a": 0.5}})
+  (tmp_path / "scores.json").write_text("{")
+  with pytest.raises(UserError, match=r"scores.json is damaged \(JSONDecodeError"):
     opened(tmp_path, best="a")[0].find("best")
   said = []
-  Checkpoints(str(tmp_path), Checkpoint(best="a"), write=True, log=said.append).close()
-  assert len(said) == 1 and "1 is damaged: metrics/metrics has 1 bytes" in said[0]
+  known = Scores(str(tmp_path), 2, said.append)
+  assert said == [f"{tmp_path}/scores.json is damaged (JSONDecodeError: Expecting property name enclosed in double "
+                  "quotes: line 1 column 2 (char 1)); it was moved to scores.json.damaged"]
+  assert known.missing(2, ["a", "b"]) == ["a", "b"] and opened(tmp_path, best="a")[0].find("best") == 2
+
+
+def test_what_an_earlier_release_measured_still_says_which_is_the_best(tmp_path):
+  directory = save(tmp_path, 1, 2, 3)
+  for step, score in ((1, 0.5), (2, 1.0), (3, 0.7)):  # it saved after it measured
+    (directory / str(step) / "metrics").mkdir()
+    (directory / str(step) / "metrics" / "metrics").write_text(json.dumps({"a": score}))
+    manifest.write(str(directory / str(step)))
+  save(tmp_path, 4, 5, keep=2, best="a", metrics={5: {"a": 0.1}})
+  assert sorted(os.listdir(directory)) == ["2", "4", "5"]
   assert opened(tmp_path, best="a")[0].find("best") == 2
+  (directory / "2" / "metrics" / "metrics").write_text("{")
+  with pytest.raises(UserError, match=r"metrics is damaged: .*--checkpoint=latest"):
+    opened(tmp_path, best="a")[0].find("best")
+
+
+def test_the_best_is_kept_though_it_is_measured_after_it_was_saved(tmp_path):
+  directory = save(tmp_path, 1, 2, 3, 4, 5, keep=2, best="a",
+                   metrics={1: {"a": 0.1}, 2: {"a": 0.9}, 3: {"a": 0.3}, 4: {"a": 0.2}})
+  assert sorted(os.listdir(directory)) == ["2", "4", "5"]
+
+
+def test_a_checkpoint_that_lies_elsewhere_says_so(tmp_path):
+  directory, other = save(tmp_path / "a", 1, 2, 3), save(tmp_path / "b", 1, 2, 3)
+  shutil.copytree(directory / "1", directory / "9")
+  checkpoints, said = opened(tmp_path / "a")
+  assert checkpoints.find("latest") == 3
+  assert said == [f"{directory}/9 is damaged: manifest.json says that it is of step 1, not 9: it was moved or copied "
+                  "here; step 3 is used in its place"]
+  run = json.loads((other / "1" / "manifest.json").read_text())["run"]
+  shutil.rmtree(directory / "9")
+  shutil.rmtree(directory / "2")
+  shutil.copytree(other / "2", directory / "2")
+  with pytest.raises(UserError, match=rf"2 is damaged: manifest.json says that it is of run {run}, not \w+: it was"):
+    opened(tmp_path / "a")[0].find("2")
+  for step in ("1", "3"):  # swapped
+    (directory / step).rename(directory / f"{step}x")
+  (directory / "1x").rename(directory / "3"), (directory / "3x").rename(directory / "1")
+  with pytest.raises(UserError, match=r"no checkpoint is whole: 1: manifest.json says that it is of step 3, not 1"):
+    opened(tmp_path / "a")[0].find("latest")
+  assert (directory / "1").is_dir() and (directory / "3").is_dir()
 
 
 def test_nothing_whole_is_an_error_and_nothing_is_moved(tmp_path):
@@ -344,11 +392,11 @@ def test_no_permission_is_told():
 
 
 def test_a_slow_disk_holds_up_the_next_save_alone_and_names_nothing_early(tmp_path, monkeypatch):
-  go, write = threading.Event(), checkpoint_lib.write_manifest
+  go, write = threading.Event(), manifest.write
   checkpoints = Checkpoints(str(tmp_path), Checkpoint(), write=True)
   checkpoints.save(toy(1), {"data": 1})
   checkpoints.wait()
-  monkeypatch.setattr(checkpoint_lib, "write_manifest", lambda path: (go.wait(60), write(path)))
+  monkeypatch.setattr(manifest, "write", lambda path, **what: (go.wait(60), write(path, **what)))
   checkpoints.save(toy(2), {"data": 2})
   for _ in range(20):
     checkpoints.check()
@@ -371,17 +419,20 @@ KILLED = """
 import json, os, random, signal, sys, time, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("ignore")
-from limber_jax.checkpoint import compare
-from test_checkpoint import Checkpoint, Checkpoints, like, of_step, toy
+from limber_jax.manifest import compare
+from test_checkpoint import Checkpoint, Checkpoints, Scores, like, of_step, toy
 
 def run(workdir):
   checkpoints = Checkpoints(workdir, Checkpoint(keep=2, best="a"), write=True, log=lambda line: os._exit(3))
   step = checkpoints.latest() or 0
+  known = Scores(workdir, step, lambda line: os._exit(5))
   if step and not of_step(checkpoints, step):
     os._exit(4)
   while True:
     step += 1
-    checkpoints.save(toy(step), {{"data": step}}, {{"a": float(step % 7)}})
+    checkpoints.save(toy(step), {{"data": step}})
+    known.begin(step, "e")
+    known.end(step, "e", {{"a": float(step % 7)}})
     if step % 5 == 0:
       checkpoints.wait()
 
@@ -391,9 +442,12 @@ for trial in range(int(sys.argv[2])):
   child = os.fork()
   if child == 0:
     run(workdir)
-  while trial == 0 and not os.path.isdir(os.path.join(directory, "3")):  # from then on there are two
-    time.sleep(0.01)
-  time.sleep(rng.uniform(0.0, 2.0))  # kills fall in start-up, restoring, saving and deleting
+  if trial == 0:
+    began = time.monotonic()
+    while not os.path.isdir(os.path.join(directory, "3")):  # from then on there are two
+      time.sleep(0.01)
+    took = time.monotonic() - began  # as fast as this machine is today
+  time.sleep(rng.uniform(0.0, 2.5 * took))  # kills fall in start-up, restoring, saving and deleting
   os.kill(child, signal.SIGKILL)
   _, status = os.waitpid(child, 0)
   steps = [s for s in os.listdir(directory) if s.isdigit()]
@@ -485,8 +539,8 @@ def pruned_at(moment, step, workdir, monkeypatch):
       os.rename(directory / str(step), directory / "deleted" / str(step))
       save(workdir, step + 1)
 
-  module, name = {"listing": (Checkpoints, "_damage"), "comparing": (checkpoint_lib, "_sha256"),
-                  "fitting": (checkpoint_lib, "_check_fits"), "between": (Checkpoints, "restore_params"),
+  module, name = {"listing": (Checkpoints, "_damage"), "comparing": (manifest, "_sha256"),
+                  "fitting": (checkpoint, "_check_fits"), "between": (Checkpoints, "restore_params"),
                   "reading": (ocp.CompositeCheckpointHandler, "restore")}[moment]
   real = getattr(module, name)
   monkeypatch.setattr(module, name, lambda *args, **kwargs: (prune(), real(*args, **kwargs))[1])

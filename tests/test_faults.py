@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from runs import environment, losses, tiny, zeroshot
 
-from limber_jax import checkpoint as checkpoint_lib
-from limber_jax import optim, parallel
+from limber_jax import manifest, optim, parallel
 from limber_jax import train as train_lib
 from limber_jax.checkpoint import Checkpoints
 from limber_jax.config import Checkpoint, Optim, Spike
@@ -126,7 +125,7 @@ def whole_checkpoints(workdir):
   """Returns the steps of the checkpoints that are as their manifests say; none may be anything else."""
   directory = workdir / "checkpoints"
   steps = sorted(int(name) for name in os.listdir(directory) if name.isdigit()) if directory.exists() else []
-  assert all(checkpoint_lib.compare(directory / str(step)) is None for step in steps), steps
+  assert all(manifest.compare(directory / str(step)) is None for step in steps), steps
   return steps
 
 
@@ -347,7 +346,7 @@ def test_signals_at_every_moment(moment, numbers, processes, experiment, togethe
   assert f"stopped by SIG{numbers[0]} at step" in outputs[-1] and "Traceback" not in "".join(outputs)
   step = int(re.search(r"stopped by .* at step (\d+)", outputs[0])[1])
   saved = sorted(int(name) for name in os.listdir(run / "checkpoints"))
-  assert saved[-1:] == ([step] if step else []) and all(checkpoint_lib.compare(run / "checkpoints" / str(s)) is None
+  assert saved[-1:] == ([step] if step else []) and all(manifest.compare(run / "checkpoints" / str(s)) is None
                                                         for s in saved)
   if step:
     print(f"R3, R4: {moment}, {'+'.join(numbers)}, {processes} processes: exit {took:.1f} s after the signal, "
@@ -377,7 +376,7 @@ def test_a_kill_soon_after_sigterm_harms_no_checkpoint(experiment, tmp_path):
     process.kill()
     process.communicate()
     for name in filter(str.isdigit, os.listdir(run / "checkpoints") if (run / "checkpoints").exists() else []):
-      assert checkpoint_lib.compare(run / "checkpoints" / name) is None
+      assert manifest.compare(run / "checkpoints" / name) is None
   end([process := experiment(str(run), steps=60)])
   assert process.returncode == 0
   end([experiment(str(tmp_path / "whole"), steps=60)])
@@ -638,13 +637,13 @@ def test_the_command_ends_with_one_line_when_files_cannot_grow(experiment, tmp_p
 
 
 def test_a_run_is_told_of_a_failed_save_within_a_step(tmp_path, monkeypatch):
-  write, commit, check = checkpoint_lib.write_manifest, Checkpoints._commit, Checkpoints.check
+  write, commit, check = manifest.write, Checkpoints._commit, Checkpoints.check
   known, steps_after = threading.Event(), []
 
-  def write_once(path):
+  def write_once(path, **what):
     if "/6." in path:
       raise OSError(28, "No space left on device")
-    write(path)
+    write(path, **what)
 
   def watched(self):
     try:
@@ -658,7 +657,7 @@ def test_a_run_is_told_of_a_failed_save_within_a_step(tmp_path, monkeypatch):
       steps_after.append(1)
     check(self)
 
-  monkeypatch.setattr(checkpoint_lib, "write_manifest", write_once)
+  monkeypatch.setattr(manifest, "write", write_once)
   monkeypatch.setattr(Checkpoints, "_commit", watched)
   monkeypatch.setattr(Checkpoints, "check", counted)
   config = tiny(steps=2000, log_every=1000, checkpoint=Checkpoint(every=3))

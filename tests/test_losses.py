@@ -206,9 +206,27 @@ def test_a_row_of_zeros_gives_no_nan_and_no_gradient(name, chunk_size):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_nan_reaches_the_loss_and_the_gradient(name, chunk_size):
   image, text = embeddings()
-  text[3, 1] = np.nan
-  (loss, _), gradients = values_and_gradients(name, image, text, chunk_size=chunk_size)
-  assert np.isnan(loss) and np.isnan(gradients[2])
+  for bad, scale in ((np.s_[3, 1], 20.0), (np.s_[:], 20.0), (None, np.nan)):
+    spoilt = text.copy()
+    if bad is not None:
+      spoilt[bad] = np.nan
+    (loss, _), gradients = values_and_gradients(name, image, spoilt, scale, chunk_size=chunk_size)
+    assert np.isnan(loss) and np.isnan(gradients[2]), (bad, scale)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_of_any_length_give_finite_gradients(name, chunk_size):
+  image, text = embeddings()
+  whole = values_and_gradients(name, image, text, chunk_size=chunk_size)
+  for length in (1e-11, 1e-9, 1e9, 1e15):
+    scaled = np.float32(length) * image / np.linalg.norm(image, axis=1, keepdims=True)
+    (loss, _), gradients = values_and_gradients(name, scaled, text, chunk_size=chunk_size)
+    assert_near(loss, whole[0][0], 1e-5)
+    assert all(np.isfinite(g).all() for g in gradients)
+  for length in (1e-15, 1e-14, 1e-13):
+    (_, _), gradients = values_and_gradients(name, image * np.float32(length / 100), text, chunk_size=chunk_size)
+    assert not np.any(gradients[0]) and all(np.isfinite(g).all() for g in gradients)
 
 
 def test_the_temperature_starts_as_published_and_stops_at_100():

@@ -138,6 +138,13 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
   assert metrics[0]["skipped"] == 1 and all(np.isfinite(x).all() for x in jax.tree.leaves(states[0].params))
 
 
+def test_an_update_that_is_no_number_is_skipped_too():
+  config = tiny(optim=Optim(lr=float("nan"), warmup_steps=0))
+  metrics, states = run(config, batches(config, 1), Contrastive)
+  assert np.isfinite(metrics[0]["loss"]) and np.isfinite(metrics[0]["grad_norm"]) and metrics[0]["skipped"] == 1
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((states[0].params, states[0].opt_state)))
+
+
 class Scaled(Contrastive):
   """The contrastive task, its loss and gradient times 1 + `poison`."""
 

@@ -18,7 +18,7 @@ LAYERS = (
   {"__init__", "losses", "config", "ranges", "registry", "errors", "cli", "help", "log", "parallel", "signals", "peers",
    "goodput", "watchdog", "lock", "streams", "atomic", "inputs"},
   {"models", "optim", "data", "metrics"},
-  {"state", "checkpoint"},
+  {"state", "checkpoint", "manifest", "scores", "workdirs"},
   {"weights", "generate"},
   {"tasks"},
   {"evals"},

@@ -258,10 +258,11 @@ def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows:
 
 
 def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_size: int, seed: int,
-                     pixels: dict[str, Any] | None = None) -> str:
+                     pixels: dict[str, Any] | None = None, *, earlier: bool = False) -> str:
   """Returns 64 hex digits that change with anything that decides what the batch of a step holds; see `order`.
 
-  Where the data and the tokenizer are kept does not count, nor how they are read.
+  Where the data and the tokenizer are kept does not count, nor how they are read. With `earlier` they are those of the
+  first runs, all of CLIP, whose texts' length is the model's: there was no `data.length`.
   """
   settings = dataclasses.asdict(data)
   for name in ("workers", "threads", "prefetch", "features", "damaged", "repeat"):
@@ -275,6 +276,8 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   del settings["tokenizer"]["path"]
   if pixels:  # what `Task.pixel_settings` returns
     settings["pixels"] = pixels
+  if earlier:
+    del settings["length"]
   what = [source.fingerprint(), tokenizer.fingerprint(), settings, batch_size, seed]
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

@@ -29,10 +29,10 @@ def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule, 
               ) -> Callable[..., Any]:
   """Returns train_step(state, frozen, batch, rng) -> (state, metrics), a pure function.
 
-  Where the loss or any gradient is not finite, the step is skipped: parameters, statistics and optimizer come back
-  untouched, `state.step` (the position in the data) goes on, and metrics["skipped"] is 1. With a window of `spike` so
-  is a step whose loss or gradient norm is above `optim.limit` of the last ones. What is finite enters the window, even
-  of skipped steps; what is not never does.
+  Where the loss, any gradient or any update is not finite, the step is skipped: parameters, statistics and optimizer
+  come back untouched, `state.step` (the position in the data) goes on, and metrics["skipped"] is 1. With a window of
+  `spike` so is a step whose loss or gradient norm is above `optim.limit` of the last ones. A finite loss and gradient
+  enter the window, even of skipped steps; others never do.
   """
   window = spike.window if spike else 0
 
@@ -54,6 +54,7 @@ def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule, 
         good &= value <= limits[f"{name}_limit"]
       history = {name: optim.remember(history[name], value, finite) for name, value in seen.items()}
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    good &= jnp.isfinite(optax.tree.norm(updates))  # a rate of NaN, or 0/0 of an epsilon of 0
     params = task.project(optax.apply_updates(state.params, updates))
     new = (params, stats, opt_state)
     old = (state.params, state.stats, state.opt_state)

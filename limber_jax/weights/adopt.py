@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from limber_jax import workdirs
 from limber_jax.config import Config
 from limber_jax.errors import UserError
 from limber_jax.models import clip
@@ -138,11 +139,10 @@ def _with(model: Any, name: str, size: ClipSize | EncoderSize) -> Any:
 
 def _recorded(workdir: str) -> dict[str, Any]:
   """Returns the values of a workdir's config.json; {} if no run was begun there, or if what will read it cannot."""
-  path = os.path.join(workdir, "config.json")
-  if not workdir or not os.path.isfile(path):
+  if not workdirs.begun(workdir):
     return {}
   try:
-    return read_json(path)
+    return read_json(os.path.join(workdir, workdirs.CONFIG))
   except (OSError, RecursionError, UserError, ValueError):
     return {}
 

@@ -36,6 +36,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from limber_jax import workdirs
 from limber_jax.checkpoint import Checkpoints, kept_frozen
 from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
 from limber_jax.data import vocabularies
@@ -196,7 +197,7 @@ def own_tokenizer(weights: str) -> Tokenizer:
   if os.path.isdir(os.path.join(folder, "checkpoints")) and os.path.isfile(path):  # a run of limber_jax.train
     try:
       recorded = read_json(path)
-      found = Tokenizer(recorded["data.tokenizer.name"], recorded["data.tokenizer.path"])
+      found = Tokenizer(recorded["data.tokenizer.name"], workdirs.finder(folder)(recorded["data.tokenizer.path"]))
     except (OSError, UserError, ValueError, KeyError) as error:
       raise UserError(f"{path} names no tokenizer ({error})") from error
     vocabularies.check_stored(found, path)
@@ -272,7 +273,8 @@ def _run(path: str) -> Opened | None:
   for part in like.keys() - trained.keys():  # what was frozen is in no checkpoint
     if not values.get(f"init.{part}"):
       raise UserError(f"{path}: its {part!r} was frozen at random values, which no checkpoint holds")
-    params[part], found = load_into(values[f"init.{part}"], part, size, like[part], stats_like.get(part),
+    weights = workdirs.finder(path)(values[f"init.{part}"])
+    params[part], found = load_into(weights, part, size, like[part], stats_like.get(part),
                                     values.get("init.resample_positions", False))
     stats = stats | ({part: found} if found else {})
   tree = params | ({"stats": stats} if stats else {})
@@ -604,7 +606,7 @@ def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: d
       if kept is None:
         raise UserError(f"{path}: a run without a part {part!r} of its own; it trained {', '.join(trained)}")
       return kept["params"], kept["stats"]
-    return load_part(init, part, size, like, stats, values.get("init.resample_positions", False))
+    return load_part(workdirs.finder(path)(init), part, size, like, stats, values.get("init.resample_positions", False))
   checkpoints = Checkpoints(path, Checkpoint(best=best))
 
   def read(step: int) -> tuple[dict, dict]:

@@ -1,0 +1,112 @@
+"""What evaluations during training found, by step: workdir/scores.json.
+
+A checkpoint is saved first and measured after. So what is known of a step is no part of its checkpoint, and is kept
+beside them all:
+
+    {"20": {"figures": {"zeroshot/top1": 0.63}, "failed": {"retrieval": "why"}, "begun": {"probe": 1}}}
+
+An evaluation that was begun and did not end was killed, perhaps by what it needs: after TRIES times it is left out.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from limber_jax import parallel
+from limber_jax.errors import UserError
+
+FILE = "scores.json"
+KINDS = ("figures", "failed", "begun")
+TRIES = 3  # so often an evaluation of one step may be killed
+
+
+class Scores:
+  """The scores of one workdir; every process of a run calls all of these together, and process 0 writes."""
+
+  def __init__(self, workdir: str, start: int, log: Callable[[str], None] = print):
+    """Reads what is there; a damaged file is put aside, and what was measured of `start` is measured again.
+
+    Args:
+      workdir: of the run.
+      start: the step that training goes on from: what is known of later ones is forgotten.
+      log: prints a line, in process 0.
+    """
+    self._path = os.path.join(workdir, FILE)
+
+    def look():
+      try:
+        return read(workdir)
+      except UserError as error:
+        log(f"{error}; it was moved to {FILE}.damaged")
+        os.replace(self._path, f"{self._path}.damaged")
+        return {}
+
+    found = parallel.from_first(look)  # by way of JSON, whose keys are text
+    self._steps = {int(step): entry for step, entry in found.items() if int(step) <= start}
+
+  def figures(self, step: int) -> dict[str, float]:
+    """Returns {"zeroshot/top1": 0.63, …} of a step, {} where nothing was measured."""
+    return self._steps.get(step, {}).get("figures", {})
+
+  def failed(self, step: int) -> dict[str, str]:
+    """Returns {name of an evaluation: why it gave no figures} of a step."""
+    return self._steps.get(step, {}).get("failed", {})
+
+  def missing(self, step: int, names: list[str]) -> list[str]:
+    """Returns those of the evaluations that gave no figures of a step yet."""
+    return [name for name in names if not any(key.startswith(f"{name}/") for key in self.figures(step))]
+
+  def begin(self, step: int, name: str) -> None:
+    """Notes that an evaluation begins; raises UserError if it has been killed TRIES times."""
+    entry = self._steps.setdefault(step, {kind: {} for kind in KINDS})
+    entry["failed"].pop(name, None)
+    if entry["begun"].get(name, 0) >= TRIES:
+      raise UserError(f"it was killed {TRIES} times at this step, perhaps for want of memory; measure it by "
+                      "python -m limber_jax.evaluate")
+    entry["begun"][name] = entry["begun"].get(name, 0) + 1
+    self._write()
+
+  def end(self, step: int, name: str, figures: dict[str, float], failed: str = "") -> None:
+    """Keeps what an evaluation found, or why it failed."""
+    entry = self._steps[step]
+    entry["begun"].pop(name, None)
+    entry["figures"] |= figures
+    if failed:
+      entry["failed"][name] = failed
+    self._write()
+
+  def interrupted(self, step: int, name: str) -> None:
+    """Takes `begin` back: the run was asked to stop."""
+    self._steps[step]["begun"].pop(name, None)
+    self._write()
+
+  def _write(self) -> None:
+    if jax.process_index() > 0:
+      return
+    try:
+      with open(f"{self._path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(self._steps, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(f"{self._path}.tmp", self._path)
+    except OSError as error:
+      raise UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on from the last "
+                      "checkpoint") from error
+
+
+def read(workdir: str) -> dict[int, dict[str, Any]]:
+  """Returns what the file of a workdir holds; {} if there is none. Raises UserError if it is damaged."""
+  path = os.path.join(workdir, FILE)
+  try:
+    with open(path, encoding="utf-8") as file:
+      found = {int(step): {kind: dict(entry[kind]) for kind in KINDS} for step, entry in json.load(file).items()}
+    if not all(isinstance(v, int | float) for entry in found.values() for v in entry["figures"].values()):
+      raise ValueError("a figure is no number")
+    return found
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error

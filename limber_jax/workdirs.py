@@ -1,0 +1,136 @@
+"""What a workdir says of its run: config.json, and run.json beside it.
+
+A run claims its workdir with its first checkpoint, and not before: until then a command that was corrected simply
+works. run.json holds what no config can:
+
+    {"run": 32 hex digits that its checkpoints' manifests repeat, "workdir": "/…/runs/a", "folder": "/…"}
+
+`folder` is where the command was started, from where relative paths of the config count; `workdir` is where it lay, so
+that what lies beside it is found beside it again where both were moved.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from limber_jax import config as config_lib
+from limber_jax import manifest
+from limber_jax.config import Config
+from limber_jax.errors import UserError
+
+CONFIG, RUN, CHECKPOINTS = "config.json", "run.json", "checkpoints"
+
+
+def begun(workdir: str) -> bool:
+  """Returns whether a run has claimed a workdir: whether there is a checkpoint in it, and what it is of."""
+  if not workdir or not os.path.isfile(os.path.join(workdir, CONFIG)):
+    return False
+  try:
+    return any(name.isdigit() for name in os.listdir(os.path.join(workdir, CHECKPOINTS)))
+  except OSError:
+    return False
+
+
+def identity(workdir: str) -> str:
+  """Returns the run of a workdir, "" where there is none, or one of before runs had names."""
+  said = _read(workdir).get("run") or _of_newest(workdir)
+  return said if isinstance(said, str) else ""
+
+
+def check(config: Config, workdir: str) -> None:
+  """Raises UserError unless the workdir is free, can be written to, or belongs to a run of the same experiment."""
+  path = os.path.abspath(os.path.join(workdir, CHECKPOINTS))
+  while not os.path.lexists(path):
+    path = os.path.dirname(path)
+  if not os.path.isdir(path):
+    raise UserError(f"--workdir={workdir}: {path} is a file, where a directory belongs; move it away, or choose "
+                    "another --workdir")
+  if not os.access(path, os.W_OK | os.X_OK):
+    raise UserError(f"--workdir={workdir}: cannot write there ({path}: Permission denied)")
+  if begun(workdir):
+    with open(os.path.join(workdir, CONFIG), encoding="utf-8") as file:
+      config_lib.check_same(config, file.read(), workdir)
+
+
+def claim(config: Config, workdir: str, run: str) -> None:
+  """Writes both files of a run; raises UserError if it cannot."""
+  said = {"run": run, "workdir": os.path.realpath(workdir), "folder": os.getcwd()}
+  for name, text in ((RUN, json.dumps(said, indent=1)), (CONFIG, config_lib.to_json(config))):
+    path = os.path.join(workdir, name)
+    try:
+      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(f"{path}.tmp", path)
+    except OSError as error:
+      raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_config(workdir: str) -> Config:
+  """Returns the experiment of a workdir, its paths as they count from here.
+
+  Raises:
+    UserError: there is none, or one that cannot be read.
+  """
+  path = os.path.join(workdir, CONFIG)
+  try:
+    with open(path, encoding="utf-8") as file:
+      text = file.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--workdir={workdir}: no run there ({CONFIG}: {getattr(error, 'strerror', None) or error}); "
+                    f"train one with python -m limber_jax.train --config=… --workdir={workdir}") from error
+  config, here = config_lib.from_json(text, path), finder(workdir)
+  init = dataclasses.replace(
+    config.init, **{part: here(getattr(config.init, part)) for part in ("image", "text", "prompt", "lm")},
+    others={part: here(path) for part, path in config.init.others.items()})
+  tokenizer = dataclasses.replace(config.data.tokenizer, path=here(config.data.tokenizer.path))
+  return dataclasses.replace(config, init=init, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+
+
+def finder(workdir: str) -> Callable[[str], str]:
+  """Returns a function from a path in the config of a run to where that is now; what is not found stays as it is.
+
+  Looked for are: what lies to the workdir as it did, where it was at training, and the same path from here.
+  """
+  said = _read(workdir)
+  folder, was = (said.get(key) for key in ("folder", "workdir"))
+  if not (isinstance(folder, str) and isinstance(was, str)):
+    return lambda path: path
+
+  def find(path: str) -> str:
+    if not path:
+      return path
+    then = os.path.join(folder, path)
+    beside = os.path.normpath(os.path.join(os.path.realpath(workdir), os.path.relpath(then, was)))
+    return next((p for p in (beside, then) if os.path.exists(p)), path)
+
+  return find
+
+
+def _of_newest(workdir: str) -> str | None:
+  """Returns the run that the newest checkpoint is of, None where it does not say."""
+  folder = os.path.join(workdir, CHECKPOINTS)
+  try:
+    newest = max((name for name in os.listdir(folder) if name.isdigit()), key=int)
+    with open(os.path.join(folder, newest, manifest.NAME), encoding="utf-8") as file:
+      return json.load(file).get("run")
+  except (OSError, ValueError, AttributeError, RecursionError):
+    return None
+
+
+def _read(workdir: str) -> dict[str, Any]:
+  """Returns what run.json holds, {} where there is none; raises UserError if it is damaged."""
+  path = os.path.join(workdir, RUN)
+  try:
+    with open(path, encoding="utf-8") as file:
+      found = json.load(file)
+    if not isinstance(found, dict):
+      raise ValueError("no JSON object")
+    return found
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path} is damaged ({error}); moved away, it is made anew") from error
