@@ -9,6 +9,8 @@ import json
 import os
 from typing import Any
 
+from limber_jax.atomic import SUFFIX, atomic_write
+
 NAME = "manifest.json"
 # Orbax writes these two after the manifest, while it commits. No restore reads them.
 _OF_THE_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -20,12 +22,8 @@ def write(directory: str, **identity: Any) -> None:
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
     digests = pool.map(_sha256, files.values())
     listed = {name: [os.path.getsize(files[name]), digest] for name, digest in zip(files, digests, strict=True)}
-  path = os.path.join(directory, NAME)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+  with atomic_write(os.path.join(directory, NAME)) as file:
     json.dump({**identity, "files": listed}, file, indent=0)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(f"{path}.tmp", path)
 
 
 def compare(directory: str, within: str = "", **identity: Any) -> str | None:
@@ -71,7 +69,7 @@ def _files(directory: str) -> dict[str, str]:
   """Returns {name below `directory`: path} of what a manifest lists, in order."""
   names = (os.path.relpath(os.path.join(folder, file), directory).replace(os.sep, "/")
            for folder, _, files in os.walk(directory) for file in files)
-  own = (*_OF_THE_COMMIT, NAME, f"{NAME}.tmp")
+  own = (*_OF_THE_COMMIT, NAME, NAME + SUFFIX)
   return {name: os.path.join(directory, name) for name in sorted(names) if name not in own}
 
 

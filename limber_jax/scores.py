@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from limber_jax import parallel
+from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
 
 FILE = "scores.json"
@@ -55,6 +56,14 @@ class Scores:
     """Returns {name of an evaluation: why it gave no figures} of a step."""
     return self._steps.get(step, {}).get("failed", {})
 
+  def all_failed(self) -> dict[str, list[int]]:
+    """Returns {name of an evaluation: the steps of which it gave no figures}."""
+    found: dict[str, list[int]] = {}
+    for step in sorted(self._steps):
+      for name in self.failed(step):
+        found.setdefault(name, []).append(step)
+    return found
+
   def missing(self, step: int, names: list[str]) -> list[str]:
     """Returns those of the evaluations that gave no figures of a step yet."""
     return [name for name in names if not any(key.startswith(f"{name}/") for key in self.figures(step))]
@@ -84,17 +93,9 @@ class Scores:
     self._write()
 
   def _write(self) -> None:
-    if jax.process_index() > 0:
-      return
-    try:
-      with open(f"{self._path}.tmp", "w", encoding="utf-8") as file:
+    if jax.process_index() == 0:
+      with atomic_write(self._path) as file:
         json.dump(self._steps, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(f"{self._path}.tmp", self._path)
-    except OSError as error:
-      raise UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on from the last "
-                      "checkpoint") from error
 
 
 def read(workdir: str) -> dict[int, dict[str, Any]]:

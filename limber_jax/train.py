@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from limber_jax import cli, goodput, lock, optim, parallel, peers, registry, workdirs
+from limber_jax import cli, goodput, lock, optim, parallel, peers, registry, scores, workdirs
 from limber_jax import config as config_lib
 from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
 from limber_jax.config import Config
@@ -195,7 +195,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
           began: float | None = None) -> TrainState:
   """Trains `config` to its last step, going on from the newest checkpoint in `workdir`, and returns the state.
 
-  SIGTERM, SIGINT and SIGHUP save and return early.
+  SIGTERM, SIGINT and SIGHUP save and return early. A checkpoint is saved before its evaluations; one of them that fails
+  is named in the log and in scores.json, and the run goes on.
 
   Args:
     config: the experiment.
@@ -334,6 +335,10 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         else:
           known.end(step, name, figures)
           found |= figures
+          best = config.checkpoint.best
+          if best.startswith(f"{name}/") and best not in figures:
+            out.line(f"step {step}  no checkpoint counts as the best: config.checkpoint.best={best!r} is none of what "
+                     f"was measured, {', '.join(figures) or 'nothing'}")
       if found:
         out.write(step, found)
         out.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
@@ -439,6 +444,9 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       with ledger("save"):
         checkpoints.close()
     out.line(ledger.summary())
+    for name, steps in known.all_failed().items():
+      out.line(f"{name}: not evaluated at step {', '.join(map(str, steps))}; measure it by python -m "
+               "limber_jax.evaluate")
     if stopping:
       log(f"stopped by {stop.name or 'another process'} at step {step}; the same command goes on from there")
     return state
@@ -457,7 +465,7 @@ if __name__ == "__main__":
   _config = cli.define_config()
   _workdir = flags.DEFINE_string("workdir", None, "Directory of this run; made if missing.")
 
-  def _main(argv: list[str]) -> None:
+  def _main(argv: list[str]) -> int:
     if argv:
       raise UserError(f"unexpected argument {argv[0]!r}; settings are given as --config.field=value")
     if not _workdir.value:
@@ -468,5 +476,6 @@ if __name__ == "__main__":
       train(config, _workdir.value, stop=stop, began=goodput.process_began())
     if stop():
       parallel.leave()
+    return int(any(entry["failed"] for entry in scores.read(_workdir.value).values()))
 
   cli.run(_main)

@@ -15,12 +15,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from limber_jax import atomic, manifest
 from limber_jax import config as config_lib
-from limber_jax import manifest
 from limber_jax.config import Config
 from limber_jax.errors import UserError
 
 CONFIG, RUN, CHECKPOINTS = "config.json", "run.json", "checkpoints"
+WRITTEN = (CONFIG, RUN, "metrics.jsonl", "scores.json", "damage.jsonl")  # files of every run
 
 
 def begun(workdir: str) -> bool:
@@ -49,6 +50,8 @@ def check(config: Config, workdir: str) -> None:
                     "another --workdir")
   if not os.access(path, os.W_OK | os.X_OK):
     raise UserError(f"--workdir={workdir}: cannot write there ({path}: Permission denied)")
+  for name in WRITTEN if os.path.isdir(workdir) else ():
+    atomic.check(os.path.join(workdir, name))
   if begun(workdir):
     with open(os.path.join(workdir, CONFIG), encoding="utf-8") as file:
       config_lib.check_same(config, file.read(), workdir)
@@ -58,15 +61,8 @@ def claim(config: Config, workdir: str, run: str) -> None:
   """Writes both files of a run; raises UserError if it cannot."""
   said = {"run": run, "workdir": os.path.realpath(workdir), "folder": os.getcwd()}
   for name, text in ((RUN, json.dumps(said, indent=1)), (CONFIG, config_lib.to_json(config))):
-    path = os.path.join(workdir, name)
-    try:
-      with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(f"{path}.tmp", path)
-    except OSError as error:
-      raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with atomic.atomic_write(os.path.join(workdir, name)) as file:
+      file.write(text)
 
 
 def read_config(workdir: str) -> Config:

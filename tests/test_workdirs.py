@@ -1,0 +1,64 @@
+"""Whose a workdir is, and where its paths lead from anywhere."""
+
+import os
+import shutil
+
+import pytest
+import runs
+
+from limber_jax import workdirs
+from limber_jax.errors import UserError
+
+
+def claimed(workdir, config):
+  workdir.mkdir(parents=True)
+  (workdir / "checkpoints" / "6").mkdir(parents=True)
+  workdirs.claim(config, str(workdir), "a run")
+  return str(workdir)
+
+
+def test_a_run_finds_its_weights_from_any_folder_and_wherever_both_were_moved(tmp_path, monkeypatch):
+  home, away = tmp_path / "home", tmp_path / "away"
+  (home / "weights" / "lm").mkdir(parents=True)
+  away.mkdir()
+  config = runs.tiny_limber()
+  config.init.lm, config.init.others = "weights/lm", {"image@other": "not there"}
+  monkeypatch.chdir(home)
+  claimed(home / "runs" / "a", config)
+
+  def lm(workdir):
+    return workdirs.read_config(workdir).init.lm
+
+  assert os.path.samefile(lm("runs/a"), "weights/lm")
+  monkeypatch.chdir(away)
+  assert os.path.samefile(lm("../home/runs/a"), home / "weights" / "lm")
+  shutil.copytree(home, tmp_path / "copy")
+  assert os.path.samefile(lm("../copy/runs/a"), tmp_path / "copy" / "weights" / "lm")
+  shutil.move(home / "runs" / "a", away / "a")  # the run alone
+  assert os.path.samefile(lm("a"), home / "weights" / "lm")
+  shutil.rmtree(home)
+  assert workdirs.read_config("a").init == config.init
+
+
+def test_a_workdir_without_a_checkpoint_is_nobodys(tmp_path):
+  workdir = claimed(tmp_path / "run", runs.tiny())
+  with pytest.raises(UserError, match=r"holds a run with seed=0, but this config says 1"):
+    workdirs.check(runs.tiny(seed=1), workdir)
+  (tmp_path / "run" / "checkpoints" / "6").rmdir()
+  workdirs.check(runs.tiny(seed=1), workdir)
+  assert not workdirs.begun(workdir)
+
+
+def test_a_workdir_that_cannot_be_is_told_before_anything_is_done(tmp_path):
+  (tmp_path / "file").touch()
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "checkpoints").touch()
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "metrics.jsonl").mkdir()
+  for name, message in (("file/run", "file is a file, where a directory belongs"),
+                        ("run", "checkpoints is a file, where a directory belongs"),
+                        ("full", "metrics.jsonl: cannot be written .Is a directory")):
+    with pytest.raises(UserError, match=message):
+      workdirs.check(runs.tiny(), str(tmp_path / name))
+  workdirs.check(runs.tiny(), str(tmp_path / "none" / "yet"))
+  assert not (tmp_path / "none").exists()
