@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from limber_jax import parallel
+from limber_jax import inputs, parallel
 from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
 
@@ -102,12 +102,12 @@ def read(workdir: str) -> dict[int, dict[str, Any]]:
   """Returns what the file of a workdir holds; {} if there is none. Raises UserError if it is damaged."""
   path = os.path.join(workdir, FILE)
   try:
-    with open(path, encoding="utf-8") as file:
-      found = {int(step): {kind: dict(entry[kind]) for kind in KINDS} for step, entry in json.load(file).items()}
+    entries = json.loads(inputs.text(path, inputs.CONFIG)).items()
+    found = {int(step): {kind: dict(entry[kind]) for kind in KINDS} for step, entry in entries}
     if not all(isinstance(v, int | float) for entry in found.values() for v in entry["figures"].values()):
       raise ValueError("a figure is no number")
     return found
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+  except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error

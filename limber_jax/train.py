@@ -335,10 +335,6 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         else:
           known.end(step, name, figures)
           found |= figures
-          best = config.checkpoint.best
-          if best.startswith(f"{name}/") and best not in figures:
-            out.line(f"step {step}  no checkpoint counts as the best: config.checkpoint.best={best!r} is none of what "
-                     f"was measured, {', '.join(figures) or 'nothing'}")
       if found:
         out.write(step, found)
         out.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))

@@ -15,9 +15,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from limber_jax import atomic, manifest
+from limber_jax import atomic, inputs, manifest
 from limber_jax import config as config_lib
 from limber_jax.config import Config
+from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
 
 CONFIG, RUN, CHECKPOINTS = "config.json", "run.json", "checkpoints"
@@ -73,9 +74,8 @@ def read_config(workdir: str) -> Config:
   """
   path = os.path.join(workdir, CONFIG)
   try:
-    with open(path, encoding="utf-8") as file:
-      text = file.read()
-  except (OSError, UnicodeDecodeError) as error:
+    text = inputs.text(path, inputs.CONFIG)
+  except (OSError, UnicodeDecodeError, UserError) as error:
     raise UserError(f"--workdir={workdir}: no run there ({CONFIG}: {getattr(error, 'strerror', None) or error}); "
                     f"train one with python -m limber_jax.train --config=… --workdir={workdir}") from error
   config, here = config_lib.from_json(text, path), finder(workdir)
@@ -83,6 +83,7 @@ def read_config(workdir: str) -> Config:
     config.init, **{part: here(getattr(config.init, part)) for part in ("image", "text", "prompt", "lm")},
     others={part: here(path) for part, path in config.init.others.items()})
   tokenizer = dataclasses.replace(config.data.tokenizer, path=here(config.data.tokenizer.path))
+  vocabularies.check_stored(tokenizer, path)
   return dataclasses.replace(config, init=init, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
@@ -121,12 +122,11 @@ def _read(workdir: str) -> dict[str, Any]:
   """Returns what run.json holds, {} where there is none; raises UserError if it is damaged."""
   path = os.path.join(workdir, RUN)
   try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
+    found = json.loads(inputs.text(path, inputs.CONFIG))
     if not isinstance(found, dict):
       raise ValueError("no JSON object")
     return found
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError, RecursionError) as error:
+  except (OSError, UserError, ValueError, RecursionError) as error:
     raise UserError(f"{path} is damaged ({error}); moved away, it is made anew") from error
