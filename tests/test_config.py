@@ -9,8 +9,9 @@ import pytest
 from runs import tiny, tiny_limber
 
 from limber_jax import cli, help, ranges, registry
-from limber_jax.config import Evaluation, Optim, Source, check, check_best, from_json, missing_best, to_json
+from limber_jax.config import Compute, Evaluation, Optim, Source, check, check_best, from_json, missing_best, to_json
 from limber_jax.errors import UserError
+from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.train import setup, train
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -134,6 +135,13 @@ def test_the_best_checkpoint_is_by_a_metric_of_an_evaluation_in_training(best):
   check_best(config)
   assert missing_best("digits/cider", {"digits/top1": 0.5, "words/top1": 0.5}).endswith("there are digits/top1")
   assert not missing_best("digits/cider", {"digits/cider": 0.5}) and not missing_best("digits/cider", {"words/top1": 1})
+
+
+def test_what_only_tracing_would_meet_is_one_line_or_works():
+  assert Contrastive.of(tiny(trainable=("text",))).project({"text": {}}) == {"text": {}}  # logit_scale is not trained
+  config = tiny(compute=Compute(attention="cudnn"), mesh=(-1, 1, 1))
+  with pytest.raises(UserError, match=r"^config.compute.attention='cudnn' is for GPUs and half precision, and this is"):
+    setup(config)
 
 
 def test_a_range_says_what_it_allows():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax.config import Compute
+from limber_jax.errors import UserError
 from limber_jax.models.linear import Dense
 from limber_jax.parallel import BATCH, constrain
 
@@ -115,11 +116,15 @@ def attention_kernel(compute: Compute, head_width: int) -> str:
   """Returns the implementation that jax.nn.dot_product_attention shall use: "cudnn" or "xla".
 
   "auto" takes cuDNN's flash attention where it runs: an NVIDIA GPU of compute capability 8.0 or later, half precision,
-  and a head width that is a multiple of 8, at most 128.
+  and a head width that is a multiple of 8, at most 128. Raises UserError where "cudnn" cannot be.
   """
+  half = compute.dtype != "float32"
+  if compute.attention == "cudnn" and not (half and jax.default_backend() == "gpu"):
+    raise UserError(f"config.compute.attention='cudnn' is for GPUs and half precision, and this is {compute.dtype} on "
+                    f"{jax.default_backend()}; choose auto")
   if compute.attention != "auto":
     return compute.attention
-  if jax.default_backend() != "gpu" or compute.dtype == "float32" or head_width % 8 or head_width > 128:
+  if jax.default_backend() != "gpu" or not half or head_width % 8 or head_width > 128:
     return "xla"
   capability = getattr(jax.local_devices()[0], "compute_capability", "0")
   return "cudnn" if float(capability) >= 8.0 else "xla"

@@ -119,6 +119,8 @@ class Contrastive:
     return pieces.join(image), pieces.join(text), stats
 
   def project(self, params: dict) -> dict:
+    if "logit_scale" not in params:  # it is not trained
+      return params
     return params | {"logit_scale": jnp.clip(params["logit_scale"], 0, losses.MAX_LOG_SCALE)}
 
   def predict(self) -> dict[str, Callable[..., Any]]:
