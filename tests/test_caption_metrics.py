@@ -110,7 +110,8 @@ def program(tmp_path, monkeypatch):
   def put(script):
     path = tmp_path / "bin" / "java"
     path.parent.mkdir()
-    path.write_text(f"#!{sys.executable}\nimport json, sys\n{script}\n")
+    alone = "if '-jar' in sys.argv: assert os.getsid(0) == os.getpid()"  # what a terminal sends is for the parent
+    path.write_text(f"#!{sys.executable}\nimport json, os, sys\n{alone}\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)
     captions.has_java.cache_clear()

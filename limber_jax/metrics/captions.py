@@ -143,7 +143,7 @@ def _stanford(lines: Sequence[str]) -> list[str]:
     with open(path, "w", encoding="utf-8", newline="") as file:
       file.write("\n".join(lines))
     done = subprocess.run([*_JAVA, "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase",
-                           path], capture_output=True, stdin=subprocess.DEVNULL)
+                           path], capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
   out = done.stdout.decode().split("\n")
   if done.returncode or len(out) != len(lines):
     raise UserError(f"the Stanford tokenizer gave {len(out)} lines for {len(lines)} captions: {_last(done.stderr)}")
@@ -155,7 +155,8 @@ def _meteor() -> Iterator[Callable[..., tuple[float, list[float]]]]:
   """Starts METEOR's program; gives the function of hypotheses and references that asks it for all and for each."""
   command = [*_JAVA, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
   with tempfile.TemporaryFile() as errors, subprocess.Popen(
-      command, cwd=_package("meteor"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as program:
+      command, cwd=_package("meteor"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+      start_new_session=True) as program:  # what a terminal sends, Ctrl-C or SIGHUP, is this process's to answer
 
     def tell(*fields: str) -> None:
       program.stdin.write(f"{' ||| '.join(fields)}\n".encode())
@@ -200,7 +201,7 @@ def _spice(hypotheses: Mapping[str, list[str]], targets: Mapping[str, list[str]]
     # Java has kept its own classes from SPICE since version 16; version 8 does not know the variable that opens them.
     done = subprocess.run(
       [*_JAVA, "-Xmx8G", "-jar", "spice-1.0.jar", given, "-cache", cache, "-out", got, "-subset", "-silent"],
-      cwd=_package("spice"), capture_output=True, stdin=subprocess.DEVNULL,
+      cwd=_package("spice"), capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True,
       env=os.environ | {"JDK_JAVA_OPTIONS": "--add-opens=java.base/java.lang=ALL-UNNAMED"})
     if done.returncode or not os.path.exists(got):
       raise UserError(f"SPICE's program failed: {_last(done.stderr)}")
