@@ -185,7 +185,8 @@ def test_mistakes_are_told_in_a_line(run, tmp_path):
       (lambda: to_use(config, init=["prompt=x"]), "--init=prompt=x: expected PART=PATH of a frozen part"),
       (lambda: to_use(config, init=["lm"]), "--init=lm: expected PART=PATH"),
       (lambda: read_projection(str(tmp_path / "config.json")), "no projection can be read there"),
-      (lambda: Output(path=str(tmp_path / "no" / "x")), "--out=.*: cannot be written .No such file")):
+      (lambda: Output(path=str(tmp_path / "no" / "x")), "--out=.*: cannot be written .No such file"),
+      (lambda: Output(path=str(tmp_path)), "--out=.*: cannot be written .Is a directory")):
     with pytest.raises(UserError, match=match) as error:
       call()
     assert "\n" not in str(error.value)
