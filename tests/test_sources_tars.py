@@ -12,6 +12,7 @@ import pytest
 from limber_jax import config as config_lib
 from limber_jax.config import Data, Source
 from limber_jax.data import pipeline
+from limber_jax.data.sources.tar_index import Rule, open_shards
 from limber_jax.data.sources.tars import members
 from limber_jax.data.sources.webdataset import Webdataset
 from limber_jax.data.tokenizers import ByteTokenizer
@@ -99,14 +100,32 @@ def test_parts_are_found_by_suffix_and_keys_by_folder(names, fields, texts, tmp_
   assert len({source[i]["id"] for i in range(len(source))}) == len(texts)
 
 
+def test_a_key_that_lacks_a_part_is_told_what_there_is_in_its_place(tmp_path):
+  path = write(tmp_path / "a.tar", "0.jpg", "0.caption.txt", "1.gif", "1.txt", "b/2.TIF", "b/2.txt", "3.png", "3.txt")
+  found = damage(opened(path))
+  assert found["0"].endswith("; .caption.txt is read with text_key=caption.txt")
+  assert found["1"] == (
+    "no image (.jpg …); its .gif is read with image_key=gif and config.data.formats=gif (--formats=gif)")
+  assert found["b/2"].endswith("its .tif is read with image_key=tif and config.data.formats=tiff (--formats=tiff)")
+  assert pairs(opened(path, text_key="caption.txt")) == {"0": "0.caption.txt"}
+  assert opened(path, image_key="gif")[0] == {"id": "a/1", "text": "1.txt", "image": b"1.gif"}
+  rule = Rule(("webp", "png"), ("cls",), settable=False)
+  assert rule.digest == Rule(("webp", "png"), ("cls",)).digest
+  [damaged] = open_shards([write(tmp_path / "b.tar", "0.gif", "0.cls")], rule, False)[1]
+  assert damaged["reason"] == "no image (.webp …); its .gif is not read: such sets hold webp, png alone"
+
+
 def test_what_is_no_record_is_named_and_further_files_of_a_record_are_not(tmp_path):
   path = write(tmp_path / "a.tar", "0.jpg", "0.txt", "0.mask.png", "0.depth.1.png", "0.url", "._0.jpg", "._0.txt",
                "s1.input.jpg", "s1.output.txt", "lone.2.jpg")
   assert pairs(opened(path)) == {"0": "0.txt"}
   assert damage(opened(path)) == {
-    "s1.input": "no caption (.txt, .caption or .json); if .input.jpg is what it is called there, say so by image_key",
-    "s1.output": "no image (.jpg …); if .output.txt is what it is called there, say so by text_key",
-    "lone.2": "no caption (.txt, .caption or .json); if .2.jpg is what it is called there, say so by image_key"}
+    "s1.input": "no caption (.txt, .caption or .json); if .input.jpg is what it is called there, say so by "
+                "image_key=input.jpg",
+    "s1.output": "no image (.jpg …); if .output.txt is what it is called there, say so by "
+                 "text_key=output.txt",
+    "lone.2": "no caption (.txt, .caption or .json); if .2.jpg is what it is called there, say so by "
+              "image_key=2.jpg"}
   first = damage(opened(path, key_dot="first"))
   assert set(first) == {"s1.input.jpg", "s1.output.txt", "lone.2.jpg"}
   assert all("key_dot=last" in reason for reason in first.values())

@@ -59,7 +59,7 @@ class ClipBenchmark:
     self._kind, (self._suffix, others, what) = kind, KINDS[kind]
     self.classes, self.templates = (None, None) if kind == "retrieval" else _words(config.path)
     self.metrics = ("map",) if kind == "multilabel" else ()  # what their tables give, where it is not the usual
-    rule = Rule(IMAGES, (self._suffix,), others, what, tag=self._suffix)
+    rule = Rule(IMAGES, (self._suffix,), others, what, tag=self._suffix, settable=False)
     paths, self.damage = _tars(os.path.join(config.path, split))
     self._shards, damage = open_shards(paths, rule, keeps(config))
     self.damage += damage

@@ -32,6 +32,7 @@ class Rule:
   what: str = "caption"          # what texts and sidecars hold, for messages
   first_dot: bool = False
   tag: str = ""                  # in the name of the index; each rule has its own
+  settable: bool = True          # the source's image_key may name another suffix
 
   @property
   def digest(self) -> bytes:
@@ -63,6 +64,8 @@ class Rule:
     names = [f".{s}" for s in self.text + self.sidecar]
     return f"no {self.what} ({' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))})"
 
+
+_FURTHER = (b"gif", b"bmp", b"tif", b"tiff", b"avif")  # suffixes of the formats that are read where they are asked for
 
 # An index: this header, a row of _ROW a record, the keys one behind the other, the damage as JSON. The header of
 # version 1 was shorter: a process that still reads by one finds nothing where it looks, should this come in its place.
@@ -235,6 +238,8 @@ class _Found:
     self._keys: dict[bytes, tuple[bytes, list[Member | None]]] = {}
     self._strange: list[bytes] = []         # names of parts whose key has no such suffix, by the first dot
     self._lost: tuple[bytes, str] = b"", ""  # the key of what was cut off, and its name
+    self._longer: dict[bytes, bytes] = {}    # by a key, one that goes on after a dot
+    self._others: dict[bytes, str] = {}      # by key, the suffix of an image of a further format
     self.damage: list[tuple[str, str]] = []
 
   def add(self, member: Member) -> None:
@@ -246,6 +251,9 @@ class _Found:
       low = member.name.lower().rpartition(b"/")[2]
       if self._rule.first_dot and any(low.endswith(b"." + s) for s in self._rule.places) and low[:1] != b".":
         self._strange.append(member.name)
+      stem, _, last = member.name.rpartition(b".")
+      if last.lower() in _FURTHER:
+        self._others.setdefault(_plain(stem), last.lower().decode())
       return
     found = self._keys.setdefault(_plain(key), (key, [None] * self._size))[1]
     place = self._rule.places[suffix]
@@ -267,6 +275,10 @@ class _Found:
       if any(found[:image]) and any(found[image:]):
         whole.add(plain)
         yield key, tuple(next(filter(None, part), None) for part in (found[:image], found[image:text], found[text:]))
+    for plain in self._keys.keys() - whole:
+      folder, slash, last = plain.rpartition(b"/")
+      if b"." in last:
+        self._longer.setdefault(folder + slash + last.partition(b".")[0], plain)
     for plain, (key, found) in self._keys.items():
       if plain not in whole and not _belongs(plain, whole):
         self.damage.append((shown(key), self._reason(plain, found)))
@@ -283,11 +295,23 @@ class _Found:
       return f"{reason}: its {self._lost[1]} is cut off"
     last = plain.rpartition(b"/")[2]
     if b"." in last and not self._rule.first_dot:  # s0.input.jpg beside s0.output.txt
-      member = next(filter(None, found))
-      key = "image_key" if any(found[: len(self._rule.image)]) else "text_key"
-      suffix = shown(member.name.rpartition(b"/")[2].partition(b".")[2])
-      reason += f"; if .{suffix} is what it is called there, say so by {key}"
+      key, suffix = self._called(found)
+      reason += f"; if .{suffix} is what it is called there, say so by {key}={suffix}"
+    elif (longer := self._longer.get(plain)) and not self._rule.first_dot:  # 0.jpg beside 0.caption.txt
+      key, suffix = self._called(self._keys[longer][1])
+      reason += f"; .{suffix} is read with {key}={suffix}"
+    if not any(found[: len(self._rule.image)]) and (other := self._others.get(plain)):
+      name = {"tif": "tiff"}.get(other, other)
+      reason += f"; its .{other} is " + (
+        f"read with image_key={other} and config.data.formats={name} (--formats={name})" if self._rule.settable else
+        f"not read: such sets hold {', '.join(self._rule.image)} alone")
     return reason
+
+  def _called(self, found: list[Member | None]) -> tuple[str, str]:
+    """Returns (the setting that names them, all suffixes) of the first member of a key."""
+    member = next(filter(None, found))
+    key = "image_key" if any(found[: len(self._rule.image)]) else "text_key"
+    return key, shown(member.name.rpartition(b"/")[2].partition(b".")[2])
 
 
 def _plain(key: bytes) -> bytes:
