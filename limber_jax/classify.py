@@ -118,7 +118,7 @@ def attempt(read: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
   try:
     return read(path)
   except UserError as error:
-    return str(error)
+    return str(error).removeprefix(f"{path}: ")
   except OSError as error:
     return error.strerror or str(error)
 

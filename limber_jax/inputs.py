@@ -72,11 +72,14 @@ def read(path: str, kind: Kind) -> bytes:
 
   Raises:
     OSError: it cannot be read, or is none.
-    UserError: it has more bytes than are read of its kind; none of them was.
+    UserError: it has more bytes than are read of its kind; none of them was. The message begins with the path.
   """
   with opened(path) as file:
     size = os.fstat(file.fileno()).st_size
-    check_size(size, kind)
+    try:
+      check_size(size, kind)
+    except UserError as error:
+      raise UserError(f"{path}: {error}") from error
     return file.read(size)
 
 

@@ -66,7 +66,8 @@ def test_a_file_too_large_is_refused_by_its_size_alone(tmp_path):
   with open(tmp_path / "large", "wb") as file:
     file.truncate(5 << 30)  # a sparse one
   for kind in (inputs.IMAGE, inputs.ANNOTATIONS, inputs.LIST, inputs.TOKENIZER, inputs.CONFIG):
-    with pytest.raises(UserError, match=f"{kind.what} of 5,368,709,120 bytes; at most {kind.most:,} are read"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/large: {kind.what} of 5,368,709,120 bytes; at most "
+                                        f"{kind.most:,} are read"):
       inputs.read(str(tmp_path / "large"), kind)
 
 

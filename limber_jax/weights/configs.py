@@ -188,7 +188,7 @@ def naming(path: str) -> Iterator[None]:
   except OSError as error:
     raise UserError(f"{path}: {error.strerror or error}") from error
   except (UserError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
-    raise UserError(f"{path}: {error}") from error
+    raise UserError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from error
 
 
 def _side(value: Any) -> int:

@@ -35,7 +35,7 @@ def load(path: str, wanted: str) -> dict[str, Any]:
   try:
     data = inputs.read(path, inputs.ANNOTATIONS)
   except UserError as error:
-    raise UserError(f"{path}: {error}; wanted {wanted}") from error
+    raise UserError(f"{error}; wanted {wanted}") from error
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
   words = text.decode(data, path)

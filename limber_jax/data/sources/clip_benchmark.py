@@ -207,8 +207,6 @@ def _lines(folder: str, name: str) -> list[str] | None:
     lines = [line.strip() for line in inputs.read(path, LIST).decode("utf-8-sig").splitlines()]
   except FileNotFoundError:
     return None
-  except UserError as error:
-    raise UserError(f"{path}: {error}") from error
   except UnicodeDecodeError as error:
     raise UserError(f"{path}, byte {error.start:,}: not UTF-8") from error
   except OSError as error:

@@ -230,8 +230,6 @@ class _Directory:
       return inputs.read(full, kind)
     except OSError as error:
       raise UserError(f"{full}: cannot be read ({error.strerror or error})") from error
-    except UserError as error:
-      raise UserError(f"{full}: {error}") from error
 
 
 class _Tar:
