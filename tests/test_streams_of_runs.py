@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -150,7 +151,8 @@ def test_what_a_terminal_took_along_goes_on_as_if_nothing_had_been(name, command
       return (place / "checkpoints" / "6" / "manifest.json").exists()
     if name == "evaluate":
       return any(path.read_bytes().count(b"\n") > 1 for path in (place / "evaluation").rglob("*.jsonl"))
-    return os.path.exists(f"{place}.partial") and open(f"{place}.partial", "rb").read().count(b"\n") > 5
+    partial = Path(f"{place}.partial")
+    return partial.exists() and partial.read_bytes().count(b"\n") > 5
 
   code, place = commands.hang_up(name, "hung", begun)
   assert code == 0
