@@ -227,7 +227,7 @@ def test_features_that_are_no_numbers_are_named(tmp_path):
     probe(tmp_path, {"penultimate": broken})
 
 
-@pytest.mark.parametrize("size", ["clip_vit_b32_mu", "clip_rn50_mu"])
+@pytest.mark.parametrize("size", ["clip_vit_b32_mu", pytest.param("clip_rn50_mu", marks=pytest.mark.long)])
 def test_penultimate_features_are_what_the_projection_gets(size):
   model = clip.SIZES[size]()
   task = Contrastive(clip.build(model, Compute(dtype="float32")), "softmax", 0, 1, ())

@@ -208,6 +208,7 @@ def lines(path):
     return [json.loads(line) for line in file][1:]
 
 
+@pytest.mark.long
 def test_answers_are_those_of_the_command(model, data, tmp_path):
   s, params = model
   found, facts = run(model, evaluation(data), items=str(tmp_path / "items"))

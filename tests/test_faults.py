@@ -105,7 +105,7 @@ def final_arrays(workdir, step):
   return out
 
 
-@pytest.mark.parametrize("size", ["clip_vit_b32_mu", "clip_rn50_mu"])
+@pytest.mark.parametrize("size", ["clip_vit_b32_mu", pytest.param("clip_rn50_mu", marks=pytest.mark.long)])
 def test_resumed_equals_uninterrupted_from_any_step(size, tmp_path):
   def config():
     return tiny(size, checkpoint=Checkpoint(every=1, keep=100))

@@ -143,8 +143,9 @@ def weights_of_logits(n):
   return np.random.default_rng(1).normal(size=(n, n)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name,train", [("vit", False), ("vit_gelu", True), ("resnet", False), ("resnet", True),
-                                        ("resnet_gelu", True)])
+@pytest.mark.parametrize("name,train", [("vit", False), ("vit_gelu", True), ("resnet", True),
+                                        pytest.param("resnet", False, marks=pytest.mark.long),
+                                        pytest.param("resnet_gelu", True, marks=pytest.mark.long)])
 def test_features_gradients_and_statistics_are_those_of_open_clip(open_clip, name, train):
   size = SIZES[name]
   model = randomise(by_open_clip(open_clip, size)).train(train)
@@ -258,7 +259,8 @@ def random_model(size):
 
 
 @pytest.mark.parametrize("name,settings", [("vit", {"remat": "dots"}), ("vit", {"remat": "full", "unroll": 2}),
-                                           ("resnet", {"remat": "full", "unroll": 2})])
+                                           pytest.param("resnet", {"remat": "full", "unroll": 2},
+                                                        marks=pytest.mark.long)])
 def test_remat_and_unrolling_change_neither_features_nor_gradients(name, settings):
   size = SIZES[name]
   params, stats = random_model(size)

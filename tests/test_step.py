@@ -43,10 +43,10 @@ def alone():
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1)]
 
 
-# A ResNet takes minutes to compile for eight devices: three of its meshes are left to `pytest -m long`.
+# A ResNet takes minutes to compile for eight devices: its meshes are left to `pytest -m long`.
 @pytest.mark.parametrize(("size", "mesh"), [
   *(("clip_vit_b32_mu", mesh) for mesh in MESHES),
-  *(pytest.param("clip_rn50_mu", mesh, marks=[] if i == 2 else [pytest.mark.long]) for i, mesh in enumerate(MESHES)),
+  *(pytest.param("clip_rn50_mu", mesh, marks=pytest.mark.long) for mesh in MESHES),
 ])
 def test_every_mesh_gives_the_losses_of_one_device(size, mesh, alone):
   config = tiny(size, mesh=mesh, **GENTLE)
