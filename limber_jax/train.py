@@ -332,6 +332,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
           known.end(step, name, {}, failed=why)
           out.write(step, {"event": "not evaluated", "evaluation": name, "reason": why})
           out.line(f"step {step}  {name}: not evaluated: {why}")
+          with contextlib.suppress(UserError):  # what could not be read may be there again next time
+            evals[name] = make_eval(s, name, context)
         else:
           known.end(step, name, figures)
           found |= figures

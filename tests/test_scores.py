@@ -1,9 +1,12 @@
 """What evaluations during training cost when they fail: their own figures."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from runs import losses, tiny, zeroshot
+from runs import environment, losses, tiny, zeroshot
 
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
@@ -62,3 +65,106 @@ def test_an_evaluation_that_is_killed_again_and_again_is_left_out(tmp_path):
   assert read(str(tmp_path)) == {20: {"figures": {"zeroshot/top1": 0.5}, "failed": {"probe": "killed"}, "begun": {}}}
   assert Scores(str(tmp_path), 20).missing(20, ["probe", "other", "zeroshot"]) == ["probe", "other"]
   assert not Scores(str(tmp_path), 19).figures(20), "what is known of a step that is trained again is forgotten"
+
+
+# One process that imports JAX once, and then forks each start of a run, some of whose evaluations are made to fail.
+FAILING = """
+import json, os, random, resource, signal, sys, warnings
+sys.path.insert(0, {tests!r})
+warnings.simplefilter("ignore")
+import numpy as np
+from limber_jax import train as train_lib
+from limber_jax.config import Checkpoint
+from limber_jax.data.sources.digits import Digits
+from limber_jax.scores import Scores
+from runs import tiny, zeroshot
+
+EVERY, STEPS = 4, 12
+evals = {{name: zeroshot(every=n)["zeroshot"] for name, n in (("a", 2), ("b", 3), ("c", 4))}}
+POINTS = [(step, name) for name, e in evals.items() for step in range(e.every, STEPS + 1, e.every)]
+KINDS = ("exception", "damage", "kill", "memory")
+
+def run(workdir, faults):
+  now, begin, evaluate, read = [], Scores.begin, train_lib.evaluate, Digits.__getitem__
+  spent = os.path.join(workdir, "spent")
+
+  def begun(self, step, name):
+    begin(self, step, name)
+    now[:] = [step, name]
+
+  def failing(*args):
+    kind = faults.get(tuple(now))
+    done = open(spent).read().split() if os.path.exists(spent) else []
+    if kind is None or f"{{now[0]}}{{now[1]}}" in done:
+      return evaluate(*args)
+    with open(spent, "a") as file:
+      file.write(f"{{now[0]}}{{now[1]}} ")
+    if kind == "kill":
+      os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exception":
+      raise RuntimeError("made to fail")
+    if kind == "memory":
+      limit = resource.getrlimit(resource.RLIMIT_AS)
+      resource.setrlimit(resource.RLIMIT_AS, (2**36, limit[1]))
+      try:
+        return np.ones(2**40), evaluate(*args)
+      finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    def gone(self, index):
+      raise OSError(5, "Input/output error")
+    Digits.__getitem__ = lambda self, index: gone(self, index) if len(self) == 360 else read(self, index)
+    try:
+      return evaluate(*args)
+    finally:
+      Digits.__getitem__ = read
+
+  Scores.begin, train_lib.evaluate = begun, failing
+  train_lib.train(tiny(steps=STEPS, checkpoint=Checkpoint(every=EVERY), evals=evals), workdir, log=lambda line: None)
+
+rng, out = random.Random(0), []
+for number in range(1 + int(sys.argv[2])):
+  workdir = os.path.join(sys.argv[1], str(number))
+  os.makedirs(workdir)
+  faults = {{point: rng.choice(KINDS) for point in rng.sample(POINTS, 3)}} if number else {{}}
+  starts = []
+  while not starts or starts[-1][1] == signal.SIGKILL:
+    child = os.fork()
+    if child == 0:
+      run(workdir, faults)
+      os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    folder = os.path.join(workdir, "checkpoints")
+    steps = [int(s) for s in os.listdir(folder) if s.isdigit()] if os.path.isdir(folder) else []
+    starts.append([max(steps, default=0), status])
+  out.append([[[*point, kind] for point, kind in sorted(faults.items())], starts])
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.long
+def test_sixty_evaluations_that_fail_cost_nothing_but_their_own_figures(tmp_path):
+  script = FAILING.format(tests=os.path.dirname(__file__))
+  done = subprocess.run([sys.executable, "-c", script, tmp_path / "runs", "20"], env=environment(tmp_path / "cache"),
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  runs = json.loads(done.stdout.splitlines()[-1])
+  whole = read(str(tmp_path / "runs" / "0"))
+  assert sum(len(entry["figures"]) > 0 for entry in whole.values()) == 8
+  counted = 0
+  for number, (faults, starts) in enumerate(runs[1:], 1):
+    workdir = tmp_path / "runs" / str(number)
+    assert starts[-1] == [12, 0], (faults, starts)
+    killed_at = [step for step, _, kind in faults if kind == "kill"]
+    assert sorted(step // 4 * 4 for step in killed_at) == [newest for newest, _ in starts[:-1]]  # 0 steps lost beyond
+    assert losses(workdir) == losses(tmp_path / "runs" / "0")
+    found = read(str(workdir))
+    failed = {(step, name) for step, name, kind in faults if kind != "kill"}
+    again = {(step, name) for step, name in failed if any(k // 4 * 4 < step <= k or k // 4 * 4 == step == k
+                                                          for k in killed_at)}
+    assert {(step, name) for step, entry in found.items() for name in entry["failed"]} <= failed
+    assert {(step, name) for step, entry in found.items() for name in entry["failed"]} >= failed - again
+    for step, entry in whole.items():
+      left_out = {name for s, name in failed if s == step and name in found[step]["failed"]}
+      assert found[step]["figures"] == {k: v for k, v in entry["figures"].items() if k.split("/")[0] not in left_out}
+    counted += len(faults)
+  assert counted == 60
