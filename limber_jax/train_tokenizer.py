@@ -16,12 +16,6 @@ from limber_jax.data import text
 from limber_jax.data.tokenizers import BpeTokenizer
 from limber_jax.errors import UserError
 
-CONFIG = cli.define_config()
-SOURCE = flags.DEFINE_multi_string("source", [], "Table (.tsv, .csv) or text file with one caption a line.")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Ids in all, start, end and padding included.",
-                                  lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "Directory for tokenizer.json.")
-
 
 def captions(settings: Source) -> Iterator[str]:
   """Yields every caption of a data source."""
@@ -45,24 +39,6 @@ def lines(path: str) -> Iterator[str]:
     raise UserError(f"--source={path}: {error}") from error
 
 
-def main(args: list[str]) -> None:
-  if args:
-    raise UserError(f"{args[0]!r}: wanted flags only; more files with more --source=…")
-  if (flags.FLAGS["config"].value is None) == (not SOURCE.value):
-    raise UserError("wanted either --source=FILE, once or more, or --config=experiments/x.py, whose data are used")
-  if OUT.value is None:
-    raise UserError("--out=DIR is missing: where tokenizer.json goes")
-  task = ""
-  if SOURCE.value:
-    texts = (text for path in SOURCE.value for text in lines(path))
-  else:
-    config = cli.get_config(CONFIG)
-    task, texts = config.task, captions(config.data.source)
-  tokenizer = BpeTokenizer.train(texts, VOCAB_SIZE.value, OUT.value)
-  print(f"{OUT.value}: {tokenizer.vocab_size} ids; use it with --config.data.tokenizer.name=bpe "
-        f"--config.data.tokenizer.path={OUT.value} {_vocab(task, tokenizer.vocab_size)}")
-
-
 def _vocab(task: str, size: int) -> str:
   """Returns the setting that must be as large as a tokenizer, for a task, "" where none is known."""
   clip, lm = f"--config.model.text.vocab={size}", f"--config.model.vocab={size}"
@@ -71,4 +47,26 @@ def _vocab(task: str, size: int) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  _config = cli.define_config()
+  _source = flags.DEFINE_multi_string("source", [], "Table (.tsv, .csv) or text file with one caption a line.")
+  _vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Ids in all, start, end and padding included.", lower_bound=1)
+  _out = flags.DEFINE_string("out", None, "Directory for tokenizer.json.")
+
+  def _main(args: list[str]) -> None:
+    if args:
+      raise UserError(f"{args[0]!r}: wanted flags only; more files with more --source=…")
+    if (flags.FLAGS["config"].value is None) == (not _source.value):
+      raise UserError("wanted either --source=FILE, once or more, or --config=experiments/x.py, whose data are used")
+    if _out.value is None:
+      raise UserError("--out=DIR is missing: where tokenizer.json goes")
+    task = ""
+    if _source.value:
+      texts = (text for path in _source.value for text in lines(path))
+    else:
+      config = cli.get_config(_config)
+      task, texts = config.task, captions(config.data.source)
+    tokenizer = BpeTokenizer.train(texts, _vocab_size.value, _out.value)
+    print(f"{_out.value}: {tokenizer.vocab_size} ids; use it with --config.data.tokenizer.name=bpe "
+          f"--config.data.tokenizer.path={_out.value} {_vocab(task, tokenizer.vocab_size)}")
+
+  cli.run(_main)

@@ -1,7 +1,6 @@
 """What every test stands on: 8 simulated CPU devices, set before JAX is first used, and the oracles."""
 
 import importlib
-import importlib.metadata
 import os
 import tempfile
 
@@ -10,11 +9,7 @@ import tempfile
 os.environ.setdefault("NPROC", "32")
 # Most of the time goes into compiling programs that then run for milliseconds: LLVM need not optimise them (a ResNet's
 # step of 51 s takes 23 s so). What XLA itself does to a program, fusion and layouts and partitioning, stays.
-# Of XLA's two ways to write a fusion down for LLVM the older one takes a third less (30 CPU-seconds, not 45); later
-# releases may not have it.
-os.environ["XLA_FLAGS"] = " ".join({
-  *os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0",
-  *["--xla_cpu_use_fusion_emitters=false"][: importlib.metadata.version("jax").startswith("0.10.")]})
+os.environ["XLA_FLAGS"] = " ".join({*os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0"})
 
 import jax
 import pytest

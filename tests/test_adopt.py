@@ -200,6 +200,7 @@ def test_a_run_of_before_goes_on_as_it_was_whatever_its_weights_directory_says(t
            if k.rpartition(".")[2] not in ("resize_to", "crop_rounding", "fill_color", "eos")
            and k not in ("model.resize", "model.resample")}
     (tmp_path / "config.json").write_text(json.dumps(old))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
     assert config_lib.from_json(json.dumps(old), "old").model == config.model
     assert adopt(config, str(tmp_path)) == config.model
     config_lib.check_same(dataclasses.replace(config, model=adopt(config, str(tmp_path))), json.dumps(old), "old")

@@ -7,6 +7,7 @@ import stat
 import jax
 import pytest
 import runs
+import test_images
 from PIL import Image
 
 from limber_jax import classify, inputs, parallel, train_tokenizer, vqa
@@ -20,7 +21,6 @@ from limber_jax.errors import UserError
 from limber_jax.evals import zeroshot
 from limber_jax.train import make_context, make_eval
 from limber_jax.weights import configs, files
-from tests import test_images
 
 PIPE = "a named pipe, not a file"
 

@@ -126,7 +126,7 @@ if processes:
 config = tiny(mesh=mesh, batch_size=32, steps=10, checkpoint=Checkpoint(every=2, keep=20), evals={{
   "zeroshot": Evaluation(source=Source(name="digits", split="test"), every=10, batch_size=64)}})
 if what == "encode":
-  encode.encode(tiny_limber(mesh=Mesh(*mesh)), workdir, batch_size=32, shard_mb=0.5)
+  encode.encode(tiny_limber(mesh=mesh), workdir, batch_size=32, shard_mb=0.5)
 else:
   rows = parallel.local_rows(config.batch_size, parallel.make_mesh(dict(zip(parallel.AXES, mesh))))
   log, read = open(f"{{workdir}}.rows{{jax.process_index()}}", "a", 1), Damage.read

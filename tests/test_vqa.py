@@ -112,7 +112,7 @@ def test_a_blind_model_reads_the_texts_alone(run, by_hand, questions, shots):
 def test_an_answer_ends_with_its_line():
   Model = namedtuple("Model", ["read", "write"])
 
-  def write(requests, images):
+  def write(requests, images, **_):
     assert [list(image) for image in images] == [[ord("s")]]
     assert requests == [("q", (0, "Q: a? A: b\n", 1, "Q: c A:"))]
     return [Written("q", " a dog \nQ: more A: cat"), Written("r", "", "no image")]
