@@ -382,8 +382,11 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
                                                                and step % config.evals[n].every == 0)])
 
     def save(step: int) -> None:
-      nonlocal saved
       name_damage(step)
+      keep(step)
+
+    def keep(step: int) -> None:
+      nonlocal saved
       held.check()
       with ledger("save"):
         if saved is None:
@@ -400,8 +403,17 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         measure(start, due(start))
       with jax.set_mesh(s.mesh):
         while step < config.steps and not stopping:
-          with ledger("data") as wait, waiting():
-            local, damaged = damage.read(step + 1, next(batches))
+          try:
+            with ledger("data") as wait, waiting():
+              local, damaged = damage.read(step + 1, next(batches))
+          except UserError as error:  # a mount that is gone may come back, and the state is whole
+            if not single or step in (saved, start):
+              raise
+            if pending is not None:
+              with contextlib.suppress(UserError):  # of the same cause
+                record(*pending)
+            keep(step)
+            raise UserError(f"{error}; step {step} was saved") from error
           out.waited(wait.seconds)
           index = local.pop("index")
           flags = parallel.global_flags({"stop": np.full(len(rows), stop(), np.int32), "damaged": damaged,

@@ -564,6 +564,24 @@ def test_a_workdir_of_another_experiment_is_refused(tmp_path):
     train(tiny(steps=3, seed=1), str(tmp_path), log=lambda _: None)
 
 
+def test_data_that_vanish_cost_no_step(tmp_path, monkeypatch):
+  whole = train(tiny(), str(tmp_path / "whole"), log=lambda _: None)
+  read, calls = Digits.__getitem__, itertools.count()
+
+  def gone(self, index):
+    if next(calls) >= 72:
+      raise OSError(5, "Input/output error")
+    return read(self, index)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Digits, "__getitem__", gone)
+    with pytest.raises(UserError, match=r"Input/output error.*; step [1-4] was saved$"):
+      train(tiny(), str(tmp_path / "run"), log=lambda _: None)
+  resumed = train(tiny(), str(tmp_path / "run"), log=lambda _: None)
+  assert_same(resumed, whole)
+  assert losses(str(tmp_path / "run")) == losses(str(tmp_path / "whole"))
+
+
 def test_k_bad_steps_in_a_row_stop_the_run_and_name_the_steps(tmp_path, monkeypatch):
   loss = Contrastive.loss
   monkeypatch.setattr(Contrastive, "loss", lambda *a: (lambda out: (out[0] * np.nan, out[1]))(loss(*a)))
