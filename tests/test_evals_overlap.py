@@ -25,7 +25,11 @@ class Trained(Made):
   def annotation(self, index):
     return {**super().annotation(index), "id": f"train {index}"}
 
+  _broken = frozenset()
+
   def __getitem__(self, index):
+    if index in self._broken:
+      raise UserError("the disk is away")
     return {**super().__getitem__(index), "image": np.full((8, 8, 3), 100 + index, np.uint8)}
 
 
@@ -193,6 +197,28 @@ def test_another_threshold_reads_no_image_again_and_other_data_or_another_model_
   data([{"label": 0}, {"label": 2}], [{}] * 9)  # the second image is another one now
   params["image"][1] = z
   assert run(key="b") == (2, 3)
+
+
+def test_a_damaged_state_and_a_record_that_can_be_read_again_begin_the_pass_anew(data, tmp_path, capsys, monkeypatch):
+  x, y, z = np.eye(3)
+  broken = {1}
+  monkeypatch.setattr(Trained, "_broken", broken)
+  data([{"label": 0}, {"label": 1}], [{}] * 9)
+  params = embeddings([x, y], [z, x, *[z] * 7])
+
+  def run():
+    passes = []
+    run = Overlap(settings(damaged=0.4), place(tmp_path, items=tmp_path / "items"))
+    return run(counted(passes), params, {})["overlap_count"], len(passes), capsys.readouterr().err
+
+  assert run()[:2] == (0, 3) and run()[:2] == (0, 0)
+  state = tmp_path / "items" / "nearest.json"
+  state.write_text(state.read_text().replace('"done": 9', '"done": 8'))
+  count, passes, told = run()
+  assert (count, passes) == (0, 2) and "its checksum does not fit" in told  # both batches of the training data
+  broken.clear()  # as where a disk that is shared was away
+  count, passes, told = run()
+  assert (count, passes) == (1, 2) and "record 1 of the training data can be read now" in told
 
 
 def test_the_state_is_saved_now_and_then(data, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from limber_jax import parallel
 from limber_jax.config import Decoding, Evaluation, Source
@@ -112,6 +113,69 @@ def test_results_of_something_else_are_not_taken(tmp_path, changes):
   assert same(found, want)
   lines = (tmp_path / "look.jsonl").read_text().splitlines()
   assert json.loads(lines[0]) != first and len(lines) == 1 + len(want.records)
+
+
+@pytest.mark.parametrize(("file", "place"), [
+  ("look.jsonl", 0.0), ("look.jsonl", 0.001), ("look.jsonl", 0.3), ("look.jsonl", 0.999), ("look.mean.f32", 0.5)])
+@pytest.mark.parametrize("bit", [1, 4])
+def test_a_flipped_bit_is_told_and_what_follows_it_measured_again(damaged, tmp_path, capsys, file, place, bit):
+  want = collect(runner(tmp_path))
+  capsys.readouterr()
+  path = tmp_path / file
+  data = bytearray(path.read_bytes())
+  data[int(place * len(data))] ^= bit
+  path.write_bytes(data)
+  assert same(collect(runner(tmp_path)), want)
+  told = [line for line in capsys.readouterr().err.splitlines() if "look.jsonl" in line]
+  assert len(told) == 1 and "not as it was written" in told[0] and "measured again" in told[0]
+  assert same(collect(runner(tmp_path)), want)
+  assert "look.jsonl" not in capsys.readouterr().err
+
+
+def test_lines_in_each_others_places_are_not_believed(tmp_path):
+  want = collect(runner(tmp_path))
+  path = tmp_path / "look.jsonl"
+  lines = path.read_bytes().splitlines(True)
+  path.write_bytes(b"".join([*lines[:100], lines[101], lines[100], *lines[102:]]))
+  assert same(collect(runner(tmp_path)), want)
+
+
+def test_what_could_not_be_read_is_tried_again_and_not_believed_for_ever(damaged, tmp_path, monkeypatch, capsys):
+  collect(runner(tmp_path))
+  kept = (tmp_path / "look.jsonl").read_bytes()
+  counted = []
+  monkeypatch.setattr(Runner, "_call", lambda self, *a, call=Runner._call: counted.append(1) or call(self, *a))
+  again = collect(runner(tmp_path))
+  assert [d["index"] for d in again.damage] == list(BAD) and not counted  # tried, in vain
+  monkeypatch.setitem(globals(), "BAD", (3, 359))
+  found = collect(runner(tmp_path))
+  assert [d["index"] for d in found.damage] == [3, 359] and len(counted) == 5  # from the batch of record 70 on
+  assert same(found, collect(runner()))
+  assert (tmp_path / "look.jsonl").read_bytes() != kept
+  assert same(collect(runner(tmp_path)), found)
+
+
+def test_results_of_changed_images_or_lists_are_not_taken(tmp_path):
+  source = Source("folder", str(tmp_path / "data"), "")
+  for name, value in (("a/0.png", 0), ("b/0.png", 255)):
+    (tmp_path / "data" / name).parent.mkdir(parents=True)
+    Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(tmp_path / "data" / name)
+  (tmp_path / "classes.txt").write_text("one\ntwo\n")
+  fields = {"source": source, "batch_size": 8, "damaged": 1.0}
+
+  def means(**more):
+    return collect(runner(tmp_path / "items", **fields, **more)).arrays["mean"][:, 0].tolist()
+
+  assert means() == [0, 255]
+  a, b, c = (tmp_path / "data" / name for name in ("a/0.png", "b/0.png", "c"))
+  for before, after in ((a, c), (b, a), (c, b)):
+    before.rename(after)
+  assert means() == [255, 0]
+  keys = []
+  for words in ("one\ntwo\n", "two\none\n"):
+    (tmp_path / "classes.txt").write_text(words)
+    keys.append(runner(tmp_path / "items", classes=str(tmp_path / "classes.txt"), **fields)._key("look", False))
+  assert keys[0] != keys[1]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):

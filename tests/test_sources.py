@@ -12,6 +12,7 @@ from PIL import Image
 
 from limber_jax import registry
 from limber_jax.config import Source
+from limber_jax.data.contents import contents
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.sources.digits import CLASSES, TEMPLATES, Digits
 from limber_jax.errors import UserError
@@ -343,6 +344,56 @@ def test_every_source_gives_records_of_the_agreed_form(source):
     if source.classes:
       assert source.classes[record["label"]]
   assert len({source.annotation(i)["id"] for i in range(len(source))}) == len(source)
+
+
+def test_every_file_that_a_source_reads_is_one_of_its_files(source, monkeypatch):
+  files = list(source.files())
+  read, real = set(), os.open
+  monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: read.add(path) or real(path, *args, **kwargs))
+  for i in range(len(source)):
+    source[i]
+  wanted = {os.path.abspath(path) for path in read if isinstance(path, str) and not path.endswith(".index")}
+  assert wanted <= set(map(os.path.abspath, files)) and len(set(files)) == len(files)
+  assert files or isinstance(source, Digits)
+  config = Source()
+  before = [contents(source, config) for _ in range(2)]
+  assert before[0] == before[1]
+  for path in filter(os.path.exists, files):
+    os.utime(path, ns=(os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns))  # nothing but ctime
+    before.append(contents(source, config))
+  assert len(set(before)) == len(before) - 1
+
+
+def test_what_a_file_holds_shows_in_its_state_however_it_is_put_there(folder):
+  source = table(folder, "filepath\ttitle\na.png\tone\nb.png\ttwo\nnone.png\tthree\n")
+  found = [contents(source, Source())]
+
+  def changed():
+    found.append(contents(source, Source()))
+    assert len(set(found)) == len(found)
+
+  os.rename(folder / "a.png", folder / "c.png")  # images in each other's places
+  os.rename(folder / "b.png", folder / "a.png")
+  os.rename(folder / "c.png", folder / "b.png")
+  changed()
+  shutil.copy2(folder / "a.png", folder / "none.png")
+  changed()
+  before = os.stat(folder / "x.tsv")
+  (folder / "x.tsv").write_text("filepath\ttitle\na.png\tsix\nb.png\ttwo\nnone.png\tthree\n")
+  os.utime(folder / "x.tsv", ns=(before.st_atime_ns, before.st_mtime_ns))  # as long, and of the same time
+  changed()
+  (folder / "b.png").unlink()
+  changed()
+
+
+def test_of_a_source_that_names_no_files_all_that_lies_there_counts(tmp_path):
+  (tmp_path / "deep" / "er").mkdir(parents=True)
+  (tmp_path / "deep" / "er" / "x").write_text("1")
+  config = Source("made", str(tmp_path / "deep"))
+  before = contents(object(), config)
+  assert contents(object(), config) == before
+  (tmp_path / "deep" / "er" / "x").write_text("2")
+  assert contents(object(), config) != before
 
 
 def test_fingerprints_tell_data_apart_and_not_places(folder, prepared, tmp_path):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from limber_jax.config import Decoding, Evaluation, flatten
 from limber_jax.data import pipeline
+from limber_jax.data.contents import contents as contents_of
+from limber_jax.data.contents import of_list
 from limber_jax.data.images import PLAIN, ImageOptions
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
@@ -23,7 +26,7 @@ from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
 from limber_jax.evals.grouped import by_image
 from limber_jax.evals.items import Collected, Items
-from limber_jax.parallel import from_each, global_batch, global_flags, local_rows, replicated
+from limber_jax.parallel import from_each, from_first, global_batch, global_flags, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
 from limber_jax.signals import Interrupted
 
@@ -89,6 +92,9 @@ class Runner:
     """
     self.config, self.context = config, context
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
+    # Looked at when the data are opened, and not when results are kept: what is changed in between shows next time.
+    self.contents = from_first(partial(contents_of, self.source, config.source)) if context.items else ""
+    self._lists = {name: found for name in ("classes", "templates") if (found := of_list(getattr(config, name)))}
     self.source = by_image(self.source) if grouped else self.source
     for note in getattr(self.source, "notes", ()):
       self._say(note)
@@ -128,8 +134,7 @@ class Runner:
     n, size, context = len(self.source), self._batch_size, self.context
     key = self._key(name, shared)
     items = Items(self._path(name, key, shared), key, size, n, keep, shared=shared)
-    for line in items.collected().damage:
-      self._found(line)
+    self._recheck(items)
 
     def run(params, stats, batch):
       return batch.pop("real"), function(params, stats, batch)
@@ -168,6 +173,34 @@ class Runner:
             "items": total, "covered": total - damaged, "damaged": damaged,
             "damage": self._damage[:NAMED]}
 
+  def _recheck(self, items: Items) -> None:
+    """Takes results that were kept for what they are: what could not be read then may be there by now."""
+    if items.flaw:
+      self._say(items.flaw)
+    try:
+      if (back := self.readable([line["index"] for line in items.collected().damage])) is not None:
+        items.cut(back)
+    except BaseException:
+      items.close()
+      raise
+    for line in items.collected().damage:
+      self._found(line)
+
+  def readable(self, indices: Sequence[int]) -> int | None:
+    """Returns the first of these records that can be read, None where none of them can; raises Stopped."""
+    broken: set[int] = set()
+    with contextlib.ExitStack() as stack:
+      batches = stack.enter_context(pipeline.eval_batches(
+        self.source, self.transform, batch_size=self._batch_size, rows=self._rows, indices=np.array(indices, np.int64),
+        damage=True, workers=self.context.workers, threads=self.context.threads)) if indices else None
+      for _ in range(0, len(indices), self._batch_size):
+        if self.context.stop():
+          raise Stopped
+        batch = self._next(batches)
+        own = [int(i) for i, reason in zip(batch["index"], batch["damage"], strict=True) if reason]
+        broken.update(i for part in from_each(own) for i in part)
+    return min(set(indices) - broken, default=None)
+
   def _id(self, index: int) -> str:
     try:
       return self.source.annotation(index)["id"]
@@ -199,8 +232,9 @@ class Runner:
   def _key(self, name: str, shared: bool) -> dict[str, Any]:
     """Returns all that results of the function depend on."""
     settings = {k: v for k, v in flatten(self.config).items() if k not in _NOT_IN_KEY}
-    settings = {"batch_size": self.config.batch_size} if shared else settings
-    return {"function": name, "data": self.source.fingerprint(), **settings, **self.context.key}
+    settings = {"batch_size": self.config.batch_size} if shared else settings | {"lists": self._lists}
+    return {"function": name, "data": self.source.fingerprint(), "contents": self.contents, **settings,
+            **self.context.key}
 
   def _path(self, name: str, key: dict[str, Any], shared: bool) -> str:
     """Returns where the results are kept, "" for nowhere."""

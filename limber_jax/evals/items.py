@@ -1,13 +1,16 @@
 """What an evaluation found out about each item, on disk: a killed evaluation goes on behind the last whole batch.
 
 NAME.jsonl has a line {"key": …, "shapes": …} that says what the results depend on, and then a line an item, in the
-order of the data. Arrays lie beside it, rows of little-endian float32 in NAME.ARRAY.f32, one an item not damaged.
+order of the data. Arrays lie beside it, rows of little-endian float32 in NAME.ARRAY.f32, one an item not damaged. Each
+line ends in "crc", the CRC-32 of all before it in the file and of the item's rows: a line that is not as it was written
+is not believed, nor is what follows it.
 """
 
 import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +57,9 @@ class Items:
       UserError: the files cannot be read or written, or another process writes them.
     """
     self._path, self._key, self._names = path, json.loads(json.dumps(key)), tuple(arrays)
+    self._batch_size, self._ends = batch_size, [(0, 0)]  # (where a line ends, its CRC), the header's at 1
+    self.flaw = ""
+    """What was wrong with the results there, in a line; "" if nothing was but that they may have ended early."""
     self._records: list[dict] = []
     self._damage: list[dict] = []
     self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in arrays}
@@ -63,7 +69,7 @@ class Items:
       with contextlib.ExitStack() as held:
         if shared:
           held.enter_context(Lock(f"{path}{NAME}", first=from_first))
-        shapes, lines = from_first(lambda: self._guarded(self._read, batch_size, total))
+        shapes, lines, self.flaw = from_first(lambda: self._guarded(self._read, total))
         self._held = held.pop_all()
       self._sort(lines)
       for name, shape in shapes.items():
@@ -93,6 +99,16 @@ class Items:
     if self._path and jax.process_index() == 0:
       self._guarded(self._write, lines, rows)
 
+  def cut(self, first: int) -> None:
+    """Takes away the results from the batch of item `first` on."""
+    count = first // self._batch_size * self._batch_size
+    lines = sorted(self._records + self._damage, key=lambda line: line["index"])[:count]
+    self._records, self._damage = [], []
+    self._sort(lines)
+    self._arrays = {name: [np.concatenate(rows)[: len(self._records)]] for name, rows in self._arrays.items() if rows}
+    if self._path and jax.process_index() == 0:
+      self._guarded(self._truncate, count, {name: rows[0].shape[1:] for name, rows in self._arrays.items()})
+
   def close(self) -> None:
     """Closes the files."""
     for file in self._files.values():
@@ -120,53 +136,107 @@ class Items:
       self._files[""] = open(self._path, "ab")  # noqa: SIM115 (see `close`)
       if new:
         shapes = {name: list(some.shape[1:]) for name, some in rows.items()}
-        self._files[""].write(_line({"key": self._key, "shapes": shapes}))
+        self._files[""].write(self._line({"key": self._key, "shapes": shapes}))
     for name, some in rows.items():  # before the lines, which say that all of an item is there
       self._files[name].write(some.tobytes())
       self._files[name].flush()
-    self._files[""].write(b"".join(map(_line, lines)))
+    number, data = 0, []
+    for line in lines:
+      data.append(self._line(line, [some[number].tobytes() for some in rows.values()] if "reason" not in line else ()))
+      number += "reason" not in line
+    self._files[""].write(b"".join(data))
     self._files[""].flush()
 
-  def _read(self, batch_size: int, total: int) -> tuple[dict[str, list[int]], list[dict]]:
-    """Returns (shapes of the arrays, lines) of whole batches, and cuts whatever else there is off the files."""
+  def _line(self, value: dict[str, Any], rows: Sequence[bytes] = ()) -> bytes:
+    """Returns the next line of the file."""
+    end, crc = self._ends[-1]
+    body = json.dumps(value).encode()[:-1]
+    crc = _crc(body, rows, crc)
+    line = body + _CRC % crc
+    self._ends.append((end + len(line), crc))
+    return line
+
+  def _read(self, total: int) -> tuple[dict[str, list[int]], list[dict], str]:
+    """Returns (shapes of the arrays, lines of whole batches, what is wrong), and cuts what else there is off the files.
+    """
     os.makedirs(os.path.dirname(self._path), exist_ok=True)
-    found, ends = [], []  # what each line says, and where it ends
-    if os.path.exists(self._path):
-      with open(self._path, "rb") as file:
-        while (line := file.readline()).endswith(b"\n"):
-          try:
-            found.append(json.loads(line))
-          except ValueError:  # half a line, and after it what was written after a crash of the machine
-            break
-          ends.append(file.tell())
+    found, flaw = self._believed() if os.path.exists(self._path) else ([], "")
     if not found or found[0].get("key") != self._key or found[0]["shapes"].keys() != set(self._names):
       for path in [self._path, *map(self._beside, self._names)]:
         if os.path.exists(path):
           os.remove(path)
-      return {}, []
+      self._ends = [(0, 0)]
+      return {}, [], flaw
     shapes, lines = found[0]["shapes"], found[1:]
-    for name, shape in shapes.items():  # a machine that crashed may have kept lines and lost rows
-      held, there = os.path.getsize(self._beside(name)) // (4 * math.prod(shape)), 0
-      for number, line in enumerate(lines):
-        there += "reason" not in line
-        if there > held:
-          lines = lines[:number]
-          break
     if len(lines) < total:
-      lines = lines[: len(lines) // batch_size * batch_size]
-    os.truncate(self._path, ends[len(lines)])
-    readable = sum("reason" not in line for line in lines)
+      lines = lines[: len(lines) // self._batch_size * self._batch_size]
+    self._truncate(len(lines), shapes, sum("reason" not in line for line in lines))
+    return shapes, lines, flaw
+
+  def _believed(self) -> tuple[list[dict], str]:
+    """Returns (what the lines say, up to the first that is not as it was written; what is wrong with that one).
+
+    A line that has no end is what a kill leaves, and nothing wrong.
+    """
+    found: list[dict] = []
+    with contextlib.ExitStack() as stack:
+      file = stack.enter_context(open(self._path, "rb"))
+      arrays: list[tuple[Any, int]] = []  # a file of rows, and the bytes of one
+      while (line := file.readline()).endswith(b"\n"):
+        body, value = _parsed(line)
+        if not found and value is not None and "crc" not in value:
+          break  # of earlier releases, whose results have another key
+        if value is None:
+          return found, self._told(len(found))
+        rows = [rows.read(size) for rows, size in arrays] if "reason" not in value else ()
+        crc = _crc(body, rows, self._ends[-1][1])
+        if value.pop("crc", "") != f"{crc:08x}":
+          return found, self._told(len(found))
+        self._ends.append((file.tell(), crc))
+        if not found and value.get("key") != self._key:
+          return [value], ""  # of something else
+        if not found:
+          there = {name: shape for name, shape in value["shapes"].items() if os.path.exists(self._beside(name))}
+          arrays = [(stack.enter_context(open(self._beside(name), "rb")), 4 * math.prod(shape))
+                    for name, shape in there.items()]
+        found.append(value)
+    return found, ""
+
+  def _told(self, lines: int) -> str:
+    again = f"items from number {(lines - 1) // self._batch_size * self._batch_size} on" if lines else "all items"
+    return f"{self._path}, line {lines + 1}: not as it was written, or its arrays are not; {again} are measured again"
+
+  def _truncate(self, count: int, shapes: dict[str, Sequence[int]], readable: int | None = None) -> None:
+    """Cuts the files behind the first `count` items, `readable` of which have rows."""
+    os.truncate(self._path, self._ends[count + 1][0])
+    del self._ends[count + 2 :]
     for name, shape in shapes.items():
-      os.truncate(self._beside(name), 4 * math.prod(shape) * readable)
-    return shapes, lines
+      with contextlib.suppress(FileNotFoundError):
+        os.truncate(self._beside(name), 4 * math.prod(shape) * (len(self._records) if readable is None else readable))
 
   def _rows(self, name: str, shape: Sequence[int]) -> np.ndarray:
     """Returns the rows that are in a file, in every process."""
     rows = np.zeros((len(self._records), *shape), "<f4")
-    if jax.process_index() == 0:
+    if len(rows) and jax.process_index() == 0:
       rows[:] = np.fromfile(self._beside(name), "<f4").reshape(rows.shape)
     return rows if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(rows))
 
 
-def _line(value: dict[str, Any]) -> bytes:
-  return json.dumps(value).encode() + b"\n"
+_CRC = b', "crc": "%08x"}\n'  # what a line ends in
+
+
+def _crc(body: bytes, rows: Sequence[bytes], before: int) -> int:
+  """Returns the CRC of a line and of the rows of its item, after those of the lines before."""
+  crc = zlib.crc32(body, before)
+  for row in rows:
+    crc = zlib.crc32(row, crc)
+  return crc
+
+
+def _parsed(line: bytes) -> tuple[bytes, dict[str, Any] | None]:
+  """Returns (what the CRC of a line is of, the object in it or None)."""
+  try:
+    value = json.loads(line)
+    return line[: -len(_CRC % 0)], value if isinstance(value, dict) else None
+  except (ValueError, RecursionError):
+    return b"", None

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import textwrap
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -81,7 +82,8 @@ class Overlap:
     labels = np.array([source.annotation(i)["label"] for i in found.index.tolist()], np.int64)
     check_labels(labels, found.index, len(self._classes), self._where)
     right = np.array([rank(scores(image), label) == 0 for image, label in zip(images, labels.tolist(), strict=True)])
-    cosine, nearest = self._train.nearest(embed_image, params, stats, images, source.fingerprint())
+    cosine, nearest = self._train.nearest(embed_image, params, stats, images,
+                                          f"{source.fingerprint()} {self._runner.contents}")
     same = cosine >= self._config.threshold
     if jax.process_index() == 0:
       self._write(found.records, cosine, nearest, right)
@@ -132,7 +134,7 @@ class Nearest(Runner):
       embed: (params, stats, images [B, H, W, 3]) -> unit [B, E].
       params, stats: on the mesh, or numpy arrays.
       known: unit float32 [n, E].
-      of: what `known` is of, a fingerprint.
+      of: what `known` is of: which data, and what their files hold.
 
     Raises:
       UserError: more than config.damaged of the records cannot be read.
@@ -141,7 +143,12 @@ class Nearest(Runner):
     context, total, size = self.context, len(self.source), self._batch_size
     path = os.path.join(context.items, "nearest.json") if context.items else ""
     key = self._key("nearest", True) | {"of": of, "known": len(known)}
-    state = from_first(partial(_load, path, key, len(known)))
+    state, flaw = from_first(partial(_load, path, key, len(known)))
+    if not flaw and (back := self.readable([line["index"] for line in state["damage"]])) is not None:
+      flaw = f"record {back} of the training data can be read now; all of them are read again"
+    if flaw:
+      self._say(flaw)
+      state = _nothing(len(known))
     for line in state["damage"]:
       self._found(line)
     cosine, index, done = np.array(state["cosine"], np.float32), np.array(state["index"], np.int64), state["done"]
@@ -270,17 +277,32 @@ def draw(rows: dict[str, Sequence[tuple[np.ndarray, np.ndarray, float]]], thresh
   save_figure(figure, path)
 
 
-def _load(path: str, key: dict[str, Any], count: int) -> dict[str, Any]:
-  """Returns what is saved, or the start if nothing is, or of other data or another model."""
-  if path and os.path.exists(path):
+def _load(path: str, key: dict[str, Any], count: int) -> tuple[dict[str, Any], str]:
+  """Returns (what is saved, or the start if nothing is, or of other data or another model; what is wrong with it)."""
+  if not path or not os.path.exists(path):
+    return _nothing(count), ""
+  try:
     with open(path, encoding="utf-8") as file:
       state = json.load(file)
-    if state["key"] == json.loads(json.dumps(key)):
-      return state
+    if state["key"] != json.loads(json.dumps(key)):
+      return _nothing(count), ""
+    if state.pop("crc") == _crc(state):
+      return state, ""
+    why = "its checksum does not fit"
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    why = " ".join(str(error).split())
+  return _nothing(count), f"{path} is damaged ({why}); the training data are read again"
+
+
+def _nothing(count: int) -> dict[str, Any]:
   return {"done": 0, "cosine": [NOTHING] * count, "index": [-1] * count, "damage": []}
+
+
+def _crc(state: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(state).encode())
 
 
 def _save(path: str, state: dict[str, Any]) -> None:
   os.makedirs(os.path.dirname(path), exist_ok=True)
   with atomic_write(path) as file:
-    json.dump(state, file)
+    json.dump(state | {"crc": _crc(state)}, file)

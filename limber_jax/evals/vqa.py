@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from limber_jax.config import Evaluation, choose
+from limber_jax.data.contents import contents
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Record, Transform
@@ -21,7 +22,7 @@ from limber_jax.generate import row_keys
 from limber_jax.metrics import vqa
 from limber_jax.models.gptj import Cache
 from limber_jax.models.limber import part
-from limber_jax.parallel import replicated
+from limber_jax.parallel import from_first, replicated
 from limber_jax.registry import SOURCES, lookup
 from limber_jax.tasks import interleaved
 from limber_jax.tasks.interleaved import SEPARATOR, Layout, example_text, question_text
@@ -71,6 +72,8 @@ class Vqa:
                         "such as VQA v2's train2014")
       self._train = lookup("data source", SOURCES, config.train.name)(config.train)
       key["train"] = self._train.fingerprint()
+      if context.items:
+        key["train_contents"] = from_first(lambda: contents(self._train, config.train))
     transform = Ask(context.transform, context.tokenizer, context.length)
     self._runner = Runner(config, dataclasses.replace(context, transform=transform, key={**context.key, **key}))
     source = self._runner.source

@@ -1,8 +1,9 @@
 """JSON files of annotations: what is read of them, what cannot be used, and the images they name."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from limber_jax import inputs
@@ -119,6 +120,21 @@ def image_root(path: str, images: str) -> str:
   """
   beside = os.path.dirname(os.path.abspath(path))
   return os.path.abspath(images or (os.path.dirname(beside) if os.path.basename(beside) == "annotations" else beside))
+
+
+def told(tell: Callable[[int], str], count: int) -> Iterator[str]:
+  """Yields what is told of each record 0 … count - 1, but of those of which nothing can be."""
+  for index in range(count):
+    with contextlib.suppress(UserError):
+      yield tell(index)
+
+
+def image_files(root: str, names: Iterable[str], folders: Sequence[str] = ()) -> Iterator[str]:
+  """Yields the file that `read_image` would read of each name, each once; of one that is nowhere the likeliest."""
+  for name in dict.fromkeys(names):
+    full = [path for folder in ("", *folders) if (path := inputs.below(root, os.path.join(folder, name))) is not None]
+    if full:
+      yield next(filter(os.path.exists, full), full[0]) if len(full) > 1 else full[0]
 
 
 def read_image(root: str, name: str, folders: Sequence[str] = FOLDERS) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,11 @@ class Awa2:
     out = self.annotation(index)
     return out | {"image": annotations.read_image(os.path.abspath(os.path.join(self._root, "JPEGImages")), out["id"],
                                                   ())}
+
+  def files(self) -> Iterator[str]:
+    files = {*SPLITS.values(), "predicates.txt", "predicate-matrix-binary.txt"}
+    yield from (os.path.join(self._root, name) for name in sorted(files))
+    yield from (os.path.join(self._root, "JPEGImages", name) for _, name in self._files)
 
   def fingerprint(self) -> str:
     what = repr((self._files, self.classes, self.attributes)).encode() + np.packbits(self.has).tobytes()

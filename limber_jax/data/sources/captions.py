@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.sources import tables
-from limber_jax.data.sources.annotations import captions_of
+from limber_jax.data.sources.annotations import captions_of, image_files, told
 from limber_jax.errors import UserError
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")  # the likeliest first
@@ -183,6 +184,10 @@ class Captions:
       reason = getattr(error, "strerror", None) or error
       raise UserError(f"{where}: cannot read {full!r}: {reason}; relative paths start at "
                       "--config.data.source.images") from error
+
+  def files(self) -> Iterator[str]:
+    yield self._path
+    yield from image_files(self._root, told(self.image_path, len(self)))
 
   def fingerprint(self) -> str:
     layout = (self._name, len(self._map), self._width, self._image, self._text, self._label, self._groups is None,

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import string
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,9 @@ class ClipBenchmark:
     except UserError as error:
       raise UserError(f"{shard.path}: {key}: {error}") from error
     return out | {"image": shard.contents(key, *row[:3])}
+
+  def files(self) -> Iterator[str]:
+    yield from (shard.path for shard in self._shards)
 
   def fingerprint(self) -> str:
     digest = hashlib.sha256(repr((self._kind, self.classes, self.templates)).encode())

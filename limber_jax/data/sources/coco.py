@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from limber_jax.config import Source
@@ -154,6 +155,11 @@ class Coco:
     entry = self._entries[index]
     folders = (entry.folder, *annotations.FOLDERS)
     return self.annotation(index) | {"image": annotations.read_image(self._root, entry.file, folders)}
+
+  def files(self) -> Iterator[str]:
+    yield self._path
+    for entry in self._entries:
+      yield from annotations.image_files(self._root, (entry.file,), (entry.folder, *annotations.FOLDERS))
 
   def fingerprint(self) -> str:
     return hashlib.sha256(repr([tuple(entry) for entry in self._entries]).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """scikit-learn's bundled handwritten digits with captions in words: real images, no download."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,9 @@ class Digits:
   def __getitem__(self, index: int) -> dict[str, Any]:
     grey = self._images[self._number[index]]  # [32, 32]
     return {**self.annotation(index), "image": np.repeat(grey[..., None], 3, axis=-1)}
+
+  def files(self) -> Iterator[str]:
+    yield from ()
 
   def fingerprint(self) -> str:
     digest = hashlib.sha256(self._images.tobytes() + self._number.astype("<i8").tobytes())

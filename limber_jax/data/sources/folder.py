@@ -7,7 +7,6 @@ import io
 import json
 import os
 import posixpath
-import tarfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import tars
+from limber_jax.data.sources.trees import Directory, Tar
 from limber_jax.data.text import decode
 from limber_jax.data.transforms import MAX_PIXELS
 from limber_jax.errors import UserError, did_you_mean
@@ -94,12 +94,12 @@ class Folder:
     self._tree = self._open(config.path)
     return tuple(_parts(self._tree, self._outer(False))) or ("",)
 
-  def _open(self, path: str) -> "_Directory | _Tar":
+  def _open(self, path: str) -> Directory | Tar:
     if os.path.isdir(path):
-      return _Directory(path)
+      return Directory(path)
     for file in (path, f"{path}.tar"):
       if os.path.isfile(file):
-        return _Tar(file, tars.keeps(self._config))
+        return Tar(file, tars.keeps(self._config))
     what = inputs.what_is(path).replace("no such file", "no such file or directory")
     raise UserError(f"{self._where}: {what}; wanted {LAYOUTS}; point at yours with "
                     "--config.data.source.path=DIRECTORY")
@@ -192,110 +192,16 @@ class Folder:
     data = self._tree.read(path)
     return {**self.annotation(index), "image": _pixels(data, path) if path.lower().endswith(".ppm") else data}
 
+  def files(self) -> Iterator[str]:
+    listed = (self._config.split,) * self._config.split.lower().endswith(LISTS)
+    names = (posixpath.join(self._start, name) for name in (*listed, self._config.text_key) if name)
+    yield from self._tree.files([*names, *self._paths])
+
   def fingerprint(self) -> str:
     digest = hashlib.sha256(repr(self.classes).encode())
     for path, label in zip(self._paths, self._labels, strict=True):
       digest.update(f"{path}\0{label}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
-
-
-class _Directory:
-  """The files below a directory. Names that begin with a dot are left out."""
-
-  def __init__(self, root: str):
-    self._root = root
-    self.refused: dict[str, str] = {}  # what cannot be used, and why
-
-  def entries(self, folder: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the folders and of the files in a folder, sorted; of none that is there, none."""
-    folders, files = [], []
-    try:
-      with os.scandir(os.path.join(self._root, folder)) as found:
-        for entry in found:
-          if not entry.name.startswith("."):
-            (folders if os.path.isdir(entry) else files).append(entry.name)  # of a link in a circle is_dir raises
-    except (FileNotFoundError, NotADirectoryError):
-      pass  # no folder of this name: an empty one
-    except OSError as error:
-      self.refused[folder] = f"cannot be read ({error.strerror or error})"
-    return sorted(folders), sorted(files)
-
-  def has(self, path: str) -> bool:
-    return "\0" not in path and os.path.isfile(os.path.join(self._root, path))
-
-  def read(self, path: str, kind: inputs.Kind = inputs.IMAGE) -> bytes:
-    """Returns the bytes of a file; raises UserError if it cannot be read or has more than are read of its kind."""
-    full = os.path.join(self._root, path)
-    try:
-      return inputs.read(full, kind)
-    except OSError as error:
-      raise UserError(f"{full}: cannot be read ({error.strerror or error})") from error
-
-
-class _Tar:
-  """The files of a tar, found once and then read where they lie; nothing is unpacked."""
-
-  def __init__(self, path: str, keep: bool):
-    self._path, size = path, os.path.getsize(path)
-    self.refused: dict[str, str] = {}
-    self._at: dict[str, tuple[int, int]] = {}  # where the contents of a file begin, and their bytes
-    broken = ""
-    try:
-      with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-          tar.members = []  # they would all be kept
-          name = posixpath.normpath(member.name)
-          if member.isdir() or any(part.startswith(".") and part != ".." for part in name.split("/")):
-            continue
-          if member.name.startswith("/") or name.split("/")[0] == "..":
-            self.refused[member.name] = "its name leads out of the tar"
-          elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-            self.refused[name] = "a link or device, no file"
-          elif member.offset_data + member.size <= size:
-            self._at[name] = member.offset_data, member.size  # of a name that comes twice the last counts, as in tar
-        end = tar.offset
-      with inputs.opened(path) as file:
-        file.seek(end)
-        rest = file.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError, EOFError) as error:
-      why = ("cut off or damaged; fetch it again" if self._at else
-             "no tar; a compressed one has no random access: unpack it with gunzip, xz or zstd first")
-      broken = f"{path}, {size:,} bytes: {why} ({error})"
-    else:
-      if any(rest):  # where tarfile stops at a damaged header, and says nothing
-        broken = f"{path}, byte {end:,} of {size:,}: no header of a tar; fetch it again"
-    if broken:
-      lost = tars.cut_off(path)
-      if not (lost and keep):
-        raise UserError(broken + f"; it is cut off: {tars.KEEP}" * bool(lost))
-      id_, reason = lost.lost(size)
-      self.refused[id_] = reason
-    self._inside: dict[str, tuple[set[str], set[str]]] = {"": (set(), set())}
-    for name in self._at:
-      parts = name.split("/")
-      for depth in range(len(parts)):
-        inside = self._inside.setdefault("/".join(parts[:depth]), (set(), set()))
-        inside[depth == len(parts) - 1].add(parts[depth])
-
-  def entries(self, folder: str) -> tuple[list[str], list[str]]:
-    folders, files = self._inside.get(folder, ((), ()))
-    return sorted(folders), sorted(files)
-
-  def has(self, path: str) -> bool:
-    return path in self._at
-
-  def read(self, path: str, kind: inputs.Kind = inputs.IMAGE) -> bytes:
-    """Returns the bytes of a file; raises UserError if it cannot be read or has more than are read of its kind."""
-    start, size = self._at[path]
-    try:
-      inputs.check_size(size, kind)
-      with inputs.opened(self._path) as file:
-        file.seek(start)
-        return file.read(size)
-    except UserError as error:
-      raise UserError(f"{self._path}: {path}: {error}") from error
-    except OSError as error:
-      raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
 
 
 def images_below(folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], dict[str, str]]:
@@ -304,7 +210,7 @@ def images_below(folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[lis
   As of class folders: links are followed, a directory that several lead to is read once, and names that begin with a
   dot are left out.
   """
-  tree, found, seen, todo = _Directory(folder), [], set(), [""]
+  tree, found, seen, todo = Directory(folder), [], set(), [""]
   while todo:
     here = todo.pop()
     real = os.path.realpath(os.path.join(folder, here))
@@ -323,7 +229,7 @@ def read_image(path: str) -> bytes | np.ndarray:
   return _pixels(data, path) if path.lower().endswith(".ppm") else data
 
 
-def _parts(tree: "_Directory | _Tar", start: str) -> list[str]:
+def _parts(tree: Directory | Tar, start: str) -> list[str]:
   """Returns the folders that are called as parts of data are, if these are not classes: they hold folders, and are
   several, or the only ones with images."""
   folders = tree.entries(start)[0]
@@ -333,7 +239,7 @@ def _parts(tree: "_Directory | _Tar", start: str) -> list[str]:
   return found if len(found) > 1 or alone else []
 
 
-def _images(tree: _Directory | _Tar, folder: str, depth: int) -> Iterator[str]:
+def _images(tree: Directory | Tar, folder: str, depth: int) -> Iterator[str]:
   """Yields the paths of the images in a folder and in those below it."""
   folders, files = tree.entries(folder)
   yield from (posixpath.join(folder, f) for f in files if f.lower().endswith(SUFFIXES))

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from limber_jax import inputs
@@ -159,6 +160,10 @@ class Frames:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self.annotation(index) | {"image": annotations.read_image(self._root, self._names[index], ())}
+
+  def files(self) -> Iterator[str]:
+    yield from (os.path.join(self._path, name) for name in (*VID, *YTBB))
+    yield from annotations.image_files(self._root, self._names)
 
   def fingerprint(self) -> str:
     return hashlib.sha256(repr((self._names, self.labels, self.neighbourhoods)).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow as pa
 from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
-from limber_jax.data.sources.parquet import Columns, image_of
+from limber_jax.data.sources.annotations import image_files
+from limber_jax.data.sources.parquet import Columns, image_of, names_of
 from limber_jax.errors import UserError, did_you_mean
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -111,6 +113,12 @@ class Huggingface:
       return out
     except UserError as error:
       raise UserError(f"{self._directory}, row {index}: {error}") from error
+
+  def files(self) -> Iterator[str]:
+    yield from (os.path.join(self._directory, name) for name in (STATE, *self._files))
+    column = self._columns.image
+    for batch in self._batches if column else ():
+      yield from image_files(self._root, names_of(batch.column(column)))
 
   def fingerprint(self) -> str:
     return self._digest

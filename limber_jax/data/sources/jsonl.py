@@ -2,11 +2,21 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from limber_jax import inputs
 from limber_jax.config import Source
-from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object, read_image
+from limber_jax.data.sources.annotations import (
+  OBJECT,
+  captions_of,
+  image_files,
+  label_of,
+  missing,
+  one_object,
+  read_image,
+  told,
+)
 from limber_jax.data.sources.captions import IMAGE_KEYS
 from limber_jax.data.sources.tables import choice, line_starts
 from limber_jax.data.text import check_encoding, clean, flaw, has_controls
@@ -128,6 +138,10 @@ class Jsonl:
       return out | {"image": read_image(self._root, path, ())} if path else out
     except UserError as error:
       raise UserError(f"{self._path}, line {index + 1}: {error}") from error
+
+  def files(self) -> Iterator[str]:
+    yield self._path
+    yield from image_files(self._root, told(self.image_path, len(self)))
 
   def fingerprint(self) -> str:
     c = self._config

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Mixture:
   """
 
   def __init__(self, config: Source):
-    path = config.path
+    self._path = path = config.path
     entries = annotations.entries(annotations.load(path, WANTED), "sources", path)
     known = {f for f in Source.__dataclass_fields__ if f != "name"}
     self.damage: list[dict[str, str]] = []
@@ -113,6 +114,11 @@ class Mixture:
   def __getitem__(self, index: int) -> dict[str, Any]:
     number, place = self._at(index)
     return self._named(number, self._members[number][place])
+
+  def files(self) -> Iterator[str]:
+    yield self._path
+    for member in self._members:
+      yield from member.files()
 
   def fingerprint(self) -> str:
     what = [(weight, member.fingerprint()) for weight, member in zip(self._weights, self._members, strict=True)]

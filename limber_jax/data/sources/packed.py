@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,9 @@ class Packed:
     found = ((s, digest(os.path.join(self._directory, s["file"]))) for s in self._shards)
     return [{"file": s["file"], "id": "shard", "reason": "its SHA-256 is not that of the manifest"}
             for s, got in found if got != s["sha256"]]
+
+  def files(self) -> Iterator[str]:
+    yield from (os.path.join(self._directory, file) for file in (MANIFEST, *(s["file"] for s in self._shards)))
 
   def fingerprint(self) -> str:
     return self._digest

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import tables
-from limber_jax.data.sources.annotations import captions_of, label_of, read_image
+from limber_jax.data.sources.annotations import captions_of, image_files, label_of, read_image
 from limber_jax.data.sources.webdataset import shards
 from limber_jax.data.text import clean, flaw
 from limber_jax.errors import UserError, did_you_mean
@@ -113,6 +114,20 @@ def image_of(value: Any, column: str, root: str) -> bytes:
     return read_image(root, path, ())
   inputs.check_size(len(value), inputs.IMAGE)
   return value
+
+
+def names_of(column: pa.Array | pa.ChunkedArray) -> list[str]:
+  """Returns the paths in a column of images, in rows' order; of one of bytes none."""
+  if not _has_names(column.type):
+    return []
+  values = column.to_pylist() if _is_text(column.type) else [
+    v for piece in getattr(column, "chunks", [column]) for v in piece.field("path").to_pylist()]
+  return [v for v in values if isinstance(v, str)]
+
+
+def _has_names(kind: pa.DataType) -> bool:
+  """Returns whether images of a column may be named in place of being there."""
+  return _is_text(kind) or (pa.types.is_struct(kind) and any(f.name == "path" and _is_text(f.type) for f in kind))
 
 
 def _whole_text(value: Any) -> dict[str, str]:
@@ -315,6 +330,22 @@ class Parquet:
       return read()
     except UserError as error:
       raise UserError(f"{path}, row {id_.rpartition('/')[2]}: {error}") from error
+
+  def files(self) -> Iterator[str]:
+    yield from self._paths
+    column = self._columns.image
+    for path in self._paths:
+      if self._beside:
+        folder = path.removesuffix(".parquet")
+        yield from (os.path.join(folder, name) for name in sorted(os.listdir(folder)))
+      elif column:
+        with pq.ParquetFile(path) as file:
+          kind = file.schema_arrow.field(column).type
+          leaf = f"{column}.path" if _is_struct(kind) else column
+          # The bytes of images are not read: of the hub's columns the paths alone.
+          for group in range(file.num_row_groups if _has_names(kind) else 0):
+            names = names_of(file.read_row_group(group, [leaf], use_threads=False).column(0))
+            yield from image_files(self._root, names)
 
   def fingerprint(self) -> str:
     return self._digest

@@ -4,7 +4,7 @@ import functools
 import glob
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class Tfds:
 
   def __init__(self, config: Source):
     self._config = config
-    builder = tfds.builder_from_directory(_directory(config.path))
+    self._directory = _directory(config.path)
+    builder = tfds.builder_from_directory(self._directory)
     features, self._name = builder.info.features, builder.info.full_name
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     labels = [k for k, f in features.items() if isinstance(_inner(f), tfds.features.ClassLabel)
@@ -110,6 +111,9 @@ class Tfds:
       return out | captions_of([t.decode("utf-8", "replace") for t in texts])
     except UserError as error:
       raise UserError(f"{out['id']}: {error}") from error
+
+  def files(self) -> Iterator[str]:
+    yield from (os.path.join(self._directory, name) for name in sorted(os.listdir(self._directory)))
 
   def fingerprint(self) -> str:
     return self._digest

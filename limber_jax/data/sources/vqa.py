@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from limber_jax.config import Source
@@ -60,6 +60,7 @@ class Vqa:
     self.damage: list[dict[str, str]] = []
     questions, asked = self._by_id(annotations.load(asks, wanted), "questions", asks, _question_flaw)
     path = os.path.join(folder, names[1])
+    self._paths = asks, path
     answers, answered = self._by_id(annotations.load(path, wanted), "annotations", path, _answers_flaw)
 
     words: dict[str, str] = {}  # ten answers a question, and few different ones: each is held once
@@ -123,6 +124,11 @@ class Vqa:
   def __getitem__(self, index: int) -> dict[str, Any]:
     name = f"COCO_{self._split}_{self._entries[index].image:012}.jpg"
     return self.annotation(index) | {"image": annotations.read_image(self._root, name, (self._split,))}
+
+  def files(self) -> Iterator[str]:
+    yield from self._paths
+    names = (f"COCO_{self._split}_{entry.image:012}.jpg" for entry in self._entries)
+    yield from annotations.image_files(self._root, names, (self._split,))
 
   def fingerprint(self) -> str:
     return self._digest

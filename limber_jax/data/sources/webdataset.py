@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,9 @@ class Webdataset:
     except UserError as error:
       raise UserError(f"{shard.path}: {key}: {error}") from error
     return out | {"image": shard.contents(key, *row[:3])}
+
+  def files(self) -> Iterator[str]:
+    yield from (shard.path for shard in self._shards)
 
   def fingerprint(self) -> str:
     config = self._config
