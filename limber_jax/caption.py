@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from limber_jax import captioner, cli
-from limber_jax.captioner import Captioner, Written
-from limber_jax.classify import find
+from limber_jax import cli
 from limber_jax.data.images import ImageOptions
+from limber_jax.inference.captioner import Captioner, Written
+from limber_jax.inference.flags import Flags
+from limber_jax.inference.images import find
 
 
 def captions(model: Captioner, paths: Sequence[str], start: int = 0) -> Iterator[Written]:
@@ -22,7 +23,7 @@ def captions(model: Captioner, paths: Sequence[str], start: int = 0) -> Iterator
 
 
 if __name__ == "__main__":
-  _flags = captioner.Flags()
+  _flags = Flags()
   _prompt = flags.DEFINE_string("prompt", None, "What follows an image, such as 'A picture of'; no space at its end.")
 
   def _main(inputs: list[str]) -> int:

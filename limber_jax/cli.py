@@ -2,11 +2,11 @@
 
 Exit codes: 0 done (also when SIGTERM, SIGINT or SIGHUP stopped the run after a checkpoint, or with the rest kept), 1
 done with some inputs unreadable or evaluations failed, 2 a user's mistake, or a checkpoint or an output that could not
-be written, 4 no progress (limber_jax.watchdog), 130 interrupted by a second Ctrl-C, 141 the reader of a command that
+be written, 4 no progress (runtime.watchdog), 130 interrupted by a second Ctrl-C, 141 the reader of a command that
 only prints has seen enough (`| head`), as any program in a pipe ends. A command that keeps nothing dies of a signal.
-Whatever becomes of its output, a command that makes files goes on (limber_jax.streams). A process of several that fails
+Whatever becomes of its output, a command that makes files goes on (runtime.streams). A process of several that fails
 tells the others, which end with the same code and a line that names it; one that ends because another one is gone
-without a word dies of SIGABRT, after one line (limber_jax.peers).
+without a word dies of SIGABRT, after one line (runtime.peers).
 """
 
 import difflib
@@ -26,9 +26,9 @@ from ml_collections import config_flags
 
 from limber_jax import config as config_lib
 from limber_jax import help as help_lib
-from limber_jax import peers, streams
 from limber_jax.config import Config, flatten
 from limber_jax.errors import UserError
+from limber_jax.runtime import peers, streams
 
 
 def define_config() -> Any:

@@ -122,7 +122,7 @@ class Decoding:
 
 @dataclass
 class Spike:
-  """Which steps are skipped because loss or gradient norm leaps; see limber_jax.optim. Off, as in the papers."""
+  """Which steps are skipped because loss or gradient norm leaps; see training.optimizer. Off, as in the papers."""
 
   # W, the last finite losses and gradient norms that say what is usual; 0 = off
   window: int = ranged(0, at_least=0, at_most=100_000)
@@ -254,7 +254,7 @@ class Config:
   first: dict[str, str] = field(default_factory=dict)
   log_every: int = ranged(50, at_least=1, at_most=COUNT)  # steps
   # Seconds without a batch or a step, or six times as many without anything else, after which the run prints where its
-  # threads are and exits; see limber_jax.watchdog. 0 waits for ever.
+  # threads are and exits; see limber_jax.runtime.watchdog. 0 waits for ever.
   watchdog: float = ranged(600.0, at_least=1, or_zero=True)
 
   def __post_init__(self):

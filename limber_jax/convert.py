@@ -11,9 +11,10 @@ holds it; `limber_jax.caption --projection=DST` captions with it wherever these 
 import jax
 from absl import flags
 
-from limber_jax import captioner, cli
-from limber_jax.atomic import check
+from limber_jax import cli
 from limber_jax.errors import UserError
+from limber_jax.inference import projections
+from limber_jax.runtime.atomic import check
 from limber_jax.weights import beside, export, load, preprocessing
 
 
@@ -47,7 +48,7 @@ if __name__ == "__main__":
       raise UserError("--model is for CLIPs; a projection's models are those of its run")
     if _to.value == "projection":
       check(argv[1])
-      step = captioner.export_projection(*argv, checkpoint=_checkpoint.value, name=_map.value)
+      step = projections.export_projection(*argv, checkpoint=_checkpoint.value, name=_map.value)
       print(f"{argv[1]}: the linear map of step {step}")
     elif _checkpoint.present or _map.present:
       raise UserError("--checkpoint and --map are for --to=projection")

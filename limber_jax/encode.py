@@ -17,13 +17,14 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from limber_jax import cli, lock, parallel, registry
+from limber_jax import cli, registry
 from limber_jax.config import Config
 from limber_jax.data import features, pipeline, transforms
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
-from limber_jax.signals import StopRequest
-from limber_jax.train import cached, setup
+from limber_jax.runtime import lock, parallel
+from limber_jax.runtime.signals import StopRequest
+from limber_jax.training.setup import cached, setup
 from limber_jax.weights.adopt import adopt
 
 SHARD_MB = 512

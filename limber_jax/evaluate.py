@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from limber_jax import atomic, cli, lock, parallel, peers, report
+from limber_jax import cli, report
 from limber_jax import config as config_lib
-from limber_jax.checkpoint import Checkpoints
+from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Config, Evaluation
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError, did_you_mean
@@ -28,8 +28,9 @@ from limber_jax.evals import clip_benchmark
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.evals.splits import named
 from limber_jax.models import clip
-from limber_jax.signals import Interrupted, StopRequest
-from limber_jax.train import Setup, check_frozen, evaluate, make_context, make_eval, setup
+from limber_jax.runtime import atomic, lock, parallel, peers
+from limber_jax.runtime.signals import Interrupted, StopRequest
+from limber_jax.training.setup import Setup, check_frozen, evaluate, make_context, make_eval, setup
 from limber_jax.weights import load
 from limber_jax.weights.adopt import adopt
 from limber_jax.weights.digest import digest

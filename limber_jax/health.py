@@ -30,7 +30,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from limber_jax import cli, parallel
+from limber_jax import cli
+from limber_jax.runtime import parallel
 
 _EXPECT_DEVICES = flags.DEFINE_integer("expect-devices", None, "Devices there must be, over all processes.", 1)
 _EXPECT_KIND = flags.DEFINE_enum("expect-kind", None, ["cpu", "gpu", "tpu"], "What the devices must be.")

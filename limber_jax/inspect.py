@@ -21,7 +21,6 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from limber_jax import cli, registry
-from limber_jax.atomic import atomic_write, check
 from limber_jax.data import checks, sources
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.pipeline import order
@@ -29,6 +28,7 @@ from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
 from limber_jax.pack import SourceFlags
+from limber_jax.runtime.atomic import atomic_write, check
 
 SAMPLE = 10_000
 COLUMNS, ROWS = 8, 6         # of the contact sheet

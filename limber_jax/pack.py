@@ -33,8 +33,7 @@ from typing import Any
 from absl import flags
 from PIL import Image
 
-from limber_jax import cli, inputs, lock, registry
-from limber_jax.atomic import atomic_write
+from limber_jax import cli, registry
 from limber_jax.config import Source
 from limber_jax.data import checks, sources, text
 from limber_jax.data.features import ShardWriter
@@ -42,7 +41,9 @@ from limber_jax.data.images import FORMATS, PLAIN, ImageFlags, ImageOptions, sni
 from limber_jax.data.sources import annotations, packed
 from limber_jax.data.transforms import decode, shortest
 from limber_jax.errors import UserError
-from limber_jax.signals import StopRequest
+from limber_jax.runtime import inputs, lock
+from limber_jax.runtime.atomic import atomic_write
+from limber_jax.runtime.signals import StopRequest
 
 DROPPED = "dropped.jsonl"
 PER_SHARD = 10_000

@@ -19,12 +19,12 @@ from typing import Any
 from absl import flags
 
 from limber_jax import cli
-from limber_jax.atomic import atomic_write, check, is_regular, refusal, save_figure
 from limber_jax.config import Evaluation, flatten
 from limber_jax.errors import UserError
-from limber_jax.evals import overlap, published, robustness
-from limber_jax.report_pictures import pictured
-from limber_jax.report_runs import (
+from limber_jax.evals import overlap, robustness
+from limber_jax.reports import published
+from limber_jax.reports.figures import pictured
+from limber_jax.reports.runs import (
   BLIND,
   CAPTIONS,
   SCORES,
@@ -38,6 +38,7 @@ from limber_jax.report_runs import (
   read,
   zeroshot_columns,
 )
+from limber_jax.runtime.atomic import atomic_write, check, is_regular, refusal, save_figure
 
 NONE = "–"       # a figure that there is not
 # Settings of an evaluation that are as everywhere; only others are shown.

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from limber_jax import cli, inputs, registry
+from limber_jax import cli, registry
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.tokenizers import BpeTokenizer
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 
 def captions(settings: Source) -> Iterator[str]:

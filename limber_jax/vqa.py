@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from limber_jax import captioner, cli, inputs
-from limber_jax.captioner import Captioner, Written
-from limber_jax.classify import attempt
+from limber_jax import cli
 from limber_jax.data import text
+from limber_jax.decoding.interleaved import example_text, question_text
 from limber_jax.errors import UserError
-from limber_jax.output import stamped
-from limber_jax.tasks.interleaved import example_text, question_text
+from limber_jax.inference.captioner import Captioner, Written
+from limber_jax.inference.flags import Flags
+from limber_jax.inference.images import attempt
+from limber_jax.inference.output import stamped
+from limber_jax.runtime import inputs
 
 
 def answers(model: Captioner, questions: Sequence[dict[str, str]],
@@ -83,7 +85,7 @@ def read_lines(path: str, flag: str, fields: Sequence[str]) -> list[dict[str, st
 
 
 if __name__ == "__main__":
-  _flags = captioner.Flags()
+  _flags = Flags()
   _shots = flags.DEFINE_string("shots", "", "File with examples: image, question and answer, a JSON object a line.")
   _questions = flags.DEFINE_string("questions", "", "File with image and question, a JSON object a line.")
 

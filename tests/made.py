@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from limber_jax import parallel, registry
+from limber_jax import registry
 from limber_jax.config import Decoding, Evaluation, Source
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context
+from limber_jax.runtime import parallel
 
 
 class Made:

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from limber_jax import optim, parallel
-from limber_jax.checkpoint import Checkpoints
+from limber_jax.checkpoints.manager import Checkpoints
+from limber_jax.checkpoints.state import SHARDING, TrainState
 from limber_jax.config import (
   Checkpoint,
   Compute,
@@ -27,10 +27,11 @@ from limber_jax.config import (
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import LimberSize, Map, PromptSize
-from limber_jax.state import SHARDING, TrainState
+from limber_jax.runtime import parallel
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.tasks.step import make_init, make_step
-from limber_jax.train import setup
+from limber_jax.training import optimizer
+from limber_jax.training.setup import setup
+from limber_jax.training.train_step import make_init, make_step
 
 
 def tiny(size: str = "clip_vit_b32_mu", *, mesh: tuple[int, int, int] = (1, 1, 1), **changes: Any) -> Config:
@@ -138,7 +139,7 @@ def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastiv
   sizes = vars(config.mesh)
   mesh = parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
   task = task.of(config)
-  tx = optim.make(config.optim, config.steps)
+  tx = optimizer.make(config.optim, config.steps)
   rng = jax.random.key(0)
   # Drawn on one device and then spread: drawing takes longer to compile than a step, and so is compiled only once.
   state, frozen = jax.jit(make_init(task, tx, config.trainable, config.optim.spike.window))(rng)
@@ -146,7 +147,7 @@ def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastiv
   state = jax.device_put(state if start is None else start, shardings)
   metrics, states = [], []
   with jax.set_mesh(mesh):
-    step = jax.jit(make_step(task, tx, optim.schedule(config.optim, config.steps), config.optim.spike),
+    step = jax.jit(make_step(task, tx, optimizer.schedule(config.optim, config.steps), config.optim.spike),
                    out_shardings=(shardings, parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
     for batch in data:
       state, values = step(state, frozen, parallel.global_batch(batch, mesh), rng)

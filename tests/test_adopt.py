@@ -12,18 +12,19 @@ from safetensors.numpy import save_file
 
 from limber_jax import config as config_lib
 from limber_jax import evaluate
-from limber_jax.classify import Classifier
 from limber_jax.config import Compute, Data, Init, Optim, Source, Tokenizer
 from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
+from limber_jax.inference.classifier import Classifier
 from limber_jax.models import clip, encoders
 from limber_jax.models.limber import LimberSize, Map
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.train import make_context, train
+from limber_jax.training.loop import train
+from limber_jax.training.setup import make_context
 from limber_jax.weights import export, load, projection
 from limber_jax.weights.adopt import adopt, beside
 from tests.runs import tiny, tiny_limber

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from limber_jax import atomic
 from limber_jax.errors import UserError
 from limber_jax.models import clip
+from limber_jax.runtime import atomic
 from limber_jax.weights import export
 
 

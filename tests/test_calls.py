@@ -26,8 +26,8 @@ ALLOWED = {
   "limber_jax/cli.py": {"runpy"},                   # an experiment is code
   "limber_jax/metrics/captions.py": {"subprocess"},  # Java: the published tokenizer and scorers
   "limber_jax/health.py": {"socket"},               # for the host's name
-  "limber_jax/lock.py": {"socket"},                 # for the host's name
-  "limber_jax/peers.py": {"os.fork"},               # of several processes: what their stderr passes through
+  "limber_jax/runtime/lock.py": {"socket"},                 # for the host's name
+  "limber_jax/runtime/peers.py": {"os.fork"},               # of several processes: what their stderr passes through
 }
 
 
@@ -119,10 +119,12 @@ def audited(script, tmp_path):
 
 
 COMMANDS = """
-for path in sorted(pathlib.Path(package).glob("*.py")):
-  importlib.import_module("limber_jax" if path.stem == "__init__" else f"limber_jax.{path.stem}")
+for path in sorted(pathlib.Path(package).rglob("*.py")):
+  if path.stem != "__main__" and "bench" not in path.parts:
+    module = path.relative_to(pathlib.Path(package).parent).with_suffix("").as_posix().replace("/", ".")
+    importlib.import_module(module.removesuffix(".__init__"))
 from limber_jax.config import Checkpoint
-from limber_jax.train import train
+from limber_jax.training.loop import train
 from runs import tiny, zeroshot
 for last in ("3", ""):  # from the first step, and then from a checkpoint
   said = []

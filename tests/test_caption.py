@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import runs
 
-from limber_jax import captioner, output, parallel
+from limber_jax import config as config_lib
 from limber_jax.caption import captions
-from limber_jax.captioner import change_decoding, open_projection, open_run, read_projection, read_run, to_use
 from limber_jax.config import Decoding
 from limber_jax.errors import UserError
-from limber_jax.output import Output
-from limber_jax.train import train
+from limber_jax.inference import output, projections
+from limber_jax.inference.flags import change_decoding
+from limber_jax.inference.output import Output
+from limber_jax.inference.projections import open_projection, open_run, read_projection, read_run, to_use
+from limber_jax.runtime import parallel
+from limber_jax.training.loop import train
 
 PICTURES = 11
 
@@ -76,7 +79,7 @@ def by_the_task(run, paths, name=""):
   """Returns captions by the task's own generate, all images at once."""
   config = to_use(read_run(run))
   model = opened(run, name)
-  s = captioner.setup(config)
+  s = projections.setup(config)
   tokens = jnp.array([s.tokenizer.encode(config.decoding.prompt)] * len(paths), jnp.int32)
   batch = {"image": np.stack([model.read(p) for p in paths]), "tokens": tokens, "mask": jnp.ones(tokens.shape, bool)}
   generate = jax.jit(lambda params, stats, batch: s.task.predict()[f"generate{name and '@'}{name}"](
@@ -146,7 +149,7 @@ def test_a_projection_captions_as_its_run_does(run, pictures, tmp_path):
 
 def test_a_projection_is_refused_between_other_frozen_models(run, tmp_path):
   path = str(tmp_path / "map.safetensors")
-  assert captioner.export_projection(run, path) == 3
+  assert projections.export_projection(run, path) == 3
   config, name = read_projection(path)
   assert config == read_run(run) and name == ""
   with pytest.raises(UserError, match=rf"^{path} was trained on another image encoder \(clip_vit_b32_mu\)"):
@@ -158,13 +161,13 @@ def test_a_projection_is_refused_between_other_frozen_models(run, tmp_path):
     open_run(moved, to_use(dataclasses.replace(config, seed=1)))
   del config.model.others["other"]
   config.trainable = ("prompt", "lm")
-  (tmp_path / "config.json").write_text(captioner.config_lib.to_json(config))
+  (tmp_path / "config.json").write_text(config_lib.to_json(config))
   with pytest.raises(UserError, match="a run that trained 'lm' too; a projection is all there is only where"):
-    captioner.export_projection(str(tmp_path), path)
+    projections.export_projection(str(tmp_path), path)
   config.trainable = ("lm",)
-  (tmp_path / "config.json").write_text(captioner.config_lib.to_json(config))
+  (tmp_path / "config.json").write_text(config_lib.to_json(config))
   with pytest.raises(UserError, match="a run that trained no 'prompt'; it trained lm"):
-    captioner.export_projection(str(tmp_path), path)
+    projections.export_projection(str(tmp_path), path)
 
 
 def test_a_mistake_ends_the_command_with_one_line(run, pictures):
@@ -175,7 +178,7 @@ def test_a_mistake_ends_the_command_with_one_line(run, pictures):
 
 def test_mistakes_are_told_in_a_line(run, tmp_path):
   config = read_run(run)
-  (tmp_path / "config.json").write_text(captioner.config_lib.to_json(runs.tiny()))
+  (tmp_path / "config.json").write_text(config_lib.to_json(runs.tiny()))
   for call, match in (
       (lambda: read_run(str(tmp_path / "none")), "no run there .config.json: No such file or directory.; train one"),
       (lambda: read_run(str(tmp_path)), "config.json: a run of task 'contrastive', which writes no captions"),

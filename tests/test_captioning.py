@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import run
 
-from limber_jax import losses, optim, parallel
+from limber_jax import losses
 from limber_jax.bench.train import count_flops
 from limber_jax.config import (
   Captions,
@@ -29,9 +29,11 @@ from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
 from limber_jax.models.adapters import AdapterSize
 from limber_jax.models.limber import Limber, LimberSize, Map, PromptSize
+from limber_jax.runtime import parallel
 from limber_jax.tasks.captioning import Captioning, token_weights
 from limber_jax.tasks.language_modelling import LanguageModelling
-from limber_jax.train import train
+from limber_jax.training import optimizer
+from limber_jax.training.loop import train
 
 VIT = dataclasses.replace(encoders.encoder_size("clip_vit_b32_mu"))
 RESNET = encoders.encoder_size("clip_rn50_mu")
@@ -138,10 +140,10 @@ SCHEDULE = {0: 0.0, 1: 1.204e-4, 10: 4.166e-4, 50: 6.830e-4, 99: 8.0e-4, 1000: 7
 
 
 def test_schedules_have_the_values_of_the_reference_and_of_the_paper():
-  reference = optim.schedule(Optim(lr=8e-4, schedule="deepspeed", warmup_steps=100), 15_000)
+  reference = optimizer.schedule(Optim(lr=8e-4, schedule="deepspeed", warmup_steps=100), 15_000)
   for step, want in SCHEDULE.items():
     assert float(reference(step)) == pytest.approx(want, rel=7e-3 if step == 14999 else 5e-4), step
-  paper = optim.schedule(Optim(lr=8e-4, schedule="linear", warmup_steps=100), 15_000)
+  paper = optimizer.schedule(Optim(lr=8e-4, schedule="linear", warmup_steps=100), 15_000)
   for step, want in {0: 8e-6, 1: 1.6e-5, 10: 8.8e-5, 50: 4.08e-4, 99: 8e-4, 1000: 8e-4 * 14_000 / 14_900,
                      7500: 8e-4 * 7500 / 14_900, 14_999: 8e-4 / 14_900}.items():
     assert float(paper(step)) == pytest.approx(want, rel=1e-4, abs=1e-11), step
@@ -175,7 +177,7 @@ def test_the_head_never_runs_on_the_prompt():
 
 def test_50_steps_leave_frozen_bytes_unchanged_and_out_of_checkpoints(tmp_path):
   config = tiny(size(RESNET), steps=50, checkpoint=Checkpoint(every=25), mesh=Mesh(data=-1))
-  from limber_jax.train import setup
+  from limber_jax.training.setup import setup
   before = jax.device_get(setup(config).frozen)
   state = train(config, str(tmp_path), log=lambda _: None)
   after = jax.device_get(setup(config).frozen)

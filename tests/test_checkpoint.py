@@ -20,12 +20,12 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import environment
 
-from limber_jax import checkpoint, manifest
-from limber_jax.checkpoint import Checkpoints, abstract, keep_frozen, kept_frozen
+from limber_jax.checkpoints import manager, manifest
+from limber_jax.checkpoints.manager import Checkpoints, abstract, keep_frozen, kept_frozen
+from limber_jax.checkpoints.scores import Scores
+from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
-from limber_jax.scores import Scores
-from limber_jax.state import TrainState
 
 TX = optax.adam(1e-3)
 
@@ -419,7 +419,7 @@ KILLED = """
 import json, os, random, signal, sys, time, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("ignore")
-from limber_jax.manifest import compare
+from limber_jax.checkpoints.manifest import compare
 from test_checkpoint import Checkpoint, Checkpoints, Scores, like, of_step, toy
 
 def run(workdir):
@@ -540,7 +540,7 @@ def pruned_at(moment, step, workdir, monkeypatch):
       save(workdir, step + 1)
 
   module, name = {"listing": (Checkpoints, "_damage"), "comparing": (manifest, "_sha256"),
-                  "fitting": (checkpoint, "_check_fits"), "between": (Checkpoints, "restore_params"),
+                  "fitting": (manager, "_check_fits"), "between": (Checkpoints, "restore_params"),
                   "reading": (ocp.CompositeCheckpointHandler, "restore")}[moment]
   real = getattr(module, name)
   monkeypatch.setattr(module, name, lambda *args, **kwargs: (prune(), real(*args, **kwargs))[1])

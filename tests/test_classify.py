@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.classify import Classifier, find, read_labels
 from limber_jax.config import Compute, Source, Tokenizer
 from limber_jax.data.sources.folder import Folder
 from limber_jax.errors import UserError
+from limber_jax.inference.classifier import Classifier, read_labels
+from limber_jax.inference.images import find
 from limber_jax.models import clip
 from limber_jax.models.text import TextSize
 from limber_jax.tasks.contrastive import Contrastive

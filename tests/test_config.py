@@ -12,7 +12,8 @@ from limber_jax import cli, help, ranges, registry
 from limber_jax.config import Compute, Evaluation, Optim, Source, check, check_best, from_json, missing_best, to_json
 from limber_jax.errors import UserError
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.train import setup, train
+from limber_jax.training.loop import train
+from limber_jax.training.setup import setup
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 LIMBER = EXPERIMENTS / "quickstart_limber.py"

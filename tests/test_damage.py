@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax import parallel, registry
+from limber_jax import registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
-from limber_jax.data import damage, images, transforms
+from limber_jax.data import bad_records, images, transforms
 from limber_jax.data.pipeline import order, train_batches
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.pack import pack
-from limber_jax.train import train
+from limber_jax.runtime import parallel
+from limber_jax.training.loop import train
 from tests import layouts
 from tests.runs import environment, losses, tiny
 
@@ -144,12 +145,12 @@ def test_a_source_that_raises_what_it_may_not_ends_the_run_in_one_line(workers):
   assert "\n" not in str(caught.value)
 
 
-# damage.jsonl
+# bad_records.jsonl
 
 def ledger(folder, records=1000, allowed=0.01, found=(), batch_size=10):
   source = Numbers(records)
   source.damage = list(found)
-  return damage.Damage(str(folder), source, Data(source=Source(path="x/data.tsv"), damaged=allowed), batch_size)
+  return bad_records.Damage(str(folder), source, Data(source=Source(path="x/data.tsv"), damaged=allowed), batch_size)
 
 
 def batch_with(*indices, size=10):
@@ -166,19 +167,19 @@ def feed(ledger, step, *indices):
 
 
 def lines(folder):
-  with open(os.path.join(str(folder), damage.FILE), encoding="utf-8") as file:
+  with open(os.path.join(str(folder), bad_records.FILE), encoding="utf-8") as file:
     return [json.loads(line) for line in file]
 
 
 def test_a_record_is_named_once_and_again_only_where_a_kill_took_the_steps_back(tmp_path):
   first = ledger(tmp_path)
   first.start(0)
-  assert not os.path.exists(tmp_path / damage.FILE)
+  assert not os.path.exists(tmp_path / bad_records.FILE)
   assert [line["index"] for line in feed(first, 1, 7, 3)] == [3, 7]
   assert feed(first, 2, 3) == [] and [line["index"] for line in feed(first, 3, 9, 7)] == [9]
   whole = lines(tmp_path)
   assert whole[0] == {"step": 1, "file": "data.tsv", "index": 3, "id": "n3", "reason": "torn"}
-  with open(tmp_path / damage.FILE, "a", encoding="utf-8") as file:
+  with open(tmp_path / bad_records.FILE, "a", encoding="utf-8") as file:
     file.write('{"step": 4, "file": "data.tsv", "ind')  # cut short by a kill
   again = ledger(tmp_path)
   again.start(2)  # the last checkpoint
@@ -206,7 +207,7 @@ def test_few_end_no_run_but_too_large_a_share_does(tmp_path):
     feed(d, 2, 10)
   assert str(caught.value) == (
     f"11 of the data's records cannot be used, 55.00% of what was seen, more than config.data.damaged=0.5 allows; the "
-    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/damage.jsonl")
+    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/bad_records.jsonl")
   assert len(lines(tmp_path)) == 11
   again = ledger(tmp_path, allowed=0.6)
   again.start(2)
@@ -293,7 +294,7 @@ def test_a_run_on_damaged_data_names_all_and_goes_on_to_the_bit(tmp_path, one_de
       shutil.rmtree(workdir / "checkpoints" / str(step))
     train(config(path, workers=stop // 10), str(workdir), log=lambda _: None)
     assert losses(str(workdir)) == losses(str(tmp_path / "whole"))
-    assert (workdir / damage.FILE).read_bytes() == (tmp_path / "whole" / damage.FILE).read_bytes()
+    assert (workdir / bad_records.FILE).read_bytes() == (tmp_path / "whole" / bad_records.FILE).read_bytes()
 
 
 def test_a_run_on_too_much_damage_stops_in_one_line(tmp_path, one_device):
@@ -302,7 +303,7 @@ def test_a_run_on_too_much_damage_stops_in_one_line(tmp_path, one_device):
     (tmp_path / "data" / f"{record['key']}.png").unlink()
   with pytest.raises(UserError, match=r"of the data's records cannot be used, \d+\.\d+% .* first: train") as caught:
     train(config(path), str(tmp_path / "run"), log=lambda _: None)
-  assert "\n" not in str(caught.value) and len(lines(tmp_path / "run")) > damage.FEW
+  assert "\n" not in str(caught.value) and len(lines(tmp_path / "run")) > bad_records.FEW
 
 
 EXPERIMENT = """
@@ -332,7 +333,7 @@ def test_two_processes_name_what_one_names(tmp_path):
   runs.append(start(tmp_path / "alone", devices=2))
   outputs = [run.communicate(timeout=240)[0] for run in runs]
   assert [run.returncode for run in runs] == [0, 0, 0], outputs
-  pair, alone = ((tmp_path / name / damage.FILE).read_bytes() for name in ("pair", "alone"))
+  pair, alone = ((tmp_path / name / bad_records.FILE).read_bytes() for name in ("pair", "alone"))
   assert pair == alone and sorted(line["index"] for line in lines(tmp_path / "pair")) == bad
 
 

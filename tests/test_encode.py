@@ -20,16 +20,17 @@ import pytest
 from runs import environment, losses
 
 from limber_jax import encode as encode_lib
-from limber_jax import parallel
 from limber_jax.config import Checkpoint, Compute, Config, Data, Mesh, Optim, Source, Tokenizer
 from limber_jax.data import features
 from limber_jax.data.sources.digits import Digits
 from limber_jax.encode import encode
 from limber_jax.errors import UserError
-from limber_jax.lock import Lock
 from limber_jax.models import encoders, gptj
 from limber_jax.models.limber import LimberSize, Map
-from limber_jax.train import cached, setup, train
+from limber_jax.runtime import parallel
+from limber_jax.runtime.lock import Lock
+from limber_jax.training.loop import train
+from limber_jax.training.setup import cached, setup
 
 
 def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", others=None, dtype="float32", crop="own", split="test", seed=0,

@@ -19,7 +19,7 @@ from limber_jax.models.encoders import ENCODERS, Encoder, EncoderSize
 from limber_jax.models.nfnet import NfResNetSize
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.parallel import make_mesh, shardings
+from limber_jax.runtime.parallel import make_mesh, shardings
 from limber_jax.weights import convert
 
 FP32 = Compute(dtype="float32")

@@ -8,7 +8,6 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from limber_jax import parallel
 from limber_jax.config import Compute, Source
 from limber_jax.errors import UserError
 from limber_jax.evals import similarity
@@ -17,6 +16,7 @@ from limber_jax.evals.retrieval import Retrieval
 from limber_jax.evals.similarity import Similarity
 from limber_jax.evals.zeroshot import ZeroShot, class_names, classifier, load_templates
 from limber_jax.models import clip
+from limber_jax.runtime import parallel
 from limber_jax.tasks.contrastive import Contrastive
 from tests.made import PREDICT, Made, config, context, install, tables, unit
 

@@ -14,6 +14,7 @@ from limber_jax.config import Decoding, Evaluation, Source
 from limber_jax.data import transforms
 from limber_jax.data.sources.digits import CLASSES
 from limber_jax.data.tokenizers import ByteTokenizer
+from limber_jax.decoding.generate import Generated
 from limber_jax.errors import UserError
 from limber_jax.evals import naming, probing, words
 from limber_jax.evals.hallucination import Hallucination
@@ -30,13 +31,12 @@ from limber_jax.evals.probing import (
   standardised,
 )
 from limber_jax.evals.words import Words
-from limber_jax.generate import Generated
 from limber_jax.metrics.words import WordNet
 from limber_jax.models import encoders
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import LimberSize, PromptSize
 from limber_jax.registry import SOURCES
-from limber_jax.train import evaluate, make_context, make_eval, setup
+from limber_jax.training.setup import evaluate, make_context, make_eval, setup
 from tests.made import Made, config, context, install
 from tests.runs import tiny_limber
 from tests.standins import write_awa2

@@ -13,16 +13,16 @@ from PIL import Image
 from limber_jax.config import Compute, Decoding, Evaluation, Source
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
+from limber_jax.decoding.generate import Generated
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Stopped
 from limber_jax.evals.captions import NO_SCORER, Captions
-from limber_jax.generate import Generated
 from limber_jax.metrics import captions as metric
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import LimberSize
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.train import evaluate, make_context, make_eval, setup
+from limber_jax.training.setup import evaluate, make_context, make_eval, setup
 from limber_jax.weights import export, load
 from tests.made import config, context, install
 from tests.runs import tiny_limber

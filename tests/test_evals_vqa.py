@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.captioner import Captioner, to_use
 from limber_jax.config import Evaluation, Source
 from limber_jax.data import transforms
 from limber_jax.data.sources.vqa import Vqa as VqaSource
 from limber_jax.data.tokenizers import ByteTokenizer
+from limber_jax.decoding.generate import Generated
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Stopped
 from limber_jax.evals.vqa import Vqa
-from limber_jax.generate import Generated
-from limber_jax.train import make_context, setup
+from limber_jax.inference.captioner import Captioner
+from limber_jax.inference.projections import to_use
+from limber_jax.training.setup import make_context, setup
 from limber_jax.vqa import answers
 from tests import made, runs
 from tests.standins import write_vqa2

@@ -25,8 +25,8 @@ from standins import (
 
 from limber_jax import cli, evaluate
 from limber_jax.errors import UserError
-from limber_jax.lock import Lock
 from limber_jax.models.clip import OPENAI_WEIGHTS as WEIGHTS
+from limber_jax.runtime.lock import Lock
 from limber_jax.weights import convert, load
 
 TESTS = os.path.dirname(__file__)

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from absl import flags
 
-from limber_jax import cli, optim, parallel, registry
+from limber_jax import cli, registry
 from limber_jax import config as config_lib
+from limber_jax.checkpoints.state import split
 from limber_jax.config import Config, Loss
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.state import split
-from limber_jax.tasks import pieces
+from limber_jax.runtime import parallel
+from limber_jax.tasks import microbatches
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.tasks.step import make_init, make_step
+from limber_jax.training import optimizer
+from limber_jax.training.train_step import make_init, make_step
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
@@ -47,7 +49,7 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
   assert config.name == path.stem
   mesh = parallel.make_mesh(axes)
   parallel.local_rows(config.batch_size, mesh)
-  task, tx = registry.lookup("task", registry.TASKS, config.task).of(config), optim.make(config.optim, config.steps)
+  task, tx = registry.lookup("task", registry.TASKS, config.task).of(config), optimizer.make(config.optim, config.steps)
   rng = jax.random.key(0)
 
   state, frozen = jax.eval_shape(make_init(task, tx, config.trainable), rng)
@@ -55,7 +57,7 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
   if axes.get("fsdp"):
     assert not whole((state, frozen), layout)
   batch = batch_of(task, config)
-  step = make_step(task, tx, optim.schedule(config.optim, config.steps))
+  step = make_step(task, tx, optimizer.schedule(config.optim, config.steps))
   with jax.set_mesh(mesh):
     after, metrics = jax.eval_shape(step, state, frozen, batch, rng)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -87,7 +89,7 @@ def test_every_leaf_of_an_experiment_is_split_on_4_8_and_64_devices(path):
     assert not whole(like, layout) or sizes[1] == 1, sizes
     assert config.batch_size % devices == 0
     with jax.sharding.use_abstract_mesh(mesh):
-      count = pieces.fitting(config.loss.accumulate, config.batch_size)
+      count = microbatches.fitting(config.loss.accumulate, config.batch_size)
     assert config.batch_size // count % devices == 0 and (devices > 256 or count == config.loss.accumulate)
 
 

@@ -20,15 +20,17 @@ import numpy as np
 import pytest
 from runs import environment, losses, tiny, zeroshot
 
-from limber_jax import manifest, optim, parallel
-from limber_jax import train as train_lib
-from limber_jax.checkpoint import Checkpoints
+from limber_jax.checkpoints import manifest
+from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Checkpoint, Optim, Spike
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
-from limber_jax.goodput import Ledger
+from limber_jax.runtime import parallel
+from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.writer import Log
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.train import train
+from limber_jax.training import optimizer
+from limber_jax.training.loop import train
 
 EXPERIMENT = """
 import os, sys, time
@@ -179,8 +181,8 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
         os.kill(os.getpid(), number)
 
   if moment == "step":
-    record = train_lib.Log.train
-    monkeypatch.setattr(train_lib.Log, "train", lambda self, step, m: (record(self, step, m), step == 3 and send()))
+    record = Log.train
+    monkeypatch.setattr(Log, "train", lambda self, step, m: (record(self, step, m), step == 3 and send()))
   elif moment == "save":
     save = Checkpoints.save
     # The save goes on in the background while the signal arrives.
@@ -210,8 +212,8 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
     monkeypatch.setattr(Ledger, "__init__", lambda self, *a, **k: (ledgers.append(self), make(self, *a, **k))[1])
     monkeypatch.setattr(Digits, "__getitem__", stuck)
   elif moment == "start":
-    make = optim.make
-    monkeypatch.setattr(optim, "make", lambda *a: (send(), make(*a))[1])
+    make = optimizer.make
+    monkeypatch.setattr(optimizer, "make", lambda *a: (send(), make(*a))[1])
   elif moment == "compile":
     loss = Contrastive.loss
     monkeypatch.setattr(Contrastive, "loss", lambda *a: (send(), loss(*a))[1])  # traced once, to be compiled
@@ -411,14 +413,14 @@ def test_a_dead_process_ends_the_other_with_one_line_that_names_it(number, gone,
   pytest.param("ValueError", 1, "ValueError: of its own", marks=pytest.mark.long)])
 def test_a_process_that_fails_does_not_wait_for_the_others(error, code, says, together, tmp_path):
   pair = together(2, tmp_path / "run", steps=100_000, code=f"""
-from limber_jax import train
+from limber_jax.data import bad_records
 from limber_jax.errors import UserError
-read = train.damage_lib.Damage.read
+read = bad_records.Damage.read
 def fails(self, step, batch):
   if PROCESS == 1 and step == 5:
     raise {error}("of its own")
   return read(self, step, batch)
-train.damage_lib.Damage.read = fails
+bad_records.Damage.read = fails
 """)
   outputs = end(pair)
   assert [p.returncode for p in pair] == [code, code] and outputs[1].splitlines()[-1] == says
@@ -429,7 +431,7 @@ train.damage_lib.Damage.read = fails
 def test_sigterm_while_data_never_come_in_one_process_of_two_ends_both_with_a_line(together, tmp_path):
   code = """
 import pytest
-from limber_jax import peers
+from limber_jax.runtime import peers
 from test_faults import stop_in
 peers.LATE = 2.0
 if PROCESS == 1:
@@ -451,7 +453,7 @@ if PROCESS == 1:
 def test_a_save_that_fails_in_one_process_ends_all_with_a_line_that_says_so(together, tmp_path):
   pair = together(2, tmp_path / "run", steps=100_000, mesh="1, -1, 1", code="""
 import resource
-from limber_jax.checkpoint import Checkpoints
+from limber_jax.checkpoints.manager import Checkpoints
 save = Checkpoints.save
 def fails(self, state, *args):
   if PROCESS == 1 and int(state.step) == 6:
@@ -470,15 +472,15 @@ Checkpoints.save = fails
 def test_a_process_that_is_stuck_ends_and_all_say_where_they_are(together, tmp_path):
   file = tmp_path / "stuck"
   pair = together(2, tmp_path / "run", steps=100_000, watchdog=3, code=f"""
-from limber_jax import train
-read = train.damage_lib.Damage.read
+from limber_jax.data import bad_records
+read = bad_records.Damage.read
 def is_stuck(self, step, batch):
   if PROCESS == 1 and step == 5:
     with open({str(file)!r}, "w") as file:
       file.write(str(time.time()))
     time.sleep(1000)
   return read(self, step, batch)
-train.damage_lib.Damage.read = is_stuck
+bad_records.Damage.read = is_stuck
 """)
   outputs = end(pair)
   took = time.time() - float(file.read_text())
@@ -493,15 +495,15 @@ train.damage_lib.Damage.read = is_stuck
 # Writes the records of each step that this process read; process 1 of the first run dies in step 8.
 TOLD = """
 import json, signal
-from limber_jax import train
-read = train.damage_lib.Damage.read
+from limber_jax.data import bad_records
+read = bad_records.Damage.read
 def told(self, step, batch):
   if PROCESS == 1 and step == 8 and {dies}:
     os.kill(os.getpid(), signal.SIGKILL)
   with open({file!r} + str(PROCESS), "a") as file:
     file.write(json.dumps([step, batch["index"].tolist()]) + "\\n")
   return read(self, step, batch)
-train.damage_lib.Damage.read = told
+bad_records.Damage.read = told
 """
 
 
@@ -691,7 +693,7 @@ import json, os, sys, threading
 sys.path.insert(0, {tests!r})
 from runs import resident, tiny
 from limber_jax.config import Checkpoint
-from limber_jax.train import train
+from limber_jax.training.loop import train
 
 seen = {{}}
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from test_gptj import FP32, by_transformers, random_params
 
-from limber_jax import generate, parallel
 from limber_jax.config import Decoding
+from limber_jax.decoding import generate
 from limber_jax.errors import UserError
 from limber_jax.models import gptj
 from limber_jax.models.gptj import GPTJ, GPTJSize
+from limber_jax.runtime import parallel
 
 # Few tokens, so that texts end early and beams compete.
 SIZE = GPTJSize(vocab=17, context=48, width=64, layers=2, heads=4, rotary=8)

@@ -9,11 +9,11 @@ import jax
 import pytest
 from runs import tiny, zeroshot
 
-from limber_jax import goodput, parallel
-from limber_jax import train as train_lib
 from limber_jax.config import Checkpoint
-from limber_jax.goodput import PHASES, Ledger, process_began
-from limber_jax.train import train
+from limber_jax.runtime import goodput, parallel
+from limber_jax.runtime.goodput import PHASES, Ledger, process_began
+from limber_jax.runtime.writer import Log
+from limber_jax.training.loop import train
 
 
 class Clock:
@@ -120,7 +120,7 @@ def test_it_is_written_while_nothing_else_happens(tmp_path):
 
 def test_a_process_knows_when_it_began():
   before = time.monotonic()
-  code = "import time; time.sleep(0.2); from limber_jax.goodput import process_began; print(process_began())"
+  code = "import time; time.sleep(0.2); from limber_jax.runtime.goodput import process_began; print(process_began())"
   began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
   assert before - 0.05 < began < before + 0.2
   assert process_began() < before
@@ -135,7 +135,7 @@ def test_a_run_accounts_for_all_of_its_time(tmp_path, monkeypatch):
   def config():
     return tiny(steps=8, checkpoint=Checkpoint(every=3), evals=zeroshot(every=4))
 
-  record = train_lib.Log.train
+  record = Log.train
 
   def slow(self, step, metrics):
     time.sleep(0.2)
@@ -143,7 +143,7 @@ def test_a_run_accounts_for_all_of_its_time(tmp_path, monkeypatch):
     if step == 5 and not said:
       raise RuntimeError
 
-  monkeypatch.setattr(train_lib.Log, "train", slow)
+  monkeypatch.setattr(Log, "train", slow)
   said = []
   before = time.monotonic()
   with pytest.raises(RuntimeError):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from limber_jax import parallel
 from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models import adapters, gptj
 from limber_jax.models.adapters import AdapterSize
 from limber_jax.models.gptj import GPTJ, GPTJSize
+from limber_jax.runtime import parallel
 from limber_jax.weights import convert
 
 FP32 = Compute(dtype="float32")

@@ -17,7 +17,7 @@ COMMANDS = sorted(f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".
 # Each command in a fork of one process that has imported what takes long.
 SCRIPT = """
 import json, os, runpy, sys
-import limber_jax.captioner, limber_jax.evaluate, limber_jax.train
+import limber_jax.inference.captioner, limber_jax.evaluate, limber_jax.train
 for name in sys.argv[1:]:
   read, write = os.pipe()
   if (child := os.fork()) == 0:

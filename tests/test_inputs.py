@@ -10,7 +10,7 @@ import runs
 import test_images
 from PIL import Image
 
-from limber_jax import classify, inputs, parallel, train_tokenizer, vqa
+from limber_jax import train_tokenizer, vqa
 from limber_jax.config import Evaluation, Source
 from limber_jax.data import tokenizers
 from limber_jax.data.sources import annotations, folder
@@ -19,7 +19,9 @@ from limber_jax.data.sources.folder import Folder
 from limber_jax.data.sources.jsonl import Jsonl
 from limber_jax.errors import UserError
 from limber_jax.evals import zeroshot
-from limber_jax.train import make_context, make_eval
+from limber_jax.inference import classifier, images
+from limber_jax.runtime import inputs, parallel
+from limber_jax.training.setup import make_context, make_eval
 from limber_jax.weights import configs, files
 
 PIPE = "a named pipe, not a file"
@@ -100,7 +102,7 @@ def test_names_in_data_stay_below_their_folder_and_links_count_as_what_they_lead
     table[2]
   with pytest.raises(UserError, match=r"loop\.png: cannot be read \(Too many levels"):
     source[1]
-  assert classify.attempt(folder.read_image, str(inside / "pipe.png")) == PIPE
+  assert images.attempt(folder.read_image, str(inside / "pipe.png")) == PIPE
 
 
 def reads(path):
@@ -108,7 +110,7 @@ def reads(path):
   return {
     "table": lambda: Captions(Source("captions", path)), "lines": lambda: Jsonl(Source("jsonl", path)),
     "annotations": lambda: annotations.load(path, "it"), "folder": lambda: Folder(Source("folder", path)),
-    "templates": lambda: zeroshot.load_templates(path), "labels": lambda: classify.read_labels([], path),
+    "templates": lambda: zeroshot.load_templates(path), "labels": lambda: classifier.read_labels([], path),
     "questions": lambda: vqa.read_lines(path, "--questions", ("image",)), "weights": lambda: files.tensors(path),
     "captions": lambda: list(train_tokenizer.lines(path)), "image": lambda: folder.read_image(path),
     "configuration": lambda: configs.size_in(path), "clip": lambda: tokenizers.ClipTokenizer(path),

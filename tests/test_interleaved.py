@@ -7,10 +7,10 @@ import pytest
 
 from limber_jax.config import Decoding
 from limber_jax.data.tokenizers import ByteTokenizer
-from limber_jax.generate import row_keys
+from limber_jax.decoding import interleaved
+from limber_jax.decoding.generate import row_keys
+from limber_jax.decoding.interleaved import Layout
 from limber_jax.models.limber import Limber
-from limber_jax.tasks import interleaved
-from limber_jax.tasks.interleaved import Layout
 from tests import runs
 
 EOT = ByteTokenizer.eot

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax import parallel
 from limber_jax.config import Decoding, Evaluation, Source
 from limber_jax.data import transforms
 from limber_jax.data.sources.digits import Digits
@@ -15,6 +14,7 @@ from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner, Stopped
 from limber_jax.evals.items import Items
+from limber_jax.runtime import parallel
 
 BAD = (3, 70, 359)  # records that cannot be read, of 360
 

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from limber_jax import parallel
 from limber_jax.models.linear import Conv, Dense, broadcast
+from limber_jax.runtime import parallel
 
 # A layer, flax's, and the shape of its input.
 LAYERS = {

@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from limber_jax import lock
 from limber_jax.errors import UserError
-from limber_jax.lock import Lock
+from limber_jax.runtime import lock
+from limber_jax.runtime.lock import Lock
 
 HOLD = """if True:
   import sys, time
-  from limber_jax import lock
+  from limber_jax.runtime import lock
   with lock.Lock(sys.argv[1], what="it"):
     print("held", flush=True)
     time.sleep(600)

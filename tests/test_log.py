@@ -6,7 +6,7 @@ import time
 import pytest
 
 from limber_jax.errors import UserError
-from limber_jax.log import Log
+from limber_jax.runtime.writer import Log
 
 
 def make(path, start=0):

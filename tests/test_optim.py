@@ -7,11 +7,11 @@ import optax
 import pytest
 import torch
 
-from limber_jax import optim
 from limber_jax.config import Optim, Spike
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.tasks.contrastive import Contrastive
+from limber_jax.training import optimizer
 
 
 def test_the_schedule_is_open_clips():
@@ -19,7 +19,7 @@ def test_the_schedule_is_open_clips():
   config, steps = Optim(lr=5e-4, warmup_steps=20), 100
   weights = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
   theirs = cosine_lr(weights, config.lr, config.warmup_steps, steps)
-  ours = optim.schedule(config, steps)
+  ours = optimizer.schedule(config, steps)
   np.testing.assert_allclose([ours(s) for s in range(steps)], [theirs(s) for s in range(steps)], rtol=1e-4, atol=1e-10)
   assert ours(0) == pytest.approx(5e-4 / 20)
   assert ours(steps) == pytest.approx(0, abs=1e-10)
@@ -28,7 +28,7 @@ def test_the_schedule_is_open_clips():
 @pytest.mark.parametrize("change", [{"warmup_steps": 100}, {"warmup_steps": -1}, {"lr": 0.0}])
 def test_an_impossible_schedule_is_refused(change):
   with pytest.raises(UserError, match="config\\.optim"):
-    optim.schedule(Optim(**change), 100)
+    optimizer.schedule(Optim(**change), 100)
 
 
 def test_steps_equal_adamw_of_pytorch():
@@ -38,7 +38,7 @@ def test_steps_equal_adamw_of_pytorch():
   kernel, bias = (torch.nn.Parameter(torch.tensor(params["fc"][k])) for k in ("kernel", "bias"))
   theirs = torch.optim.AdamW([{"params": [kernel], "weight_decay": 0.2}, {"params": [bias], "weight_decay": 0.0}],
                              betas=(0.9, 0.98), eps=1e-6)
-  tx, lr = optim.make(config, steps), optim.schedule(config, steps)
+  tx, lr = optimizer.make(config, steps), optimizer.schedule(config, steps)
   params, state = jax.tree.map(jnp.asarray, params), tx.init(params)
   for step in range(5):
     grads = {"fc": {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params["fc"].items()}}
@@ -59,7 +59,7 @@ def test_decay_spares_exactly_gains_biases_and_temperature(size):
   from runs import tiny
   params, _ = jax.eval_shape(Contrastive.of(tiny(size)).init, jax.random.key(0))
   assert isinstance(clip.SIZES[size](), clip.ClipSize)
-  mask = optim.decay_mask(params)
+  mask = optimizer.decay_mask(params)
   for (path, leaf), decayed in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(mask), strict=True):
     name = "/".join(str(k.key) for k in path)
     stacked = "blocks/" in name or "_rest/" in name
@@ -79,17 +79,17 @@ def window(*values):
 ])
 def test_the_limit_of_what_is_usual(values, limit):
   with jax.debug_nans(False):
-    assert optim.limit(window(*values), 10.0) == pytest.approx(limit, rel=1e-6)
+    assert optimizer.limit(window(*values), 10.0) == pytest.approx(limit, rel=1e-6)
 
 
 def test_a_window_takes_the_newest_in_the_place_of_the_oldest():
   seen = window()
   for value in range(10):
-    seen = optim.remember(seen, jnp.float32(value), jnp.bool_(value != 5))
+    seen = optimizer.remember(seen, jnp.float32(value), jnp.bool_(value != 5))
   np.testing.assert_array_equal(seen, [1, 2, 3, 4, 6, 7, 8, 9])
 
 
 @pytest.mark.parametrize("change", [{"window": -1}, {"window": 8, "factor": 0.0}])
 def test_an_impossible_window_is_refused(change):
   with pytest.raises(UserError, match="config\\.optim\\.spike"):
-    optim.make(Optim(spike=Spike(**change)), 3000)
+    optimizer.make(Optim(spike=Spike(**change)), 3000)

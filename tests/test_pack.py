@@ -19,8 +19,8 @@ from limber_jax.config import Source
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
-from limber_jax.lock import Lock
 from limber_jax.pack import guess, pack
+from limber_jax.runtime.lock import Lock
 from tests import layouts
 
 

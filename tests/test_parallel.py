@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from runs import environment
 
-from limber_jax import parallel
 from limber_jax.errors import UserError
+from limber_jax.runtime import parallel
 
 
 def test_one_axis_takes_what_is_left():
@@ -81,7 +81,7 @@ def test_constraints_hold_on_a_mesh_and_vanish_without_one():
 FROM_FIRST = """
 import sys, time
 import jax
-from limber_jax import parallel
+from limber_jax.runtime import parallel
 from limber_jax.errors import UserError
 
 def slow():

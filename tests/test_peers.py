@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from limber_jax import peers
+from limber_jax.runtime import peers
 
 WORKER = b"""\
 E1124 22:37:28.708191   19875 coordination_service.cc:1549] [4437] Use error polling to propagate the following error \

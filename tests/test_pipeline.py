@@ -13,11 +13,11 @@ from limber_jax.config import Data, Source
 from limber_jax.config import Tokenizer as TokenizerConfig
 from limber_jax.data import transforms
 from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, order, train_batches
-from limber_jax.data.slots import Receiver
+from limber_jax.data.shared_memory import Receiver
 from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.signals import Interrupted
+from limber_jax.runtime.signals import Interrupted
 
 
 class Numbers:

@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from limber_jax import parallel
 from limber_jax.errors import UserError
+from limber_jax.runtime import parallel
 from limber_jax.weights import load, projection
 from limber_jax.weights.digest import digest
 

@@ -8,7 +8,7 @@ import pytest
 from limber_jax.config import Compute
 from limber_jax.models import prompt
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
-from limber_jax.parallel import make_mesh, shardings
+from limber_jax.runtime.parallel import make_mesh, shardings
 from limber_jax.weights import convert
 
 FP32 = Compute(dtype="float32")

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from limber_jax import report
 from limber_jax.errors import UserError
-from limber_jax.evals import published
+from limber_jax.reports import published
 
 # As LiMBeR's table 1 has them, typed from the paper's facts and not from published.json: NoCaps CIDEr-D in, out, near
 # and all, CLIP-S, RefCLIP-S; COCO CIDEr-D, CLIP-S, RefCLIP-S.

@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import environment, losses
 
-from limber_jax import parallel
 from limber_jax.data.pipeline import order
 from limber_jax.errors import UserError
+from limber_jax.runtime import parallel
 
 
 def recorded() -> dict[tuple[str, str], list[int]]:
@@ -109,9 +109,11 @@ import numpy as np
 from absl import flags
 sys.path.insert(0, {tests!r})
 flags.FLAGS.mark_as_parsed()
-from limber_jax import encode, parallel, train
+from limber_jax.training import loop
+from limber_jax import encode
+from limber_jax.runtime import parallel
 from limber_jax.config import Checkpoint, Evaluation, Source
-from limber_jax.data.damage import Damage
+from limber_jax.data.bad_records import Damage
 from runs import tiny, tiny_limber
 
 workdir, mesh, processes, what = sys.argv[1:]
@@ -138,7 +140,7 @@ else:
     log.write(json.dumps([step, rows.tolist(), batch["index"].tolist()]) + "\\n")
     return read(self, step, batch)
   Damage.read = logged
-  train.train(config, workdir, log=lambda line: print(line, flush=True))
+  loop.train(config, workdir, log=lambda line: print(line, flush=True))
 """
 
 

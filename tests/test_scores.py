@@ -8,10 +8,10 @@ import sys
 import pytest
 from runs import environment, losses, tiny, zeroshot
 
+from limber_jax.checkpoints.scores import TRIES, Scores, read
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
-from limber_jax.scores import TRIES, Scores, read
-from limber_jax.train import train
+from limber_jax.training.loop import train
 
 
 def test_an_evaluation_that_fails_costs_its_own_figures(tmp_path, monkeypatch):
@@ -73,10 +73,10 @@ import json, os, random, resource, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("ignore")
 import numpy as np
-from limber_jax import train as train_lib
+from limber_jax.training import loop
 from limber_jax.config import Checkpoint
 from limber_jax.data.sources.digits import Digits
-from limber_jax.scores import Scores
+from limber_jax.checkpoints.scores import Scores
 from runs import tiny, zeroshot
 
 EVERY, STEPS = 4, 12
@@ -85,7 +85,7 @@ POINTS = [(step, name) for name, e in evals.items() for step in range(e.every, S
 KINDS = ("exception", "damage", "kill", "memory")
 
 def run(workdir, faults):
-  now, begin, evaluate, read = [], Scores.begin, train_lib.evaluate, Digits.__getitem__
+  now, begin, evaluate, read = [], Scores.begin, loop.evaluate, Digits.__getitem__
   spent = os.path.join(workdir, "spent")
 
   def begun(self, step, name):
@@ -118,8 +118,8 @@ def run(workdir, faults):
     finally:
       Digits.__getitem__ = read
 
-  Scores.begin, train_lib.evaluate = begun, failing
-  train_lib.train(tiny(steps=STEPS, checkpoint=Checkpoint(every=EVERY), evals=evals), workdir, log=lambda line: None)
+  Scores.begin, loop.evaluate = begun, failing
+  loop.train(tiny(steps=STEPS, checkpoint=Checkpoint(every=EVERY), evals=evals), workdir, log=lambda line: None)
 
 rng, out = random.Random(0), []
 for number in range(1 + int(sys.argv[2])):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from limber_jax.signals import Interrupted, StopRequest
+from limber_jax.runtime.signals import Interrupted, StopRequest
 
 
 def send(number):
@@ -99,7 +99,7 @@ def test_outside_of_the_main_thread_the_flag_is_set_by_hand():
 def test_a_command_that_is_done_is_not_ended_by_a_late_signal():
   code = """if True:
     import os, signal
-    from limber_jax.signals import StopRequest
+    from limber_jax.runtime.signals import StopRequest
     with StopRequest(at_end=True):
       os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ import pytest
 
 from limber_jax.config import Source
 from limber_jax.data.pipeline import train_batches
-from limber_jax.data.slots import Parcel, Receiver, Sender
+from limber_jax.data.shared_memory import Parcel, Receiver, Sender
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data import transforms
 from limber_jax.data.sources.coco import Coco
 from limber_jax.data.sources.digits import CLASSES, Digits
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 from tests import standins
 
 WRITERS = {"coco": standins.write_coco, "karpathy": standins.write_karpathy, "nocaps": standins.write_nocaps,

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from limber_jax import parallel, registry
+from limber_jax import registry
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import pipeline, transforms
 from limber_jax.data.sources import tars
@@ -31,7 +31,8 @@ from limber_jax.data.sources.packed import from_bytes, to_bytes
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.pack import guess, pack
-from limber_jax.train import train
+from limber_jax.runtime import parallel
+from limber_jax.training.loop import train
 from tests import layouts
 from tests.runs import losses, tiny
 
@@ -621,7 +622,8 @@ def png_bomb(side):
 BOMBS = """if True:
   import os, resource, sys, time, warnings
   warnings.simplefilter("ignore")
-  from limber_jax import parallel, registry
+  from limber_jax import registry
+  from limber_jax.runtime import parallel
   from limber_jax.config import Source
   from limber_jax.data.transforms import decode
   from limber_jax.errors import UserError

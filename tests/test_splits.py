@@ -15,7 +15,7 @@ from limber_jax.config import Data, Evaluation, Source, Unnamed
 from limber_jax.errors import UserError
 from limber_jax.evals.splits import named
 from limber_jax.tasks.contrastive import Contrastive
-from limber_jax.train import make_eval
+from limber_jax.training.setup import make_eval
 from tests import layouts, made, standins
 from tests.runs import tiny
 

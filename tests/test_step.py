@@ -8,13 +8,13 @@ import optax
 import pytest
 from runs import Poisoned, batches, run, tiny
 
-from limber_jax import optim
 from limber_jax.config import Compute, Loss, Optim, Spike
 from limber_jax.data import pipeline, tokenizers
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 from limber_jax.losses import MAX_LOG_SCALE
 from limber_jax.tasks.contrastive import Contrastive
+from limber_jax.training import optimizer
 
 # Rounding differs from mesh to mesh, and training amplifies it: at a rate of 1e-3 and a batch of 16, a ResNet in train
 # mode passes 1e-5 within 20 steps without any fault.
@@ -141,7 +141,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
 
 
 def test_an_update_that_is_no_number_is_skipped_too(monkeypatch):
-  monkeypatch.setattr(optim, "make", lambda *_: optax.scale(float("nan")))
+  monkeypatch.setattr(optimizer, "make", lambda *_: optax.scale(float("nan")))
   config = tiny()
   metrics, states = run(config, batches(config, 1), Contrastive)
   assert np.isfinite(metrics[0]["loss"]) and np.isfinite(metrics[0]["grad_norm"]) and metrics[0]["skipped"] == 1

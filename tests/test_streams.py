@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from limber_jax import streams
+from limber_jax.runtime import streams
 
 # A command that prints 200 lines and writes a file of them; its standard output is all that it makes if told so.
 COMMAND = """if True:

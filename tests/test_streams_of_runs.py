@@ -14,7 +14,7 @@ import pytest
 from runs import environment, losses, pictures, tiny_limber, untrained
 
 from limber_jax import cli
-from limber_jax.manifest import compare
+from limber_jax.checkpoints.manifest import compare
 
 EXPERIMENT = """
 import sys, time

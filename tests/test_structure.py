@@ -15,15 +15,17 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "config", "ranges", "registry", "errors", "cli", "help", "log", "parallel", "signals", "peers",
-   "goodput", "watchdog", "lock", "streams", "atomic", "inputs"},
-  {"models", "optim", "data", "metrics"},
-  {"state", "checkpoint", "manifest", "scores", "workdirs"},
-  {"weights", "generate"},
+  {"__init__", "losses", "config", "ranges", "registry", "errors"},
+  {"runtime"},
+  {"cli", "help", "models", "data", "metrics"},
+  {"checkpoints"},
+  {"weights", "decoding"},
   {"tasks"},
   {"evals"},
-  {"recipes", "train", "evaluate", "encode", "captioner", "caption", "vqa", "classify", "convert", "health",
-   "inspect", "output", "pack", "report", "report_pictures", "report_runs", "train_tokenizer"},
+  {"training"},
+  {"inference", "reports"},
+  {"recipes", "train", "evaluate", "encode", "caption", "vqa", "classify", "convert", "health", "inspect", "pack",
+   "report", "train_tokenizer"},
   {"bench"},
 )
 

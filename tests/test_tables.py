@@ -23,7 +23,7 @@ from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import lines as list_lines
 from limber_jax.inspect import inspect, lines
 from limber_jax.pack import pack
-from limber_jax.train import train
+from limber_jax.training.loop import train
 from limber_jax.vqa import read_lines
 from tests import layouts
 from tests.runs import tiny

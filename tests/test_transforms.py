@@ -23,7 +23,7 @@ from limber_jax.data.transforms import (
   random_box,
 )
 from limber_jax.errors import UserError
-from limber_jax.inputs import IMAGE
+from limber_jax.runtime.inputs import IMAGE
 
 
 def picture(width, height, seed=0):

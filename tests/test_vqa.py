@@ -10,8 +10,9 @@ import pytest
 import runs
 from test_caption import command, opened
 
-from limber_jax.captioner import Written, read_run, setup, to_use
 from limber_jax.errors import UserError
+from limber_jax.inference.captioner import Written
+from limber_jax.inference.projections import read_run, setup, to_use
 from limber_jax.vqa import answers, question_text, read_lines
 
 LENGTH = 160  # of the sequence by hand

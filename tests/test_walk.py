@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from runs import tiny, tiny_limber, zeroshot
 
-from limber_jax import config, optim, ranges, registry
+from limber_jax import config, ranges, registry
 from limber_jax.config import Evaluation, Source, flatten, from_json, to_json
 from limber_jax.errors import UserError
 from limber_jax.models import gptj
+from limber_jax.training import optimizer
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = ("0", "1", "-1", "2", "3", "7", "16", "1000", "-1000", "1000000", "2147483648", "100000000000",
@@ -111,7 +112,7 @@ def test_a_setting_passes_and_comes_back_from_its_json_or_is_one_line():
     assert all(map(math.isfinite, values)), (name, text)
     try:
       registry.lookup("task", registry.TASKS, task).of(c)
-      optim.make(c.optim, c.steps)
+      optimizer.make(c.optim, c.steps)
     except UserError as error:
       assert "\n" not in str(error), (name, text, error)
     passed += 1
@@ -124,7 +125,7 @@ import json, os, resource, runpy, sys, traceback
 import jax, numpy as np
 import limber_jax.train, limber_jax.evaluate
 from limber_jax import cli
-from limber_jax.train import train
+from limber_jax.training.loop import train
 
 def main():
   holder, workdir = cli.define_config(), sys.argv.pop()

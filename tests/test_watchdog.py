@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from limber_jax import watchdog
-from limber_jax.goodput import Ledger
-from limber_jax.watchdog import EXIT_CODE, Watchdog
+from limber_jax.runtime import watchdog
+from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.watchdog import EXIT_CODE, Watchdog
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_zero_waits_for_ever(guarded):
 def test_the_process_ends_with_all_stacks_on_stderr(tmp_path):
   code = """if True:
     import sys, threading, time
-    from limber_jax.goodput import Ledger
-    from limber_jax.watchdog import Watchdog
+    from limber_jax.runtime.goodput import Ledger
+    from limber_jax.runtime.watchdog import Watchdog
     def waits_in_a_thread(): time.sleep(1000)
     def waits_in_the_main_thread(): threading.Lock().acquire() and threading.Event().wait()
     threading.Thread(target=waits_in_a_thread).start()

@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from limber_jax import config as config_lib
-from limber_jax import parallel
-from limber_jax.checkpoint import Checkpoints
+from limber_jax.checkpoints.manager import Checkpoints
+from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint, Compute, Config, Init
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
@@ -30,7 +30,7 @@ from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize, check_end
 from limber_jax.models.vit import ViTSize
-from limber_jax.state import TrainState
+from limber_jax.runtime import parallel
 from limber_jax.weights import adopt, beside, convert, export, files, load
 
 TEXT = TextSize(context=12, vocab=99, width=64, layers=2, heads=1)

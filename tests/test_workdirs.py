@@ -6,7 +6,7 @@ import shutil
 import pytest
 import runs
 
-from limber_jax import workdirs
+from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
 
 

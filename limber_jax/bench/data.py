@@ -42,7 +42,7 @@ from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
 from limber_jax.pack import pack
-from limber_jax.train import train
+from limber_jax.training.loop import train
 
 _IMAGES = flags.DEFINE_integer("images", 512, "JPEG files, of 500 × 375 pixels.", 4)
 _SIZE = flags.DEFINE_integer("size", 224, "Pixels of a side of the result.", 1, 375)

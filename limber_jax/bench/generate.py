@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from limber_jax import generate
 from limber_jax.bench import measure
 from limber_jax.config import Compute, Decoding
+from limber_jax.decoding import generate
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import gptj
 from limber_jax.models.gptj import GPTJ, GPTJSize

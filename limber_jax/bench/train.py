@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from limber_jax import cli, optim, parallel, registry
+from limber_jax import cli, registry
 from limber_jax.bench import measure
 from limber_jax.bench.measure import count_flops
+from limber_jax.checkpoints.state import Frozen, check_trainable, split
 from limber_jax.config import Config
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
@@ -36,9 +37,10 @@ from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import Limber, LimberSize
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.state import Frozen, check_trainable, split
+from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
-from limber_jax.tasks.step import make_init, make_step
+from limber_jax.training import optimizer
+from limber_jax.training.train_step import make_init, make_step
 from limber_jax.weights import export
 
 _CONFIG = cli.define_config()
@@ -173,7 +175,7 @@ def jax_step(task: Task, config: Config, batch: dict[str, np.ndarray]) -> tuple[
   mesh = parallel.make_mesh(vars(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
   check_trainable(config.trainable, jax.eval_shape(task.init, jax.random.key(0))[0])
-  tx = optim.make(config.optim, config.steps)
+  tx = optimizer.make(config.optim, config.steps)
   rng = jax.random.key(config.seed)
   init = make_init(task, tx, config.trainable)
 
@@ -186,7 +188,7 @@ def jax_step(task: Task, config: Config, batch: dict[str, np.ndarray]) -> tuple[
   with jax.set_mesh(mesh):
     state, frozen = jax.jit(create, out_shardings=layout)(rng)
     compiled, seconds = measure.compiled(
-      make_step(task, tx, optim.schedule(config.optim, config.steps)), state, frozen,
+      make_step(task, tx, optimizer.schedule(config.optim, config.steps)), state, frozen,
       parallel.global_batch(batch, mesh), rng, donate_argnums=0,
       out_shardings=(layout[0], parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
   facts = {

@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data import sources
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 READERS = 16   # threads: a network's file system answers many at a time
 PIECE = 8192   # files that are asked for before the next ones are named

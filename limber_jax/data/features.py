@@ -16,10 +16,10 @@ import ml_dtypes  # noqa: F401 (numpy then knows "bfloat16")
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from limber_jax.atomic import atomic_write, commit
 from limber_jax.config import flatten
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
+from limber_jax.runtime.atomic import atomic_write, commit
 
 VERSION = 1
 FINISHED, UNFINISHED = "manifest.json", "unfinished.json"

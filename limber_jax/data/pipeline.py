@@ -28,13 +28,13 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from limber_jax.config import Data
-from limber_jax.data import slots
+from limber_jax.data import shared_memory
 from limber_jax.data.images import ImageOptions
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
-from limber_jax.signals import SIGNALS
+from limber_jax.runtime.signals import SIGNALS
 
 Batch = dict[str, np.ndarray]
 
@@ -90,7 +90,7 @@ class Batches(Iterator[Batch]):
   A worker that was killed, or stopped for STOPPED seconds, is a UserError from next() within 30 s.
   """
 
-  def __init__(self, iterator: Any, join: slots.Receiver, workers: int = 0):
+  def __init__(self, iterator: Any, join: shared_memory.Receiver, workers: int = 0):
     self._watch = _Watch() if workers else None
     self._held = [iterator, join, *([self._watch] if workers else [])]
     # Also when the interpreter ends: Grain's own iterators then fail to close themselves, and say so on the terminal.
@@ -178,14 +178,14 @@ def _is_stopped(pid: int) -> bool:
     return False
 
 
-_sender: slots.Sender | None = None  # of a worker
+_sender: shared_memory.Sender | None = None  # of a worker
 
 
 def _start_worker(index: int, count: int, slots_: int) -> None:
   """Runs first in a worker: signals that go to all processes of a run are its parent's to answer."""
   global _sender
   del index, count
-  _sender = slots.Sender(slots_)
+  _sender = shared_memory.Sender(slots_)
   for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   end_with_parent()
@@ -393,7 +393,7 @@ def _stack(examples: Sequence[dict[str, Any]]) -> Batch:
   return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def _sent(piece: Batch) -> dict[str, np.ndarray | slots.Parcel]:
+def _sent(piece: Batch) -> dict[str, np.ndarray | shared_memory.Parcel]:
   return _sender(piece) if _sender else piece
 
 
@@ -406,14 +406,14 @@ def _batches(examples: _Examples, start: int, stop: int, workers: int, threads: 
   read = max(threads, ahead) if threads else 0
   stream = pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read))
   if workers:
-    slots.check_room(workers)
+    shared_memory.check_room(workers)
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only commands parse
     # For what was read, is on its way, and is being joined.
     start_worker = functools.partial(_start_worker, slots_=read + 2 * ahead + 2)
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
                                 start_worker)
-  join = slots.Receiver()
+  join = shared_memory.Receiver()
   iterator = iter(ThreadPrefetchIterDataset(stream.batch(parts, batch_fn=join), prefetch_buffer_size=prefetch))
   if prefetch:  # Grain would start even without it, and read on for ever
     iterator.start_prefetch()

@@ -16,11 +16,12 @@ import numpy as np
 import regex
 import tokenizers
 
-from limber_jax import config, inputs, registry
-from limber_jax.atomic import atomic_write, check, refusal
+from limber_jax import config, registry
 from limber_jax.data import vocabularies
 from limber_jax.data.vocabularies import BYTE, LETTER
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
+from limber_jax.runtime.atomic import atomic_write, check, refusal
 
 START, END = vocabularies.START, vocabularies.END
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limber_jax import inputs
 from limber_jax.config import choose
 from limber_jax.data import bounds
 from limber_jax.data.images import PLAIN, ImageOptions, sniff, to_rgb, turned
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator | None], Record]

@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from limber_jax import inputs
 from limber_jax.data.text import decode
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -26,9 +26,9 @@ from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
 from limber_jax.evals.grouped import by_image
 from limber_jax.evals.items import Collected, Items
-from limber_jax.parallel import from_each, from_first, global_batch, global_flags, local_rows, replicated
 from limber_jax.registry import SOURCES, lookup
-from limber_jax.signals import Interrupted
+from limber_jax.runtime.parallel import from_each, from_first, global_batch, global_flags, local_rows, replicated
+from limber_jax.runtime.signals import Interrupted
 
 CHUNK = 2**24  # scores held at a time: 64 MB
 NAMED = 20     # damaged items that `Runner.facts` names

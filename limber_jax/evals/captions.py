@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from limber_jax.atomic import atomic_write
 from limber_jax.config import Compute, Evaluation, choose
 from limber_jax.data import tokenizers, transforms
 from limber_jax.errors import UserError
@@ -25,7 +24,8 @@ from limber_jax.metrics import captions as metric
 from limber_jax.metrics.clipscore import PREFIX, clip_score, ref_clip_score
 from limber_jax.models import clip
 from limber_jax.models.text import check_end
-from limber_jax.parallel import from_first, place, replicated
+from limber_jax.runtime.atomic import atomic_write
+from limber_jax.runtime.parallel import from_first, place, replicated
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
 from limber_jax.weights.digest import digest

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from limber_jax.atomic import atomic_write, refusal
 from limber_jax.data.sources import clip_benchmark as source
 from limber_jax.errors import UserError
+from limber_jax.runtime.atomic import atomic_write, refusal
 
 FOLDER = "clip_benchmark"           # of a workdir, where results in CLIP_benchmark's form go
 DATACOMP = "eval_results.jsonl"     # in a workdir, as DataComp writes it

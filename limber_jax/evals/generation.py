@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from limber_jax.decoding.generate import row_keys
 from limber_jax.evals.base import Runner
 from limber_jax.evals.items import Collected
-from limber_jax.generate import row_keys
 
 
 class Writer:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from limber_jax.atomic import atomic_write
 from limber_jax.config import Evaluation, choose
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
@@ -17,6 +16,7 @@ from limber_jax.evals.generation import Writer
 from limber_jax.evals.words import references_of
 from limber_jax.metrics.chair import OBJECTS, Chair, chair, first_sentence, shown
 from limber_jax.metrics.words import tokens
+from limber_jax.runtime.atomic import atomic_write
 
 WANTED = "COCO's instances_val2014.json (annotations_trainval2014.zip of https://cocodataset.org/#download)"
 METRICS = ("chair", "run_off")

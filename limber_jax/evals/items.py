@@ -20,8 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from limber_jax.errors import UserError
-from limber_jax.lock import NAME, Lock
-from limber_jax.parallel import from_first
+from limber_jax.runtime.lock import NAME, Lock
+from limber_jax.runtime.parallel import from_first
 
 
 @dataclass(frozen=True)

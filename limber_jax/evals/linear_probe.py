@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError, did_you_mean
@@ -30,7 +29,8 @@ from limber_jax.evals.zeroshot import (
 )
 from limber_jax.metrics import classification
 from limber_jax.metrics.logistic import GRID, Fits, fit, fit_each, search
-from limber_jax.parallel import from_first
+from limber_jax.runtime.atomic import save_figure
+from limber_jax.runtime.parallel import from_first
 
 METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
 FIFTH = 5  # of the training set, where there is no validation set

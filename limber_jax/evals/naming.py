@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
@@ -19,6 +18,7 @@ from limber_jax.evals.generation import Writer
 from limber_jax.evals.items import Collected
 from limber_jax.evals.zeroshot import check_labels, class_names
 from limber_jax.metrics.words import WORDNET_FROM, WordNet, singular
+from limber_jax.runtime.atomic import save_figure
 
 SHEET = (5, 8)  # rows and columns of the picture
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from limber_jax.atomic import atomic_write, save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data import pipeline
 from limber_jax.errors import UserError
@@ -26,7 +25,8 @@ from limber_jax.evals.base import Context, Runner, Stopped
 from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, chosen_templates, ensemble, prompts, rank
 from limber_jax.evals.zeroshot import scorer as scores_by
 from limber_jax.metrics.statistics import at_least, bonferroni, interval
-from limber_jax.parallel import from_each, from_first, place, replicated
+from limber_jax.runtime.atomic import atomic_write, save_figure
+from limber_jax.runtime.parallel import from_each, from_first, place, replicated
 
 SAVE = 200          # batches of training data between two savings
 SHEET = 12          # pairs in each of the three rows of the picture

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from limber_jax.atomic import atomic_write, save_figure
 from limber_jax.config import Evaluation, choose
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
@@ -28,7 +27,8 @@ from limber_jax.evals.words import references_of
 from limber_jax.metrics import logistic
 from limber_jax.metrics.classification import roc_auc
 from limber_jax.metrics.words import FUNCTION_WORDS, tokens, word_list
-from limber_jax.parallel import from_first
+from limber_jax.runtime.atomic import atomic_write, save_figure
+from limber_jax.runtime.parallel import from_first
 
 METRICS = ("category", "attributes", "nearest", "length", "picture")
 LENGTHS = (1, 4, 16, 64)  # prompt tokens that are left

@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import special
 
-from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.transforms import decode
@@ -26,6 +25,7 @@ from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context, Runner
 from limber_jax.evals.zeroshot import by_class, chosen_templates, ensemble, load_classes, plain, prompts, rank, scorer
 from limber_jax.metrics.statistics import Line, effective_robustness, fit, gap_cut, relative_robustness
+from limber_jax.runtime.atomic import save_figure
 
 # The sets, and how the paper writes their names; ImageNet itself is what they are held against.
 SETS = {"imagenet": "ImageNet", "imagenet_v2": "ImageNetV2", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R",

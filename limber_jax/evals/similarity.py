@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from limber_jax.atomic import save_figure
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.evals.base import Context, Runner
 from limber_jax.evals.zeroshot import check_labels, chosen_templates, class_names, ensemble, prompts
+from limber_jax.runtime.atomic import save_figure
 
 MOST = 16  # rows and columns that can still be read
 

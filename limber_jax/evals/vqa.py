@@ -16,16 +16,16 @@ from limber_jax.data.contents import contents
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Record, Transform
+from limber_jax.decoding import interleaved
+from limber_jax.decoding.generate import row_keys
+from limber_jax.decoding.interleaved import SEPARATOR, Layout, example_text, question_text
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
-from limber_jax.generate import row_keys
 from limber_jax.metrics import vqa
 from limber_jax.models.gptj import Cache
 from limber_jax.models.limber import part
-from limber_jax.parallel import from_first, replicated
 from limber_jax.registry import SOURCES, lookup
-from limber_jax.tasks import interleaved
-from limber_jax.tasks.interleaved import SEPARATOR, Layout, example_text, question_text
+from limber_jax.runtime.parallel import from_first, replicated
 
 METRICS = ("accuracy", "truncated", "blind_text", "blind_zeros")
 

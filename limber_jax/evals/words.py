@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from limber_jax.atomic import atomic_write, save_figure
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
@@ -18,7 +17,8 @@ from limber_jax.evals.generation import Writer
 from limber_jax.evals.zeroshot import lines
 from limber_jax.metrics import words as metric
 from limber_jax.metrics.words import Word
-from limber_jax.parallel import from_first
+from limber_jax.runtime.atomic import atomic_write, save_figure
+from limber_jax.runtime.parallel import from_first
 
 
 class Words:

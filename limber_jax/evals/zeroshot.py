@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax import inputs
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.text import decode
@@ -23,6 +22,7 @@ from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals import datasets
 from limber_jax.evals.base import Context
 from limber_jax.metrics import classification
+from limber_jax.runtime import inputs
 
 # Figures by what they need of the data: one class an image, groups too, two classes in all, several classes an image.
 FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5", "f1_macro")

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from limber_jax.parallel import BATCH, make_mesh
+from limber_jax.runtime.parallel import BATCH, make_mesh
 
 A_DECADE = 8      # strengths
 # CLIP's: 96 steps of one size. Its λ multiplies half the squared norm beside the sum of losses: scikit-learn's 1 / C.

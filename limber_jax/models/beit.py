@@ -15,8 +15,8 @@ import numpy as np
 from limber_jax.config import Compute
 from limber_jax.models.layers import ACTIVATIONS, BLOCK_SHARDING, Features, LayerNorm, Rows, scan, under
 from limber_jax.models.linear import Conv, Dense, broadcast
-from limber_jax.parallel import BATCH, constrain
 from limber_jax.ranges import ranged
+from limber_jax.runtime.parallel import BATCH, constrain
 
 
 @dataclass

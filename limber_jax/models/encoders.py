@@ -22,8 +22,8 @@ from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
 from limber_jax.models.nfnet import NfResNet, NfResNetSize
 from limber_jax.models.resnet import ResNet, ResNetSize
 from limber_jax.models.vit import ViT, ViTSize
-from limber_jax.parallel import Rules
 from limber_jax.ranges import ranged
+from limber_jax.runtime.parallel import Rules
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -17,8 +17,8 @@ from limber_jax.errors import UserError
 from limber_jax.models.adapters import AdapterSize, adapted
 from limber_jax.models.layers import BLOCK_SHARDING, REMAT, LayerNorm, Rows, under
 from limber_jax.models.linear import Dense, broadcast, matmul
-from limber_jax.parallel import BATCH, constrain
 from limber_jax.ranges import COUNT, ranged
+from limber_jax.runtime.parallel import BATCH, constrain
 
 
 @dataclass(unsafe_hash=True)  # an attribute of linen modules, which are hashed; not to be changed once built

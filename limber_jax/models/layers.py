@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models.linear import Dense
-from limber_jax.parallel import BATCH, constrain
+from limber_jax.runtime.parallel import BATCH, constrain
 
 Init = Callable[..., jax.Array]
 

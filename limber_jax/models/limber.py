@@ -17,8 +17,8 @@ from limber_jax.models.adapters import AdapterSize
 from limber_jax.models.encoders import Encoder, EncoderSize
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
-from limber_jax.parallel import Rules, within
 from limber_jax.ranges import ranged
+from limber_jax.runtime.parallel import Rules, within
 
 
 @dataclass

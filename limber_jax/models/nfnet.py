@@ -16,8 +16,8 @@ import numpy as np
 from limber_jax.config import Compute
 from limber_jax.models.layers import Features, Rows, scan, under
 from limber_jax.models.linear import broadcast, conv
-from limber_jax.parallel import BATCH, constrain
 from limber_jax.ranges import ranged
+from limber_jax.runtime.parallel import BATCH, constrain
 
 
 @dataclass

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from limber_jax.config import Compute
 from limber_jax.models.layers import BatchNorm, Features, Rows, attention_kernel, scan, torch_uniform, under
 from limber_jax.models.linear import Conv, Dense, broadcast
-from limber_jax.parallel import BATCH, constrain
 from limber_jax.ranges import ranged
+from limber_jax.runtime.parallel import BATCH, constrain
 
 
 @dataclass

@@ -8,7 +8,7 @@ import jax
 from limber_jax.config import Data
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
-from limber_jax.parallel import Rules
+from limber_jax.runtime.parallel import Rules
 
 
 class Task(Protocol):

@@ -16,14 +16,15 @@ from limber_jax import losses, ranges
 from limber_jax.config import Captions, Config, Data, Decoding, flatten
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
+from limber_jax.decoding import interleaved
+from limber_jax.decoding.generate import check as check_decoding
+from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
-from limber_jax.generate import check as check_decoding
-from limber_jax.generate import generate
 from limber_jax.models.limber import Limber, LimberSize, part
 from limber_jax.models.prompt import prefix_inputs
 from limber_jax.models.resnet import ResNetSize
-from limber_jax.parallel import WHOLE, Rules, within
-from limber_jax.tasks import interleaved, pieces
+from limber_jax.runtime.parallel import WHOLE, Rules, within
+from limber_jax.tasks import microbatches
 from limber_jax.weights import load
 
 
@@ -164,7 +165,7 @@ class Captioning:
         metrics |= {part(key, name): value for key, value in found.items()}
       return total, metrics
 
-    loss, metrics = pieces.add_up(piece, trained, batch, rng, self.accumulate)
+    loss, metrics = microbatches.add_up(piece, trained, batch, rng, self.accumulate)
     return loss, (metrics, changed)
 
   def _encode_frozen(self, params, stats, batch, rng) -> tuple[dict[str, jax.Array], dict]:

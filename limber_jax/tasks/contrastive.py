@@ -14,8 +14,8 @@ from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.models.text import check_end
-from limber_jax.parallel import BATCH, WHOLE, Rules, place, within
-from limber_jax.tasks import pieces
+from limber_jax.runtime.parallel import BATCH, WHOLE, Rules, place, within
+from limber_jax.tasks import microbatches
 from limber_jax.weights import load
 
 
@@ -101,7 +101,7 @@ class Contrastive:
   def _embed(self, params, stats, images, tokens):
     """Returns (image [N, E], text [N, E], stats), going through the towers in `accumulate` pieces."""
     image_stats = stats.get("image", {})
-    count = pieces.fitting(self.accumulate, len(images))
+    count = microbatches.fitting(self.accumulate, len(images))
     if count == 1:
       train = "image" in self.trainable
       image, image_stats = self.model.encode_image(params["image"], image_stats, images, train=train)
@@ -115,8 +115,8 @@ class Contrastive:
       image, _ = self.model.encode_image(params["image"], image_stats, args[0])
       return image.pooled, self.model.encode_text(params["text"], args[1]).pooled
 
-    image, text = jax.lax.map(piece, (pieces.split(images, count), pieces.split(tokens, count)))
-    return pieces.join(image), pieces.join(text), stats
+    image, text = jax.lax.map(piece, (microbatches.split(images, count), microbatches.split(tokens, count)))
+    return microbatches.join(image), microbatches.join(text), stats
 
   def project(self, params: dict) -> dict:
     if "logit_scale" not in params:  # it is not trained

@@ -15,8 +15,8 @@ from limber_jax.errors import UserError
 from limber_jax.models import gptj
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.limber import predicting
-from limber_jax.parallel import Rules, within
-from limber_jax.tasks import pieces
+from limber_jax.runtime.parallel import Rules, within
+from limber_jax.tasks import microbatches
 from limber_jax.weights import load
 
 
@@ -77,7 +77,7 @@ class LanguageModelling:
       del rng  # no dropout: GPT-J's are 0
       return self._nats(params, batch, count)
 
-    loss, metrics = pieces.add_up(piece, params, batch, rng, self.accumulate)
+    loss, metrics = microbatches.add_up(piece, params, batch, rng, self.accumulate)
     return loss, (metrics, stats)
 
   def _nats(self, params, batch, total):

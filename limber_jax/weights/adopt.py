@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from limber_jax import workdirs
+from limber_jax.checkpoints import workdirs
 from limber_jax.config import Config
 from limber_jax.errors import UserError
 from limber_jax.models import clip

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from limber_jax import inputs
-from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
+from limber_jax.runtime.atomic import atomic_write
 from limber_jax.weights import load, names
 from limber_jax.weights.configs import naming, read_json
 

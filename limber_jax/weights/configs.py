@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from limber_jax import config as config_lib
-from limber_jax import inputs
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
 from limber_jax.models.clip import ClipSize
@@ -17,6 +16,7 @@ from limber_jax.models.layers import ACTIVATIONS
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
+from limber_jax.runtime import inputs
 from limber_jax.weights import identify, preprocessing
 from limber_jax.weights.preprocessing import Preprocessing
 

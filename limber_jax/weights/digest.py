@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limber_jax.parallel import path_name
+from limber_jax.runtime.parallel import path_name
 
 _SEEDS = (0x9E3779B9, 0x85EBCA6B)  # of two independent sums of 32 bits a leaf
 

@@ -14,7 +14,6 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from limber_jax.atomic import SUFFIX, atomic_write, check, commit, refusal
 from limber_jax.config import flatten
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, gptj
@@ -22,6 +21,7 @@ from limber_jax.models.clip import ClipSize
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
 from limber_jax.models.vit import ViTSize
+from limber_jax.runtime.atomic import SUFFIX, atomic_write, check, commit, refusal
 from limber_jax.weights import convert, preprocessing
 
 HALF = tuple(f"{kind}{SUFFIX}" for kind in (".safetensors", ".json"))  # of files that are not whole

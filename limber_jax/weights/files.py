@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from limber_jax import inputs
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 from limber_jax.weights import pickles
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -36,8 +36,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from limber_jax import workdirs
-from limber_jax.checkpoint import Checkpoints, kept_frozen
+from limber_jax.checkpoints import workdirs
+from limber_jax.checkpoints.manager import Checkpoints, kept_frozen
 from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError

@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
+from limber_jax.runtime.atomic import atomic_write
 
 KEYS = ("encoder", "lm", "digests", "config", "step", "version")
 PARTS = {"image": "image encoder", "lm": "language model"}

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from limber_jax import inputs
 from limber_jax.data import text
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 OBJECT = 2**20  # bytes of the JSON object of one record
 

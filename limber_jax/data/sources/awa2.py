@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 WANTED = ("Animals_with_Attributes2 with classes.txt, predicates.txt, predicate-matrix-binary.txt and "
           "JPEGImages/<animal>/*.jpg: the base package and the images of https://cvml.ista.ac.at/AwA2/")

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of, image_files, told
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")  # the likeliest first
 TEXT_KEYS = ("caption", "captions", "title", "text")  # where a caption is there, a title is often a file's name

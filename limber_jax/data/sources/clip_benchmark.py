@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import captions_of
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
 from limber_jax.data.sources.webdataset import MAX_SHARDS, MAX_TEXT
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 COUNT, TYPE = "nshards.txt", "dataset_type.txt"
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import tars
 from limber_jax.data.sources.trees import Directory, Tar
 from limber_jax.data.text import decode
 from limber_jax.data.transforms import MAX_PIXELS
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 # What counts as an image by its name. Some of these formats nobody decodes here: such files are named as damaged then.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".gif", ".tif", ".tiff", ".avif")

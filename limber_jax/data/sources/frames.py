@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 VID = ("labels.json", "pmsets.json")
 YTBB = ("anchor_labels.json", "pmk_labels.json", "ytbb_robustness_test_anchors_full.csv")

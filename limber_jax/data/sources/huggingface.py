@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.data.sources.annotations import image_files
 from limber_jax.data.sources.parquet import Columns, image_of, names_of
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 WANTED = f"what Dataset.save_to_disk or DatasetDict.save_to_disk wrote: a directory with {STATE} or {SPLITS}"

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import (
   OBJECT,
@@ -21,6 +20,7 @@ from limber_jax.data.sources.captions import IMAGE_KEYS
 from limber_jax.data.sources.tables import choice, line_starts
 from limber_jax.data.text import check_encoding, clean, flaw, has_controls
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 TEXT_KEYS = ("caption", "captions", "text", "texts", "title")  # the likeliest first
 LAYOUT = 'an object a line, {"image": path, "caption": …} or {"text": …}'

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 VERSION = 1
 KIND = "limber_jax pack"

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from limber_jax import inputs
 from limber_jax.config import Source
 from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of, image_files, label_of, read_image
 from limber_jax.data.sources.webdataset import shards
 from limber_jax.data.text import clean, flaw
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 WANTED = ("Parquet files with images: img2dataset's with --output_format=parquet or files, or a data set of the "
           "Hugging Face hub")

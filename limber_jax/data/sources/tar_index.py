@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
-from limber_jax import inputs
-from limber_jax.atomic import atomic_write
 from limber_jax.data.sources.tars import BLOCK, KEEP, CutOff, Member, members, shown
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
+from limber_jax.runtime.atomic import atomic_write
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from limber_jax import inputs, ranges
+from limber_jax import ranges
 from limber_jax.config import Source
+from limber_jax.runtime import inputs
 
 KEEP = "fetch it again, or read what is whole in it with source.incomplete=keep"
 

@@ -5,9 +5,9 @@ import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
 
-from limber_jax import inputs
 from limber_jax.data.sources import tars
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs
 
 
 class Directory:

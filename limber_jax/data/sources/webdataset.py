@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax import inputs, ranges
+from limber_jax import ranges
 from limber_jax.config import Source
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
 from limber_jax.data.text import decode
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.runtime import inputs
 
 WANTED = ("tars as img2dataset and webdataset write them (0000.jpg, 0000.txt, 0000.json …): a directory of them, one, "
           "or a pattern such as data/{00000..00099}.tar or 'data/*.tar'")

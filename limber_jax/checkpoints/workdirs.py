@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from limber_jax import atomic, inputs, manifest
 from limber_jax import config as config_lib
+from limber_jax.checkpoints import manifest
 from limber_jax.config import Config
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
+from limber_jax.runtime import atomic, inputs
 
 CONFIG, RUN, CHECKPOINTS = "config.json", "run.json", "checkpoints"
 WRITTEN = (CONFIG, RUN, "metrics.jsonl", "scores.json", "damage.jsonl")  # files of every run

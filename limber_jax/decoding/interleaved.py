@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limber_jax import generate
 from limber_jax.config import Decoding
 from limber_jax.data.tokenizers import Tokenizer
-from limber_jax.generate import Generated
+from limber_jax.decoding import generate
+from limber_jax.decoding.generate import Generated
 from limber_jax.models.gptj import Cache
 from limber_jax.models.limber import Limber
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-from limber_jax import inputs, parallel
-from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
+from limber_jax.runtime import inputs, parallel
+from limber_jax.runtime.atomic import atomic_write
 
 FILE = "scores.json"
 KINDS = ("figures", "failed", "begun")

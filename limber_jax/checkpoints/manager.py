@@ -3,9 +3,9 @@
 Layout: workdir/checkpoints/<step>/{params,optimizer,meta,manifest.json}. `params` holds the trained parameters and the
 statistics, so that evaluation and conversion need not know the optimizer; `optimizer` the rest of the TrainState;
 `meta` a JSON object. manifest.json says which step of which run it is, and lists size and SHA-256 of every file that
-restoring reads (limber_jax.manifest). Process 0 writes it once all processes have written, which needs the file system
-that they share anyway. A step's directory appears by a rename once all of that is there, so a killed save leaves
-nothing that counts.
+restoring reads (limber_jax.checkpoints.manifest). Process 0 writes it once all processes have written, which needs the
+file system that they share anyway. A step's directory appears by a rename once all of that is there, so a killed save
+leaves nothing that counts.
 
 A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
 before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
@@ -38,10 +38,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from limber_jax import manifest, parallel, scores, workdirs
+from limber_jax.checkpoints import manifest, scores, workdirs
+from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
-from limber_jax.state import TrainState
+from limber_jax.runtime import parallel
 
 T = TypeVar("T")
 _POLICIES = ocp.checkpoint_managers

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from limber_jax.errors import UserError
-from limber_jax.evals import datasets, published
+from limber_jax.evals import datasets
+from limber_jax.reports import published
 
 BLIND = "blind"  # what published.json calls a language model alone: figures have @blind or @blind_text behind them
 LAYOUT = {"name": str, "task": str, "model": str, "step": int, "seed": int, "weights": dict, "versions": dict,

@@ -2,7 +2,7 @@
 
 A file system that does not answer, a deadlock, another process that lives but joins no collective: none of these raises
 anything, and a machine that waits costs as much as one that works. A dead process is not waited for this long; see
-`limber_jax.peers`.
+`limber_jax.runtime.peers`.
 """
 
 import faulthandler
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from limber_jax.goodput import Ledger
+from limber_jax.runtime.goodput import Ledger
 
 EXIT_CODE = 4
 PATIENCE = 6    # times as long may take what does not go step by step: compilers, disks, evaluations

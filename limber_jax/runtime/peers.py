@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
-from limber_jax.signals import SIGNALS, StopRequest
+from limber_jax.runtime.signals import SIGNALS, StopRequest
 
 HEARTBEAT = 10  # seconds; measured: 8 to 9 pass from a kill to the end of the others
 

@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-from limber_jax.atomic import SUFFIX, atomic_write
+from limber_jax.runtime.atomic import SUFFIX, atomic_write
 
 NAME = "manifest.json"
 # Orbax writes these two after the manifest, while it commits. No restore reads them.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from limber_jax.evals import published
-from limber_jax.report_runs import (
+from limber_jax.reports import published
+from limber_jax.reports.runs import (
   BLIND,
   CAPTIONS,
   SCORES,

@@ -13,7 +13,7 @@ import optax
 from limber_jax import ranges
 from limber_jax.config import Optim
 from limber_jax.errors import UserError
-from limber_jax.parallel import path_name
+from limber_jax.runtime.parallel import path_name
 
 DECAYED = ("kernel", "embedding", "position")  # the last word of a parameter's path; the rest are gains and biases
 

@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
-from limber_jax.log import duration
+from limber_jax.runtime.atomic import atomic_write
+from limber_jax.runtime.writer import duration
 
 PHASES = ("start", "restore", "compile", "data", "step", "save", "evaluation", "lost")
 FILE = "goodput.json"

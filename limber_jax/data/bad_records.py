@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from limber_jax import parallel
-from limber_jax.atomic import atomic_write, refusal
 from limber_jax.config import Data
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
+from limber_jax.runtime import parallel
+from limber_jax.runtime.atomic import atomic_write, refusal
 
 FILE = "damage.jsonl"
 FEW = 10  # records for which no run ends, unless none at all is allowed: one bad of the first ten says little

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from limber_jax import atomic, cli, lock
-from limber_jax.signals import StopRequest
+from limber_jax import cli
+from limber_jax.runtime import atomic, lock
+from limber_jax.runtime.signals import StopRequest
 
 PROGRESS = 50  # images from which on it is told how far they are
 EVERY = 10     # seconds between two such lines

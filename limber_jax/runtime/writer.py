@@ -10,8 +10,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from limber_jax.atomic import atomic_write
 from limber_jax.errors import UserError
+from limber_jax.runtime.atomic import atomic_write
 
 _GOES_ON = "the same command goes on from the last checkpoint"
 

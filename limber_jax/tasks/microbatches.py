@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limber_jax.parallel import BATCH, constrain
+from limber_jax.runtime.parallel import BATCH, constrain
 
 
 def split(x: jax.Array, pieces: int) -> jax.Array:

@@ -19,8 +19,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from limber_jax import peers
 from limber_jax.errors import UserError
+from limber_jax.runtime import peers
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that the batch dimension is spread over

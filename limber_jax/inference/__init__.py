@@ -1,0 +1,1 @@
+"""Trained models put to use on images: what the commands call, and other programs may."""

@@ -1,0 +1,1 @@
+"""What every long-running program needs: devices and processes, signals, locks, files, streams, and what is logged."""

@@ -1,0 +1,174 @@
+"""An experiment made concrete on this machine's devices: what training and evaluation share."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from limber_jax import config as config_lib
+from limber_jax import registry
+from limber_jax.checkpoints.manager import abstract, kept_frozen
+from limber_jax.checkpoints.state import SHARDING, Frozen, TrainState, check_trainable, split
+from limber_jax.config import Config
+from limber_jax.data import tokenizers, transforms
+from limber_jax.data.images import ImageOptions
+from limber_jax.errors import UserError
+from limber_jax.evals.base import Context, Eval
+from limber_jax.evals.splits import named
+from limber_jax.runtime import parallel
+from limber_jax.tasks.base import Task
+from limber_jax.training import optimizer
+from limber_jax.weights.digest import digest
+
+
+@dataclasses.dataclass
+class Setup:
+  """An experiment made concrete on this machine's devices."""
+
+  config: Config
+  mesh: jax.sharding.Mesh
+  task: Task
+  tx: optax.GradientTransformation
+  frozen: Frozen                        # what is not trained
+  digests: dict[str, str]               # of each part of it
+  drawn: tuple[str, ...]                # its parts that are random, and not yet kept in the workdir
+  init: Callable[[], TrainState]        # a fresh state
+  like: TrainState                      # its ShapeDtypeStructs with shardings
+  tokenizer: Any
+
+
+def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
+  """Returns what training and evaluation share.
+
+  Args:
+    config: the experiment; its model's preprocessing is what `weights.adopt` made it.
+    workdir: of the run, where random frozen parts are kept; "" draws them anew.
+    only: such as "image": the other kinds of frozen parts are not loaded.
+
+  Raises:
+    UserError: settings that do not fit together, or weights that are not there or do not fit.
+  """
+  config_lib.check(config)
+  mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
+  parallel.local_rows(config.batch_size, mesh)
+  task = registry.lookup("task", registry.TASKS, config.task).of(config)
+  if config.data.features and not hasattr(task, "cached"):
+    raise UserError(f"config.data.features: there are none of task {config.task!r}, only of 'captioning'")
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  if tokenizer.vocab_size > task.vocab:
+    raise UserError(f"config.data.tokenizer has {tokenizer.vocab_size} ids, the model only {task.vocab}; "
+                    "choose another tokenizer, or set the vocab of config.model")
+  tx = optimizer.make(config.optim, config.steps)
+  rng = jax.random.key(config.seed)
+  params_like, stats_like = jax.eval_shape(task.init, rng)
+  check_trainable(config.trainable, params_like)
+
+  def cast(params):
+    """What is not trained is held in the precision it is computed in."""
+    dtype = jnp.dtype(config.compute.dtype)
+    fixed = split(params, config.trainable)[1]
+    return params | jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, fixed)
+
+  def laid_out(tree):
+    return abstract(tree, parallel.shardings(tree, (*SHARDING, *task.sharding), mesh))
+
+  params_like, stats_like = laid_out(jax.eval_shape(cast, params_like)), laid_out(stats_like)
+
+  def read(path: str, part: str) -> tuple[dict, dict]:
+    try:
+      return task.load(path, part, params_like[part], stats_like.get(part, {}), config.init.resample_positions)
+    except UserError as error:
+      raise UserError(f"--config.init.{part}: {error}") from error
+
+  def initial(parts: Iterable[str], kept: dict[str, dict]) -> tuple[dict, dict]:
+    """Returns (params, stats) of some parts, from disk, from what was `kept`, or at random."""
+    paths = {part: path for part in parts if (path := config.init.of(part))}
+    random = [part for part in parts if part not in paths and part not in kept]
+
+    def draw():  # what is not returned is not computed
+      params, stats = task.init(rng)
+      return cast({p: params[p] for p in random}), {p: stats[p] for p in random if p in stats}
+
+    with jax.set_mesh(mesh):
+      layout = jax.tree.map(lambda x: x.sharding, ({p: params_like[p] for p in random},
+                                                   {p: stats_like[p] for p in random if p in stats_like}))
+      params, stats = jax.jit(draw, out_shardings=layout)()
+    found = {part: read(path, part) for part, path in paths.items()}
+    found |= {part: (tree["params"], tree["stats"]) for part, tree in kept.items()}
+    for part, (params[part], part_stats) in found.items():
+      if part_stats:
+        stats[part] = part_stats
+    return params, stats
+
+  trained, fixed = split(params_like, config.trainable)
+  loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
+  random = [part for part in loaded if not config.init.of(part)]
+  parallel.check_fits([trained, [params_like[part] for part in loaded]], mesh, "config.model")
+  kept = {part: tree for part in random if workdir and (tree := kept_frozen(
+    workdir, part, {"params": params_like[part], "stats": stats_like.get(part, {})})) is not None}
+  frozen = Frozen(*initial(loaded, kept) if loaded else ({}, {}))
+  digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
+
+  def create(params, stats):
+    return TrainState.create(params, stats, tx, config.optim.spike.window)
+
+  like = laid_out(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
+
+  def init() -> TrainState:
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*initial(list(trained), {}))
+
+  drawn = tuple(part for part in random if part not in kept)
+  return Setup(config, mesh, task, tx, frozen, digests, drawn, init, like, tokenizer)
+
+
+def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, step: int) -> None:
+  """Raises UserError if the frozen parts are not those that the checkpoint `step` with `meta` was trained on."""
+  for part, was in meta.get("frozen", {}).items():
+    if digests.get(part) != was:
+      raise UserError(f"{workdir} was trained on other weights of {part!r}: its checkpoint {step} has the digest "
+                      f"{was[:12]}, config.init.{part} now gives {digests.get(part, 'none')[:12]}")
+
+
+def cached(setup: Setup) -> dict[str, dict[str, Any]]:
+  """Returns all that features of the experiment's encoders depend on but the data; see `data.features.describe`."""
+  options = ImageOptions.of(setup.config.data).changes()
+  return {part: what | {"weights": setup.digests[part]} | ({"images": options} if options else {})
+          for part, what in setup.task.cached(setup.config.data).items()}
+
+
+def make_eval(setup: Setup, name: str, context: Context) -> Eval:
+  """Returns an evaluation of the experiment, its data opened; raises UserError if it or its data do not fit."""
+  config = named(setup.config.evals[name], name)
+  cls = registry.lookup("evaluation", registry.EVALS, config.name)
+  if missing := sorted(set(cls.needs) - setup.task.predict().keys()):
+    fitting = [n for n, target in registry.EVALS.items()
+               if set(registry.lookup("evaluation", registry.EVALS, n).needs) <= setup.task.predict().keys()]
+    raise UserError(f"config.evals.{name}: evaluation {config.name!r} asks a model for {missing[0]!r}, which task "
+                    f"{setup.config.task!r} cannot answer; those it can: {', '.join(fitting)}")
+  try:
+    return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
+  except UserError as error:  # sources speak of the field that holds one in training
+    other = config.train is not None and config.train.path != config.source.path
+    field = "train" if other and repr(config.train.path) in str(error) else "source"
+    raise UserError(str(error).replace("config.data.source.", f"config.evals.{name}.{field}.")) from error
+
+
+def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False,
+                 waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Context:
+  """Returns what the evaluations of the experiment share; they keep no results of items. See `Context` of the rest."""
+  config = setup.config
+  options = ImageOptions.of(config.data)
+  transform = transforms.with_options(setup.task.transform(setup.tokenizer, config.data, train=False), options)
+  return Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length, decoding=config.decoding,
+                 images=options, mesh=setup.mesh, workdir=workdir, stop=stop, waiting=waiting)
+
+
+def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) -> dict[str, float]:
+  """Returns {"zeroshot/top1": …} of the evaluations given; raises evals.base.Stopped when asked to stop."""
+  predict = setup.task.predict()
+  params, stats = {**setup.frozen.params, **params}, {**setup.frozen.stats, **stats}
+  return {f"{name}/{key}": value for name, run in evals.items() for key, value in run(predict, params, stats).items()}
