@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
   def _main(inputs: list[str]) -> int:
     paths = find(inputs, ImageOptions.of(_flags.config()[0].data))
-    with _flags.output() as output:
+    with _flags.output(paths) as output:
       model = _flags.open(len(paths), _prompt.value)
       done = output.resume(lambda: {"command": "caption", **model.key()}, [{"image": path} for path in paths],
                            model.batch_size)

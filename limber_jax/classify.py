@@ -15,9 +15,10 @@ from limber_jax import cli, config
 from limber_jax.data.images import ImageFlags
 from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import load_templates
+from limber_jax.inference import destination
 from limber_jax.inference.classifier import Classifier, read_labels
 from limber_jax.inference.images import find, own_images
-from limber_jax.inference.output import Output
+from limber_jax.inference.output import OutFlags
 from limber_jax.weights import load
 
 
@@ -48,9 +49,7 @@ if __name__ == "__main__":
   _tokenizer = flags.DEFINE_string("tokenizer", "", "clip, bytes or bpe; empty: the weights' own.")
   _tokenizer_path = flags.DEFINE_string("tokenizer_path", "", "Directory or hub id of the tokenizer.")
   _images = ImageFlags()
-  _json = flags.DEFINE_bool("json", False, "Print one JSON object a line, with the probabilities of all labels.")
-  _out = flags.DEFINE_string("out", "", "Write these lines to this file, which is there once it is whole; what is "
-                             "stopped goes on.")
+  _out = OutFlags("Print one JSON object a line, with the probabilities of all labels.")
 
   def _main(inputs: list[str]) -> int:
     if not _weights.value:
@@ -62,7 +61,9 @@ if __name__ == "__main__":
       tokenizer = config.Tokenizer(_tokenizer.value or tokenizer.name, _tokenizer_path.value)
     wide = max(map(len, [*map(cli.printable, paths), "image"]))
     widths = {"image": wide, "label": max(map(len, [*labels, "label"])), "p": -6, "next": 0}
-    with Output(as_json=_json.value, path=_out.value) as output:
+    named = [_labels_file.value, _templates.value, _model.value, *destination.weights(_weights.value),
+             *destination.weights(_tokenizer_path.value)]
+    with _out.output([*paths, *named]) as output:
       model = Classifier(_weights.value, labels, load_templates(_templates.value), tokenizer, model=_model.value,
                          images=images)
       done = output.resume(lambda: {"command": "classify", **model.key()}, [{"image": p} for p in paths],
@@ -70,4 +71,4 @@ if __name__ == "__main__":
       rows = (_row(path, labels, result) for path, result in model.classify(paths[done:]))
       return output.write(rows, widths, len(paths), shown=_shown)
 
-  cli.run(_main, prints=lambda: not _out.value)
+  cli.run(_main, prints=_out.prints)

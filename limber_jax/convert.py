@@ -13,8 +13,7 @@ from absl import flags
 
 from limber_jax import cli
 from limber_jax.errors import UserError
-from limber_jax.inference import projections
-from limber_jax.runtime.atomic import check
+from limber_jax.inference import destination, projections
 from limber_jax.weights import beside, export, load, preprocessing
 
 
@@ -47,12 +46,13 @@ if __name__ == "__main__":
     if _to.value == "projection" and _model.value:
       raise UserError("--model is for CLIPs; a projection's models are those of its run")
     if _to.value == "projection":
-      check(argv[1])
+      destination.file(argv[1], what=argv[1], reads=[argv[0]])
       step = projections.export_projection(*argv, checkpoint=_checkpoint.value, name=_map.value)
       print(f"{argv[1]}: the linear map of step {step}")
     elif _checkpoint.present or _map.present:
       raise UserError("--checkpoint and --map are for --to=projection")
     else:
+      destination.directory(argv[1], what=argv[1])
       convert(*argv, _to.value, _model.value)
 
   cli.run(_main)

@@ -22,6 +22,7 @@ from limber_jax.config import Config
 from limber_jax.data import features, pipeline, transforms
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
+from limber_jax.inference import destination
 from limber_jax.runtime import lock, parallel
 from limber_jax.runtime.signals import StopRequest
 from limber_jax.training.setup import cached, setup
@@ -203,6 +204,7 @@ if __name__ == "__main__":
       raise UserError(f"unexpected argument {argv[0]!r}; settings are given as --config.field=value")
     if not _out.value:
       raise UserError("--out is missing; for example --out=features/coco")
+    destination.directory(_out.value, what=f"--out={_out.value}")
     config = cli.get_config(_config)
     parallel.start()
     encode(config, os.path.normpath(_out.value), batch_size=_batch_size.value, shard_mb=_shard_mb.value)

@@ -27,8 +27,9 @@ from limber_jax.data.pipeline import order
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
+from limber_jax.inference import destination
 from limber_jax.pack import SourceFlags
-from limber_jax.runtime.atomic import atomic_write, check
+from limber_jax.runtime.atomic import atomic_write
 
 SAMPLE = 10_000
 COLUMNS, ROWS = 8, 6         # of the contact sheet
@@ -231,9 +232,9 @@ if __name__ == "__main__":
   def _main(argv: list[str]) -> int:
     if len(argv) != 1:
       raise UserError(f"expected SRC, got {len(argv)} arguments; for example python -m limber_jax.inspect tars/")
-    if _out.value:
-      check(_out.value, what=f"--out={_out.value}")
     config = _source.source(argv[0])
+    if _out.value:
+      destination.file(_out.value, what=f"--out={_out.value}", reads=destination.data(config))
     told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value,
                           _images.options())
     print(json.dumps(told) if _json.value else

@@ -41,6 +41,7 @@ from limber_jax.data.images import FORMATS, PLAIN, ImageFlags, ImageOptions, sni
 from limber_jax.data.sources import annotations, packed
 from limber_jax.data.transforms import decode, shortest
 from limber_jax.errors import UserError
+from limber_jax.inference import destination
 from limber_jax.runtime import inputs, lock
 from limber_jax.runtime.atomic import atomic_write
 from limber_jax.runtime.signals import StopRequest
@@ -222,8 +223,7 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
                                  ("workers", workers, 0, 1024)):
     if not low <= value <= high:
       raise UserError(f"--{name}={value}: wanted {low} to {high:,}")
-  held = lock.Lock(os.path.join(out, lock.NAME), what=out, otherwise="choose another directory")
-  with held, StopRequest() as stop:
+  with lock.Lock(f"{out}/{lock.NAME}", what=out, otherwise="choose another directory"), StopRequest() as stop:
     source = registry.lookup("data source", registry.SOURCES, config.name)(config)
     packing = Packing(out, len(source), per_shard, shrink, quality, int(damaged * len(source)), images)
     what = {"kind": packed.KIND, "version": packed.VERSION, "source": config.name, "fingerprint": source.fingerprint(),
@@ -275,8 +275,7 @@ def _claim(out: str, what: dict[str, Any]) -> dict[str, Any] | None:
   try:
     os.makedirs(out, exist_ok=True)
     for name in (packed.MANIFEST, packed.UNFINISHED):
-      path = os.path.join(out, name)
-      if os.path.exists(path):
+      if os.path.exists(path := os.path.join(out, name)):
         old = annotations.load(path, packed.WANTED)
         if different := [k for k in what if old.get(k) != what[k]]:
           told = "; ".join(f"{k}: {old.get(k)!r:.40}, now {what[k]!r:.40}" for k in different[:3])
@@ -398,9 +397,10 @@ if __name__ == "__main__":
     if len(argv) != 2:
       raise UserError(f"expected SRC and DST, got {len(argv)} arguments; for example python -m limber_jax.pack "
                       "'tars/{00000..00099}.tar' packed --shrink=256")
-    manifest = pack(_source.source(argv[0]), os.path.normpath(argv[1]), shrink=_shrink.value, quality=_quality.value,
-                    per_shard=_per_shard.value, damaged=_damaged.value, workers=_workers.value,
-                    images=_images.options())
+    destination.directory(argv[1], what=argv[1])
+    manifest = pack(
+      _source.source(argv[0]), os.path.normpath(argv[1]), shrink=_shrink.value, quality=_quality.value,
+      per_shard=_per_shard.value, damaged=_damaged.value, workers=_workers.value, images=_images.options())
     return int(bool(manifest and manifest["dropped"]))
 
   cli.run(_main)

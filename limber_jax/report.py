@@ -22,6 +22,7 @@ from limber_jax import cli
 from limber_jax.config import Evaluation, flatten
 from limber_jax.errors import UserError
 from limber_jax.evals import overlap, robustness
+from limber_jax.inference import destination
 from limber_jax.reports import published
 from limber_jax.reports.figures import pictured
 from limber_jax.reports.runs import (
@@ -38,7 +39,7 @@ from limber_jax.reports.runs import (
   read,
   zeroshot_columns,
 )
-from limber_jax.runtime.atomic import atomic_write, check, is_regular, refusal, save_figure
+from limber_jax.runtime.atomic import atomic_write, is_regular, refusal, save_figure
 
 NONE = "–"       # a figure that there is not
 # Settings of an evaluation that are as everywhere; only others are shown.
@@ -109,8 +110,7 @@ def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None
   blocks += _details(one) if one else _rest(runs)
   failed = [(label_of(run, runs), name, reason) for run in runs for name, reason in run.results["failed"].items()]
   if failed:
-    shown = slice(1 if one else 0, None)
-    header = ("run", "evaluation", "reason")
+    shown, header = slice(1 if one else 0, None), ("run", "evaluation", "reason")
     blocks += ["## Failed evaluations", markdown(header[shown], [line[shown] for line in failed])]
   if one:
     origin = [*_flat({"weights": one.results["weights"], "versions": one.results["versions"]}).items()]
@@ -130,19 +130,18 @@ def write(results: dict[str, Any], workdir: str) -> None:
   _save([of(results, workdir)], os.path.join(workdir, "report.md"))
 
 
-def _check(path: str) -> None:
-  """Makes the directory of a report; raises UserError if it cannot be written there."""
+def _check(path: str, reads: Iterable[str] = ()) -> None:
+  """Makes the directory of a report; raises UserError if it cannot be written there, or is one that is read."""
   try:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
   except OSError as error:
     raise refusal(path, error) from error
-  check(path)
+  destination.file(path, what=path, reads=reads)
 
 
 def _save(runs: Sequence[Run], path: str, before: Run | None = None) -> None:
   """Writes a report and its pictures."""
-  stem = os.path.splitext(path)[0]
-  pictures = []
+  stem, pictures = os.path.splitext(path)[0], []
   _check(path)
   beside = is_regular(path)  # else there is no place beside it, as of /dev/stdout
   for name, figure in pictured(runs).items() if beside else ():
@@ -454,13 +453,14 @@ if __name__ == "__main__":
   def _main(argv: list[str]) -> None:
     if not argv:
       raise UserError("no run given; for example python -m limber_jax.report runs/limber_clip runs/limber_beit")
-    if _out.value:
-      _check(_out.value)
+    out = "" if _out.value == destination.STDOUT else _out.value
+    if out:
+      _check(out, [os.path.join(run, "results.json") for run in (*argv, _before.value or "")])
     runs, before = [read(workdir) for workdir in argv], read(_before.value) if _before.value else None
-    if _out.value:
-      _save(runs, _out.value, before)
-      print(f"written to {_out.value}")
+    if out:
+      _save(runs, out, before)
+      print(f"written to {out}")
     else:
       print(report(runs, before=before), end="")
 
-  cli.run(_main, prints=lambda: not _out.value)
+  cli.run(_main, prints=lambda: _out.value in (None, "", destination.STDOUT))

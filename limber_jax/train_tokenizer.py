@@ -15,6 +15,7 @@ from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.tokenizers import BpeTokenizer
 from limber_jax.errors import UserError
+from limber_jax.inference import destination
 from limber_jax.runtime import inputs
 
 
@@ -60,6 +61,7 @@ if __name__ == "__main__":
       raise UserError("wanted either --source=FILE, once or more, or --config=experiments/x.py, whose data are used")
     if _out.value is None:
       raise UserError("--out=DIR is missing: where tokenizer.json goes")
+    destination.directory(_out.value, what=f"--out={_out.value}")
     task = ""
     if _source.value:
       texts = (text for path in _source.value for text in lines(path))

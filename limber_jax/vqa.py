@@ -97,7 +97,8 @@ if __name__ == "__main__":
     questions = (read_lines(_questions.value, "--questions", ("image", "question")) if _questions.value else
                  [{"image": argv[0], "question": argv[1]}])
     shots = read_lines(_shots.value, "--shots", ("image", "question", "answer")) if _shots.value else []
-    with _flags.output() as output:
+    named = [_questions.value, _shots.value, *(asked["image"] for asked in (*questions, *shots))]
+    with _flags.output(named) as output:
       model = _flags.open(len(questions))
       examples = [stamped(shot) for shot in shots]
       done = output.resume(lambda: {"command": "vqa", "shots": examples, **model.key()}, questions, model.batch_size)

@@ -19,6 +19,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from limber_jax.config import flatten
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
+from limber_jax.runtime import lock
+from limber_jax.runtime.atomic import SUFFIX as HALF
 from limber_jax.runtime.atomic import atomic_write, commit
 
 VERSION = 1
@@ -149,6 +151,9 @@ def claim(directory: str, what: Spec, per_shard: int, *, write: bool) -> tuple[S
     if manifest is None:
       if stray:
         raise UserError(f"--out={directory} holds shards but no {FINISHED} that says of what; choose another directory")
+      names = os.listdir(directory) if os.path.isdir(directory) else ()
+      if there := sorted(n for n in names if not n.startswith(lock.NAME) and n != UNFINISHED + HALF):
+        raise UserError(f"--out={directory} is not empty, it has {there[0]}; choose another directory")
       manifest = what | {"records_per_shard": per_shard}
       if write:
         os.makedirs(directory, exist_ok=True)
@@ -292,6 +297,8 @@ def _read(directory: str, name: str) -> Spec | None:
   try:
     with open(path, encoding="utf-8") as file:
       manifest = json.load(file)
+    if "encoders" not in manifest and "kind" in manifest:
+      raise UserError(f"{path}: what {manifest['kind']} wrote, and no features; choose another directory for these")
     if manifest["version"] != VERSION:
       raise UserError(f"{path}: features of version {manifest['version']}, this program reads {VERSION}; {AGAIN}")
     wanted = {"source", "records", "encoders", "records_per_shard"} | ({"shards"} if name == FINISHED else set())

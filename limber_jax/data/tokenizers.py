@@ -21,7 +21,7 @@ from limber_jax.data import vocabularies
 from limber_jax.data.vocabularies import BYTE, LETTER
 from limber_jax.errors import UserError
 from limber_jax.runtime import inputs
-from limber_jax.runtime.atomic import atomic_write, check, refusal
+from limber_jax.runtime.atomic import SUFFIX, atomic_write, check, refusal
 
 START, END = vocabularies.START, vocabularies.END
 
@@ -284,6 +284,8 @@ class BpeTokenizer(Tokenizer):
       raise UserError(f"{file} is there already; choose another --out")
     try:
       os.makedirs(directory, exist_ok=True)
+      if there := sorted(name for name in os.listdir(directory) if name != cls.FILE + SUFFIX):
+        raise UserError(f"--out={directory} is not empty, it has {there[0]}; choose another directory")
     except OSError as error:
       raise refusal(f"--out={directory}", error) from error
     check(file)

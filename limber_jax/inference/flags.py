@@ -1,14 +1,16 @@
 """The flags that `caption` and `vqa` share, and what they make of a run's own settings."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from absl import flags
 
 from limber_jax.config import Config, Decoding
 from limber_jax.data.images import ImageFlags, ImageOptions
 from limber_jax.errors import UserError
+from limber_jax.inference import destination
 from limber_jax.inference.captioner import Captioner
-from limber_jax.inference.output import Output
+from limber_jax.inference.output import OutFlags, Output
 from limber_jax.inference.projections import open_projection, open_run, read_projection, read_run, to_use
 
 
@@ -66,9 +68,8 @@ class Flags:
     self._fsdp = flags.DEFINE_integer("fsdp", 1, "Devices that each hold a share of the weights, for language models "
                                       "that one cannot hold.", lower_bound=1)
     self._images = ImageFlags()
-    self._json = flags.DEFINE_bool("json", False, "Print one JSON object a line.")
-    self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, which is there once it is "
-                                    "whole; what is stopped goes on.")
+    self._out = OutFlags()
+    self.prints = self._out.prints
 
   def config(self) -> tuple[Config, str]:
     """Returns (the experiment that the flags name, the map's name); raises UserError for what does not fit."""
@@ -98,10 +99,7 @@ class Flags:
     return open_run(self._workdir.value, config, checkpoint=self._checkpoint.value or "latest", name=name,
                     blind=self._blind.value)
 
-  def prints(self) -> bool:
-    """Returns whether the terminal is all that the results go to."""
-    return not self._out.value
-
-  def output(self) -> Output:
-    """Returns where to and how the flags want it; raises UserError if the file of --out cannot be written."""
-    return Output(as_json=self._json.value, path=self._out.value)
+  def output(self, reads: Sequence[str]) -> Output:
+    """Returns where rows about what is read go; raises UserError if the file of --out must not be written."""
+    parts = [self._projection.value, *(given.partition("=")[2] for given in self._init.value)]
+    return self._out.output([*reads, *(file for path in parts for file in destination.weights(path))])

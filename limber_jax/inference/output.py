@@ -13,21 +13,34 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from absl import flags
+
 from limber_jax import cli
+from limber_jax.errors import UserError
+from limber_jax.inference import destination
+from limber_jax.inference.destination import PARTIAL
 from limber_jax.runtime import atomic, lock
 from limber_jax.runtime.signals import StopRequest
 
 PROGRESS = 50  # images from which on it is told how far they are
 EVERY = 10     # seconds between two such lines
-PARTIAL = ".partial"
 _GOES_ON = "the same command goes on from there"
 
 
 class Output:
   """Rows on the terminal or in a file. Enter it before the model is loaded, which takes a while."""
 
-  def __init__(self, *, as_json: bool = False, path: str = ""):
-    """Takes how to print, and the path of a file; "" prints. Raises UserError if that cannot be written."""
+  def __init__(self, *, as_json: bool = False, path: str = "", reads: Iterable[str] = ()):
+    """Takes how to print, and the path of a file; "" prints.
+
+    Args:
+      as_json: print an object a line, as a file has them.
+      path: of the file.
+      reads: the files that this command reads, none of which may be that.
+
+    Raises:
+      UserError: the file cannot be written, or must not be.
+    """
     self._json, self._path = as_json or bool(path), path
     self._file, self._partial = None, ""
     self._done: list[dict[str, Any]] = []    # rows that an earlier command has written
@@ -36,9 +49,12 @@ class Output:
     self._stop = StopRequest()
     self._held = contextlib.ExitStack()
     if path:
-      atomic.check(path, what=f"--out={path}")
+      destination.file(path, what=f"--out={path}", reads=reads)
       if atomic.is_regular(path):
         self._partial = os.path.realpath(path) + PARTIAL
+        if _size(self._partial) and "key" not in (_lines(self._partial) or [{}])[0]:
+          raise UserError(f"--out={path}: rows that are not all there go to {self._partial}, which is something else; "
+                          "move it away, or choose another file")
 
   def __enter__(self) -> "Output":
     if self._partial:
@@ -184,6 +200,29 @@ class Output:
       text = cli.printable(row[name] if name == "image" else " ".join(row[name].split()))
       cells.append(f"{text:>{-width}}" if width < 0 else f"{text:<{width}}")
     print("  ".join(cells).rstrip(), flush=True)
+
+
+class OutFlags:
+  """The flags --json and --out, of commands that write rows."""
+
+  def __init__(self, told: str = "Print one JSON object a line."):
+    """Defines them; `told` is the help of --json."""
+    self._json = flags.DEFINE_bool("json", False, told)
+    self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, which is there once it is "
+                                    "whole; what is stopped goes on. - is standard output, as --json.")
+
+  def prints(self) -> bool:
+    """Returns whether standard output is all that the rows go to."""
+    return self._out.value in ("", destination.STDOUT)
+
+  def output(self, reads: Iterable[str]) -> Output:
+    """Returns where to and how the flags want it; raises UserError as Output does."""
+    return Output(as_json=self._json.value or bool(self._out.value), path="" if self.prints() else self._out.value,
+                  reads=reads)
+
+
+def _size(path: str) -> int:
+  return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
