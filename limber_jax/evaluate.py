@@ -1,14 +1,16 @@
 """Evaluates a run: `python -m limber_jax.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart`.
 
 Runs the evaluations of the experiment on a checkpoint of the workdir, or with --weights on weights from elsewhere, and
-writes into the workdir results.json, report.md with the published figures beside, and pictures. What is found out about
-each item is kept below evaluation/: the same command goes on where it was stopped. An evaluation whose data are missing
-or damaged is named, and the others go on; the exit code is then 1.
+writes into the workdir, or into --out, results.json, report.md with the published figures beside, and pictures. What is
+found out about each item is kept below evaluation/: the same command goes on where it was stopped. Results of another
+run or of other weights are never replaced. An evaluation whose data are missing or damaged is named, and the others go
+on; the exit code is then 1.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -20,6 +22,7 @@ from absl import flags
 
 from limber_jax import cli, report
 from limber_jax import config as config_lib
+from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Config, Evaluation
 from limber_jax.data.images import ImageOptions
@@ -35,41 +38,44 @@ from limber_jax.weights import load
 from limber_jax.weights.adopt import adopt
 from limber_jax.weights.digest import digest
 
+FILE = "results.json"
 WAIT = 60.0          # seconds, until others have written their results
 DATA = "data/"       # what the paths of the experiments' data sets start with
 PACKAGES = ("limber_jax", "flax", "jax", "numpy", "pillow", "pycocoevalcap", "scikit-learn", "transformers")
 
 
 def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: Sequence[str] = (), weights: str = "",
-            model: str = "", data: str = "", stop: Callable[[], bool] = lambda: False,
+            model: str = "", data: str = "", out: str = "", stop: Callable[[], bool] = lambda: False,
             waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Any]:
   """Returns what results.json holds: the figures of each evaluation, and all that they rest on.
 
   Args:
     config: the experiment; changed by `only`, `weights` and `data`.
-    workdir: of the run, where results of items and pictures go.
+    workdir: of the run.
     checkpoint: "latest", "best" (by config.checkpoint.best) or a step.
     only: names of evaluations; empty for all.
     weights: what is evaluated in place of the workdir's checkpoint: a CLIP, or of task "captioning" a map.
     model: what those weights are of, where nothing beside them says it; as of `weights.load.load`.
     data: a directory in place of "data", where the experiments' data sets are.
+    out: where results of items and pictures go, and `write` is to write; "" = the workdir.
     stop: asked between batches.
     waiting: entered while a batch is awaited, see `Context`.
 
   Raises:
     UserError: no such run, checkpoint, weights or evaluation, another experiment's workdir, another process that runs
-      one of the evaluations there, or none of them could be run.
+      one of the evaluations there, none of them could be run, or the results there are of something else.
     Stopped: the run was asked to end.
   """
   names = _names(config, only)
-  items = os.path.join(workdir, "evaluation")
+  out = out or workdir
+  items = os.path.join(out, "evaluation")
   if not weights:
     _check_run(config, workdir)
   # One for each: others of the same workdir may run beside, and so may its training.
   with lock.Lock(*(os.path.join(items, f"{name}{lock.NAME}") for name in names), first=parallel.from_first,
                  otherwise="name other evaluations with --only"):
-    parallel.from_first(lambda: [atomic.check(os.path.join(workdir, f)) for f in ("results.json", "report.md")])
-    return _results(config, workdir, names, checkpoint, weights, model, data, stop, waiting)
+    parallel.from_first(lambda: [atomic.check(os.path.join(out, f)) for f in (FILE, "report.md")])
+    return _results(config, workdir, out, names, checkpoint, weights, model, data, stop, waiting)
 
 
 def _names(config: Config, only: Sequence[str]) -> list[str]:
@@ -83,14 +89,19 @@ def _names(config: Config, only: Sequence[str]) -> list[str]:
   return names
 
 
-def _results(config, workdir, names, checkpoint, weights, model, data, stop, waiting) -> dict[str, Any]:
+def _results(config, workdir, out, names, checkpoint, weights, model, data, stop, waiting) -> dict[str, Any]:
   if data:
     config.evals = {name: _moved(e, data) for name, e in config.evals.items()}
   s, params, stats, step = (imported(config, workdir, weights, model) if weights else
                             trained(config, workdir, checkpoint))
   digests = s.digests | {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
+  # What results.json is of; `run` None says that it is of weights from elsewhere.
+  what = {"name": config.name, "run": None if weights else workdirs.identity(workdir), "step": step,
+          "seed": config.seed, "weights": digests,
+          "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+  parallel.from_first(lambda: _there(what, os.path.join(out, FILE)) and None)  # before hours of work
   context = dataclasses.replace(
-    make_context(s, workdir, stop, waiting), items=os.path.join(workdir, "evaluation"), key=_key(s, digests))
+    make_context(s, out, stop, waiting), items=os.path.join(out, "evaluation"), key=_key(s, digests))
   found, failed = {}, {}
   for name in names:
     try:
@@ -102,9 +113,7 @@ def _results(config, workdir, names, checkpoint, weights, model, data, stop, wai
   if not found:
     raise UserError(f"{next(iter(failed.values()))}" if len(failed) == 1 else
                     f"none of the {len(failed)} evaluations could be run; the reasons are above")
-  return {"name": config.name, "task": config.task, "model": _published(config), "step": step, "seed": config.seed,
-          "weights": digests, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-          "evaluations": found, "failed": failed}
+  return {**what, "task": config.task, "model": _published(config), "evaluations": found, "failed": failed}
 
 
 def _check_run(config: Config, workdir: str) -> None:
@@ -196,37 +205,65 @@ def _moved(evaluation: Evaluation, data: str) -> Evaluation:
   return dataclasses.replace(evaluation, classes=moved(evaluation.classes), **sources)
 
 
-def write(found: dict[str, Any], workdir: str) -> None:
+def write(found: dict[str, Any], out: str) -> None:
   """Writes results.json, in which other evaluations of the same weights stay, report.md and its pictures.
 
-  Of sets of CLIP_benchmark and DataComp also what their tables read: `limber_jax.evals.clip_benchmark.files`.
+  Results of the same run at another step, or by other versions, are kept beside, as results-step100.json. Of sets of
+  CLIP_benchmark and DataComp also what their tables read is written: `limber_jax.evals.clip_benchmark.files`.
 
-  Raises UserError if it cannot, or if the results.json there is no such file.
+  Raises UserError if it cannot, or if the results.json there is no such file, or of something else.
   """
-  path = os.path.join(workdir, "results.json")
+  path = os.path.join(out, FILE)
   with lock.Lock(f"{path}{lock.NAME}", wait=WAIT):  # another evaluation may end at this moment
-    _write(found, workdir, path)
+    _write(found, out, path)
 
 
-def _write(found: dict[str, Any], workdir: str, path: str) -> None:
-  if os.path.exists(path):
-    try:
-      with open(path, encoding="utf-8") as file:
-        earlier = json.load(file)
-      same = all(earlier.get(k) == found[k] for k in ("name", "step", "seed", "weights", "versions"))
-      if same and not all(isinstance(earlier[key], dict) for key in ("evaluations", "failed")):
-        raise TypeError("no evaluations in it")
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-      raise UserError(f"{path}: not what this command writes ({error}); move it away, and start this again: what was "
-                      "computed is kept") from error
-    if same:
-      for key in ("evaluations", "failed"):
-        found[key] = {n: e for n, e in earlier[key].items()
-                      if n not in found["evaluations"] and n not in found["failed"]} | found[key]
+def _there(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, bool]:
+  """Returns (what the results.json at `path` holds, None if there is none; whether it is of the same as `what`).
+
+  Raises UserError if it is no such file, or of another run or of other weights.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      earlier = json.load(file)
+    same = all(earlier.get(k) == what[k] for k in ("name", "step", "seed", "weights", "versions"))
+    if same and not all(isinstance(earlier[key], dict) for key in ("evaluations", "failed")):
+      raise TypeError("no evaluations in it")
+    weights = earlier["weights"]
+    # Of before results said of which run they are: what is of the same experiment is kept beside, whichever it is of.
+    run = earlier.get("run", what["run"])
+    told = f"{earlier['name']} at step {int(earlier['step'])}" if run is not None and earlier["step"] else (
+      f"weights {' '.join(f'{part}:{str(d)[:8]}' for part, d in weights.items())}")
+  except FileNotFoundError:
+    return None, False
+  except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    raise UserError(f"{path}: not what this command writes ({error}); move it away, and start this again: what was "
+                    "computed is kept") from error
+  own = what["run"] is not None and run == what["run"] and all(earlier.get(k) == what[k] for k in ("name", "seed"))
+  if not (own or weights == what["weights"]):
+    raise UserError(f"{path} is of something else, of {told}{f' of the run {str(run)[:8]}' if run else ''}, and is not "
+                    "replaced; choose another directory with --out=DIRECTORY, or move it away")
+  return earlier, same
+
+
+def _write(found: dict[str, Any], out: str, path: str) -> None:
+  earlier, same = _there(found, path)
+  if same:
+    for key in ("evaluations", "failed"):
+      found[key] = {n: e for n, e in earlier[key].items()
+                    if n not in found["evaluations"] and n not in found["failed"]} | found[key]
+  elif earlier is not None:
+    step = int(earlier["step"])
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (os.path.join(out, f"results-step{step}{end}.json") for end in ends)
+    kept = next(name for name in names if not os.path.exists(name))
+    os.replace(path, kept)
+    what = f"step {step}" if step != found["step"] else "other versions, or another name or seed"
+    print(f"{path} was of {what}; it is kept as {os.path.basename(kept)}", file=sys.stderr, flush=True)
   with atomic.atomic_write(path) as file:
     file.write(json.dumps(found, indent=1))
-  report.write(found, workdir)
-  clip_benchmark.write(found, workdir)
+  report.write(found, out)
+  clip_benchmark.write(found, out)
 
 
 if __name__ == "__main__":
@@ -236,6 +273,7 @@ if __name__ == "__main__":
   _only = flags.DEFINE_list("only", [], "Names of evaluations, with commas; all if empty.")
   _weights = flags.DEFINE_string("weights", "", "Evaluate these in place of a checkpoint: a CLIP, or a map of LiMBeR.")
   _model = cli.define_model()
+  _out = flags.DEFINE_string("out", "", "Where results, report and pictures go; the workdir if empty.")
   _data = flags.DEFINE_string("data", "", "Directory of the data sets, in place of 'data'.")
 
   def _main(argv: list[str]) -> int:
@@ -249,9 +287,10 @@ if __name__ == "__main__":
     parallel.start()
     with StopRequest() as stop, peers.shared(stop):
       try:
-        out = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
-                      model=_model.value, data=_data.value, stop=lambda: any(parallel.from_each(stop())),
-                      waiting=lambda: stop.interrupts(0 if jax.process_count() == 1 else peers.LATE))
+        found = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
+                        model=_model.value, data=_data.value, out=_out.value,
+                        stop=lambda: any(parallel.from_each(stop())),
+                        waiting=lambda: stop.interrupts(0 if jax.process_count() == 1 else peers.LATE))
       except Stopped:
         print(f"stopped by {stop.name}; the same command goes on from there", flush=True)
         parallel.leave()
@@ -259,14 +298,15 @@ if __name__ == "__main__":
         raise UserError(f"{stop.name}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data that "
                         "do not come; the same command goes on from what was kept") from None
     if jax.process_index() == 0:
-      write(out, _workdir.value)
+      out = _out.value or _workdir.value
+      write(found, out)
       rows = {f"{name}/{key}": report.shown(key, value)
-              for name, e in out["evaluations"].items() for key, value in e["figures"].items()}
+              for name, e in found["evaluations"].items() for key, value in e["figures"].items()}
       width = max(map(len, rows))
-      print(f"step {out['step']}; scores times 100, as in report.md")
+      print(f"step {found['step']}; scores times 100, as in report.md")
       for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-      print(f"written to {os.path.join(_workdir.value, 'results.json')} and report.md")
-    return 1 if out["failed"] else 0
+      print(f"written to {os.path.join(out, FILE)} and report.md")
+    return 1 if found["failed"] else 0
 
   cli.run(_main)

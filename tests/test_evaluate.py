@@ -1,5 +1,6 @@
 """The command `evaluate` from end to end: data sets in their real layouts, kills, several processes, missing files."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from runs import environment, tiny, untrained
 from safetensors.numpy import save_file
@@ -24,6 +26,7 @@ from standins import (
 )
 
 from limber_jax import cli, evaluate
+from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
 from limber_jax.models.clip import OPENAI_WEIGHTS as WEIGHTS
 from limber_jax.runtime.lock import Lock
@@ -260,8 +263,50 @@ def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
 @pytest.mark.parametrize("text", [
   "", "[]", '{"name": "x"', '{"name": "x", "step": 1, "seed": 0, "weights": {}, "versions": {}}'])
 def test_results_that_are_no_results_are_never_written_over(text, tmp_path):
-  found = {"name": "x", "step": 1, "seed": 0, "weights": {}, "versions": {}, "evaluations": {}, "failed": {}}
+  found = {"name": "x", "run": None, "step": 1, "seed": 0, "weights": {}, "versions": {}, "evaluations": {},
+           "failed": {}}
   (tmp_path / "results.json").write_text(text)
   with pytest.raises(UserError, match=r"results.json: not what this command writes \(.*move it away"):
     evaluate.write(found, str(tmp_path))
   assert (tmp_path / "results.json").read_text() == text
+
+
+def test_results_of_something_else_are_refused_before_anything_is_measured(clip, data, tmp_path, monkeypatch):
+  config, workdir = clip
+  config.evals = {"digits": config.evals["digits"]}
+  found = evaluate.results(config, str(workdir), data=str(data))
+  assert found["run"] == workdirs.identity(str(workdir)) and len(found["run"]) == 32
+  evaluate.write(found, str(workdir))
+  before, own = (workdir / "results.json").read_bytes(), copy.deepcopy(config)
+  file = str(tmp_path / "x.safetensors")
+  loaded = load.load(str(workdir))
+  other = jax.tree.map(lambda x: x + 1, loaded.params)
+  save_file(convert.export(WEIGHTS[loaded.size.image.kind], other), file)
+  measured = []
+  real = evaluate._one
+  monkeypatch.setattr(evaluate, "_one", lambda *args: measured.append(1) or real(*args))
+  with pytest.raises(UserError, match=r"results.json is of something else, of .*--out=DIRECTORY"):
+    evaluate.results(config, str(workdir), weights=file, model=str(workdir), data=str(data))
+  assert not measured and (workdir / "results.json").read_bytes() == before
+  out = str(tmp_path / "out")
+  found = evaluate.results(config, str(workdir), weights=file, model=str(workdir), data=str(data), out=out)
+  evaluate.write(found, out)
+  assert found["run"] is None and (workdir / "results.json").read_bytes() == before
+  assert {p.name for p in (tmp_path / "out").iterdir()} >= {"results.json", "report.md", "evaluation"}
+  with pytest.raises(UserError, match=r"results.json is of something else, of weights"):  # and the other way round
+    evaluate.results(own, str(workdir), data=str(data), out=out)
+
+
+def test_results_of_another_step_of_the_run_are_kept_beside(tmp_path, capsys):
+  found = {"name": "x", "run": "9f", "step": 1, "seed": 0, "weights": {"image": "ab"}, "versions": {}, "task": "t",
+           "model": "", "evaluations": {}, "failed": {}}
+  written = []
+  for step, digest in ((1, "ab"), (2, "cd"), (1, "ab"), (2, "cd")):
+    evaluate.write(found | {"step": step, "weights": {"image": digest}}, str(tmp_path))
+    written.append(capsys.readouterr().err)
+  assert sorted(p.name for p in tmp_path.glob("*.json")) == [
+    "results-step1-2.json", "results-step1.json", "results-step2.json", "results.json"]
+  assert written[0] == "" and all("it is kept as results-step" in line for line in written[1:])
+  for other in ({"run": "77"}, {"run": None}):
+    with pytest.raises(UserError, match=r"is of something else, of x at step 2 of the run 9f"):
+      evaluate.write(found | {"weights": {"image": "ef"}} | other, str(tmp_path))
