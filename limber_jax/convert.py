@@ -34,7 +34,8 @@ if __name__ == "__main__":
   _FORMATS = (*export.FORMATS, "projection")
   _to = flags.DEFINE_enum("to", None, _FORMATS, "Format to write.")
   _model = cli.define_model()
-  _checkpoint = flags.DEFINE_string("checkpoint", "best", "Of a projection: latest, best, or a step.")
+  _checkpoint = flags.DEFINE_string("checkpoint", "", "Of a projection: latest, best, or a step; if empty, the best "
+                                   "of those that there are, or the latest where nothing was measured.")
   _map = flags.DEFINE_string("map", "", "Of a projection: the name of a further map; empty: the first.")
 
   def _main(argv: list[str]) -> None:

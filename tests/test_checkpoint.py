@@ -175,13 +175,13 @@ def test_a_run_moves_damaged_checkpoints_away_and_goes_on(tmp_path):
 def test_what_evaluations_found_outlives_its_file(tmp_path):
   save(tmp_path, 1, 2, best="a", metrics={1: {"a": 1.0}, 2: {"a": 0.5}})
   (tmp_path / "scores.json").write_text("{")
-  with pytest.raises(UserError, match=r"scores.json is damaged \(JSONDecodeError"):
+  with pytest.raises(UserError, match=r"scores.json is damaged \(not JSON"):
     opened(tmp_path, best="a")[0].find("best")
   said = []
   known = Scores(str(tmp_path), 2, said.append)
-  assert said == [f"{tmp_path}/scores.json is damaged (JSONDecodeError: Expecting property name enclosed in double "
+  assert said == [f"{tmp_path}/scores.json is damaged (not JSON: Expecting property name enclosed in double "
                   "quotes: line 1 column 2 (char 1)); it was moved to scores.json.damaged"]
-  assert known.missing(2, ["a", "b"]) == ["a", "b"] and opened(tmp_path, best="a")[0].find("best") == 2
+  assert known.missing(2, ["a", "b"]) == ["a", "b"] and opened(tmp_path, best="a")[0].find("") == 2
 
 
 def test_what_an_earlier_release_measured_still_says_which_is_the_best(tmp_path):
@@ -244,7 +244,35 @@ def test_the_best_is_never_another_one(tmp_path):
   next((directory / "1" / "params" / "d").iterdir()).unlink()
   with pytest.raises(UserError, match=r"1 is damaged: params/d/\w+ is missing.*; there are 1, 2"):
     opened(tmp_path, best="a")[0].find("best")
-  assert opened(tmp_path)[0].find("best") == 2, "where nothing is measured it is the latest"
+
+
+def test_where_nothing_says_which_is_the_best_none_is_taken_for_it(tmp_path):
+  directory = save(tmp_path, 1, 2, 3, best="a", metrics={1: {"a": 1.0}, 2: {"a": 0.5}, 3: {"b": 2.0}})
+  known = tmp_path / "scores.json"
+  for best, why in (("", "config.checkpoint.best names no metric"), ("c", "c was measured of none of them")):
+    checkpoints, said = opened(tmp_path, best=best)
+    with pytest.raises(UserError, match=rf"no checkpoint is the best: {why}; there are latest and 1, 2, 3"):
+      checkpoints.find("best")
+    assert checkpoints.find("") == 3 and len(said) == bool(best)  # nobody asked for the best
+  shutil.rmtree(directory / "1")
+  checkpoints, said = opened(tmp_path, best="a")
+  with pytest.raises(UserError, match=r"best: a was highest at step 1, whose checkpoint is gone; there are .* 2, 3"):
+    checkpoints.find("best")
+  assert checkpoints.find("") == 2 and len(said) == 1 and "step 2 is used" in said[0]
+  known.unlink()
+  with pytest.raises(UserError, match="a was measured of none of them"):
+    opened(tmp_path, best="a")[0].find("best")
+
+
+@pytest.mark.parametrize(("text", "told"), [
+  ("[1]", 'wanted {"STEP"'), ('{"1": 3}', 'wanted {"STEP"'), ('{"1": {"figures": {}}}', 'wanted {"STEP"'),
+  ('{"x": {"figures": {}, "failed": {}, "begun": {}}}', 'wanted {"STEP"'), ("\0", "not JSON"), ("", "not JSON")])
+def test_damaged_scores_are_told_without_the_words_of_python(text, told, tmp_path):
+  save(tmp_path, 1, best="a", metrics={1: {"a": 1.0}})
+  (tmp_path / "scores.json").write_text(text)
+  with pytest.raises(UserError) as caught:
+    opened(tmp_path, best="a")[0].find("best")
+  assert str(caught.value).startswith(f"{tmp_path}/scores.json is damaged ({told}") and "Error" not in str(caught.value)
 
 
 def test_a_step_without_metrics_of_the_best_is_saved_too(tmp_path):

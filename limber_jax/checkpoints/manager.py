@@ -98,13 +98,13 @@ class Checkpoints:
     return parallel.from_first(lambda: self._newest_whole()[0])
 
   def find(self, which: str) -> int:
-    """Returns the step that `which` names: "latest", "best" or a number.
+    """Returns the step that `which` names: "latest", "best", a number or "".
 
-    "latest" is the newest that is whole, "best" the one with the highest `config.best`, or the latest where nothing
-    was measured.
+    "latest" is the newest that is whole, "best" the one with the highest `config.best`. "" is where nobody chose: the
+    best of those that are there, or the latest where nothing was measured, and a line says so.
 
     Raises:
-      UserError: there is none, or the best or the number's is damaged.
+      UserError: there is none, or the best or the number's is gone or damaged, or nothing says which is the best.
     """
     return parallel.from_first(lambda: self._find(which))
 
@@ -115,7 +115,7 @@ class Checkpoints:
     is a number.
 
     Args:
-      which: "latest", "best" or a number.
+      which: "latest", "best", a number or "".
       reader: reads a step by `restore`, `restore_params` and `meta`, as far as it reads at all.
 
     Raises:
@@ -252,19 +252,23 @@ class Checkpoints:
       try:
         return self._find_among(steps, which)
       except UserError as error:
-        deleted = sorted(set(steps) - set(self._steps()))
-        if which.isdigit() and int(which) in deleted:
+        now = set(self._steps())
+        if which.isdigit() and int(which) in set(steps) - now:
           raise self._deleted(int(which)) from error
-        if which.isdigit() or not deleted:
+        if which.isdigit() or now == set(steps):
           raise
 
   def _find_among(self, steps: list[int], which: str) -> int:
     if not steps:
       raise UserError(f"{self.directory}: no checkpoint there yet")
     others = ", ".join(map(str, steps))
-    if which == "best":
-      scores = {step: score for step in steps if (score := self._score(step)) is not None}
-      which = str(max(scores, key=scores.get)) if scores else "latest"
+    if which in ("best", ""):
+      best, why = scores.best(self._workdir, self._metric, steps)
+      if why and which:
+        raise UserError(f"{self.directory}: no checkpoint is the best: {why}; there are latest and {others}")
+      which = "latest" if best is None else str(best)
+      if why and self._metric:
+        self._log(f"{self.directory}: {why}; {which if best is None else f'step {which}'} is used")
     if which == "latest":
       step, damaged = self._newest_whole()
       if step is None:
@@ -280,18 +284,7 @@ class Checkpoints:
 
   def _score(self, step: int) -> float | None:
     """Returns `config.best` of a step; None where it was not measured."""
-    found = scores.read(self._workdir).get(step, {}).get("figures", {}) if self._metric else {}
-    if self._metric in found:
-      return found[self._metric]
-    # Earlier releases measured before they saved, and kept the figures in the checkpoint.
-    path = os.path.join(self.directory, str(step), "metrics", "metrics")
-    if not self._metric or not os.path.exists(path):
-      return None
-    try:
-      with open(path, encoding="utf-8") as file:
-        return json.load(file).get(self._metric)
-    except (OSError, ValueError, AttributeError) as error:
-      raise UserError(f"{path} is damaged: {_first_line(error)}; --checkpoint=latest does not need it") from error
+    return scores.measured(self._workdir, self._metric, [step]).get(step)
 
   def _none_whole(self, damaged: dict[int, str]) -> UserError:
     return UserError(f"{self.directory}: no checkpoint is whole: "

@@ -10,7 +10,7 @@ An evaluation that was begun and did not end was killed, perhaps by what it need
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,47 @@ class Scores:
         json.dump(self._steps, file, indent=1)
 
 
+def measured(workdir: str, metric: str, steps: Iterable[int]) -> dict[int, float]:
+  """Returns a metric by the step that it was measured of, whether its checkpoint is there or not; {} of metric "".
+
+  Args:
+    workdir: of the run.
+    metric: such as "zeroshot/top1".
+    steps: of checkpoints that are there, in which earlier releases kept figures: they measured before they saved.
+
+  Raises:
+    UserError: a file that says so is damaged.
+  """
+  found = {step: entry["figures"][metric] for step, entry in (read(workdir) if metric else {}).items()
+           if metric in entry["figures"]}
+  for step in steps if metric else ():
+    path = os.path.join(workdir, "checkpoints", str(step), "metrics", "metrics")
+    if step in found or not os.path.exists(path):
+      continue
+    try:
+      with open(path, encoding="utf-8") as file:
+        score = json.load(file).get(metric)
+    except (OSError, ValueError, AttributeError) as error:
+      raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:300]}; --checkpoint=latest does not need it"
+                      ) from error
+    found |= {} if score is None else {step: score}
+  return found
+
+
+def best(workdir: str, metric: str, steps: Sequence[int]) -> tuple[int | None, str]:
+  """Returns (which of these steps has the highest score, the newer of equal ones, or None if it was measured of none;
+  why this is not the best that there ever was, "" if it is); arguments and errors as of `measured`."""
+  if not metric:
+    return None, "config.checkpoint.best names no metric"
+  found = measured(workdir, metric, steps)
+  there = {step: score for step, score in found.items() if step in steps}
+  if not there:
+    return None, f"{metric} was measured of none of them"
+  highest, ever = max(there, key=lambda step: (there[step], step)), max(found, key=found.get)
+  gone = found[ever] > there[highest]
+  return highest, f"{metric} was highest at step {ever}, whose checkpoint is gone" if gone else ""
+
+
 def read(workdir: str) -> dict[int, dict[str, Any]]:
   """Returns what the file of a workdir holds; {} if there is none. Raises UserError if it is damaged."""
   path = os.path.join(workdir, FILE)
@@ -110,4 +151,16 @@ def read(workdir: str) -> dict[int, dict[str, Any]]:
   except FileNotFoundError:
     return {}
   except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    raise UserError(f"{path} is damaged ({_what(error)})") from error
+
+
+def _what(error: Exception) -> str:
+  """Returns what is wrong with the file: what was said of it, or what it should be where only Python knows what."""
+  if isinstance(error, OSError):
+    return error.strerror or str(error)
+  if isinstance(error, json.JSONDecodeError):
+    return f"not JSON: {error}"
+  if isinstance(error, UserError | UnicodeDecodeError):
+    return " ".join(str(error).split())
+  return 'wanted {"STEP": {"figures": {"NAME": number}, "failed": {…}, "begun": {…}}}'
+

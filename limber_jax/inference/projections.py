@@ -92,7 +92,7 @@ def open_projection(path: str, config: Config, name: str, *, blind: bool = False
   return Captioner(s, {here: load.load_part(path, "prompt", None, s.like.params[here])[0]}, {}, name, blind=blind)
 
 
-def export_projection(workdir: str, path: str, *, checkpoint: str = "best", name: str = "") -> int:
+def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: str = "") -> int:
   """Writes one map of a run into the file `path`, and returns the step of its checkpoint.
 
   The frozen weights are not read: their digests are in the checkpoint.
@@ -100,7 +100,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "best", name
   Args:
     workdir: of the run.
     path: of the file; one that is there is replaced.
-    checkpoint: "latest", "best" or a step.
+    checkpoint: "latest", "best", a step or "", as `Checkpoints.find` has it.
     name: of the map.
 
   Raises:

@@ -267,7 +267,7 @@ def _run(path: str) -> Opened | None:
   trained, trained_stats = ({k: v for k, v in tree.items() if k in values["trainable"]} for tree in (like, stats_like))
   checkpoints = Checkpoints(path, Checkpoint(best=values["checkpoint.best"]))
   try:
-    params, stats = checkpoints.read("best", lambda step: checkpoints.restore_params(step, trained, trained_stats))
+    params, stats = checkpoints.read("", lambda step: checkpoints.restore_params(step, trained, trained_stats))
   finally:
     checkpoints.close()
   for part in like.keys() - trained.keys():  # what was frozen is in no checkpoint
@@ -623,7 +623,7 @@ def _part_of_run(path: str, part: str, size: Any, like: dict[str, Any], stats: d
     return checkpoints.restore_params(step, wanted["params"], wanted["stats"])
 
   try:
-    params, restored = checkpoints.read("best", read)
+    params, restored = checkpoints.read("", read)
   finally:
     checkpoints.close()
   return params[part], restored.get(part, {})
