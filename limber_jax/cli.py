@@ -26,9 +26,10 @@ from ml_collections import config_flags
 
 from limber_jax import config as config_lib
 from limber_jax import help as help_lib
+from limber_jax import ranges
 from limber_jax.config import Config, flatten
 from limber_jax.errors import UserError
-from limber_jax.runtime import peers, streams
+from limber_jax.runtime import peers, streams, surroundings
 
 
 def define_config() -> Any:
@@ -45,10 +46,11 @@ def define_model() -> Any:
 
 def get_config(holder: Any) -> Config:
   """Returns the parsed experiment; raises UserError if it is missing or broken, or a field is out of range."""
-  if flags.FLAGS["config"].value is None:
+  if flags.FLAGS["config"].value is None and not flags.FLAGS["config"].present:
     raise UserError(f"--config is missing; {_experiments('')}")
   if not isinstance(holder.value, Config):
     raise UserError(f"--config: get_config() gave a {type(holder.value).__name__}, wanted a limber_jax.config.Config")
+  ranges.split_commas(holder.value)
   config_lib.check(holder.value)
   return holder.value
 
@@ -107,6 +109,7 @@ def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] =
     prints: asked once the flags are there: is what the command prints all that it makes? Then it ends with its stdout;
       else it goes on without.
   """
+  surroundings.speak_utf8()
   streams.install()
 
   def guarded(argv: Sequence[str]) -> int:
@@ -116,6 +119,7 @@ def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] =
     try:
       if prints():
         streams.must_arrive()
+      surroundings.check_memory()
       return main(list(argv[1:])) or 0
     except UserError as error:
       print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
@@ -133,6 +137,9 @@ def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] =
       if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         message = f"out of memory ({' '.join(str(error).split())[:200] or type(error).__name__}); take smaller batches"
         print(f"error: {message}", file=sys.stderr, flush=True)
+        return _failed(2, message)
+      if message := surroundings.no_device(error):
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
         return _failed(2, message)
       traceback.print_exc()
       return _failed(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -164,6 +171,8 @@ def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
   if (page := help_lib.asked(argv)) is not None:
     print(help_lib.configuration(page) if page else help_lib.command(module), flush=True)
     sys.exit(0)
+  argv = surroundings.at_home(argv)
+  logging.getLogger("absl").setLevel(logging.ERROR)  # ml_collections warns of what `get_config` then refuses
   try:
     if (path := _config_path(argv)) is not None:
       _check_file(path, "--config: ")
@@ -208,13 +217,21 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
       if name not in known:
         groups = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
         if name in groups:
-          return f"--config.{name} is a group of settings; set one of: " + ", ".join(
-            f"--config.{k}" for k in known if k.startswith(f"{name}."))
+          return _group(name, [k for k in known if k.startswith(f"{name}.")])
         group = f"{name.rpartition('.')[0]}."
         near = [k for k in known if group != "." and k.startswith(group)] or list(known)
         close = difflib.get_close_matches(name, near, n=1, cutoff=0.7)
-        guess = f"; did you mean --config.{close[0]}?" if close else f"; there are {', '.join(near)}"
+        guess = f"; did you mean --config.{close[0]}?" if close else f"; there are {_some(near)}"
         return f"--config.{name}: no such field{guess}"
   return " ".join(str(error).split())
 
 
+def _group(name: str, fields: Sequence[str]) -> str:
+  """Returns the line for a value that was given to a group of settings."""
+  line = f"--config.{name} is a group of settings; set one of: {_some([f'--config.{field}' for field in fields])}"
+  return line + ("; --config.evals.NAME.every=-1 leaves one out of training" if name == "evals" else "")
+
+
+def _some(names: Sequence[str]) -> str:
+  """Returns the first of many names, for a message of one line."""
+  return ", ".join(names[:20]) + (f" and {len(names) - 20} more, which --help=config lists" if len(names) > 20 else "")

@@ -144,6 +144,20 @@ def check_value(value: Any, hint: Any, name: str, allowed: Range = ANY) -> None:
   return None
 
 
+def split_commas(config: Any) -> None:
+  """Makes ("a", "b") of ("a,b",) wherever a configuration holds texts: --config.trainable=a,b gives that."""
+  hints = hints_of(type(config))
+  for f in dataclasses.fields(config):
+    value = getattr(config, f.name)
+    for inner in value.values() if isinstance(value, dict) else (value,):
+      if dataclasses.is_dataclass(inner):
+        split_commas(inner)
+    if f.name == "formats":  # split where it is used, and written down so of runs
+      continue
+    if hints[f.name] == tuple[str, ...] and isinstance(value, tuple) and len(value) == 1 and "," in value[0]:
+      object.__setattr__(config, f.name, tuple(filter(None, map(str.strip, value[0].split(",")))))
+
+
 def range_of(f: dataclasses.Field) -> Range:
   """Returns what is said of a field's values."""
   return f.metadata.get("range", ANY)

@@ -27,6 +27,7 @@ ALLOWED = {
   "limber_jax/metrics/captions.py": {"subprocess"},  # Java: the published tokenizer and scorers
   "limber_jax/health.py": {"socket"},               # for the host's name
   "limber_jax/runtime/lock.py": {"socket"},                 # for the host's name
+  "limber_jax/runtime/surroundings.py": {"os.execv"},       # this program again, in Python's UTF-8 mode
   "limber_jax/runtime/peers.py": {"os.fork"},               # of several processes: what their stderr passes through
 }
 
