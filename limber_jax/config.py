@@ -335,9 +335,9 @@ def from_json(text: str, where: str) -> Config:
       the field.
   """
   try:
-    values = json.loads(text)
+    values = json.loads(text.removeprefix("\ufeff"))  # which editors put there
   except (ValueError, RecursionError) as error:
-    raise UserError(f"{where}: no configuration, for it is no JSON ({error})") from error
+    raise UserError(f"{where}: no configuration, for it is {f'no JSON ({error})' if text else 'empty'}") from error
   if not isinstance(values, dict):
     raise UserError(f"{where}: no configuration, for it is no JSON object")
   try:
@@ -415,7 +415,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
 
 def check_same(config: Config, saved: str, where: str) -> None:
   """Raises UserError if `config` would train something else than the JSON `saved` beside an earlier run."""
-  old, new = (json.loads(to_json(c)) for c in (from_json(saved, where), config))
+  old, new = (json.loads(to_json(c)) for c in (from_json(saved, f"{where}/config.json"), config))
   for name in sorted(old.keys() | new.keys()):
     if any(name == r or name.startswith(f"{r}.") for r in RUNTIME):
       continue

@@ -3,13 +3,27 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from runs import tiny, tiny_limber
+from runs import environment, tiny, tiny_limber
 
 from limber_jax import cli, help, ranges, registry
-from limber_jax.config import Compute, Evaluation, Optim, Source, check, check_best, from_json, missing_best, to_json
+from limber_jax.checkpoints import workdirs
+from limber_jax.config import (
+  Compute,
+  Evaluation,
+  Optim,
+  Source,
+  check,
+  check_best,
+  check_same,
+  from_json,
+  missing_best,
+  to_json,
+)
 from limber_jax.errors import UserError
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training.loop import train
@@ -79,7 +93,7 @@ def test_a_json_with_a_mistake_is_refused(change, message):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000])
 def test_what_is_no_json_object_is_no_configuration(text):
-  with pytest.raises(UserError, match=r"^x: no configuration, for it is no JSON"):
+  with pytest.raises(UserError, match=r"^x: no configuration, for it is (no JSON|empty)"):
     from_json(text, "x")
 
 
@@ -174,3 +188,32 @@ def test_a_mistake_in_an_experiment_that_comes_first_is_told_before_anything_is_
   with pytest.raises(UserError, match=r"broken.py: config.steps=-1: wanted 1 or more$"):
     train(tiny(first={"a": f"{EXPERIMENTS}/quickstart.py", "b": f"{tmp_path}/broken.py"}), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_texts_with_commas_are_several_and_a_group_of_settings_does_not_flood():
+  config = tiny(trainable=("image, text",), evals={"a": Evaluation(metrics=("cider,bleu",))})
+  ranges.split_commas(config)
+  assert config.trainable == ("image", "text") and config.evals["a"].metrics == ("cider", "bleu")
+  line = cli._group("evals", [f"evals.a.{n}" for n in range(50)])
+  assert len(line) < 600 and "and 30 more" in line and line.endswith("every=-1 leaves one out of training")
+
+
+def test_a_config_json_with_a_mark_is_read_and_an_empty_one_is_named(tmp_path):
+  (tmp_path / "config.json").write_text("\ufeff" + to_json(tiny()), encoding="utf-8")
+  assert workdirs.read_config(str(tmp_path)) == tiny()
+  with pytest.raises(UserError, match=r"^runs/a/config\.json: no configuration, for it is empty$"):
+    check_same(tiny(), "", "runs/a")
+
+
+def test_a_captioning_run_is_no_clip_and_the_commands_for_it_are_named():
+  with pytest.raises(UserError, match=r"^runs/a is a run of task 'captioning', and a CLIP is wanted here; lim"):
+    workdirs.check_clip({"task": "captioning"}, "runs/a")
+  assert workdirs.check_clip({"task": "contrastive"}, "runs/a") == {"task": "contrastive"}
+
+
+def test_a_get_config_without_a_return_is_told(tmp_path):
+  (tmp_path / "x.py").write_text("def get_config():\n  pass\n")
+  command = [sys.executable, "-m", "limber_jax.train", f"--config={tmp_path}/x.py", f"--workdir={tmp_path}/r"]
+  done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path / "cache"))
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr == "error: --config: get_config() gave a NoneType, wanted a limber_jax.config.Config\n"

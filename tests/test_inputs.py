@@ -19,6 +19,7 @@ from limber_jax.data.sources.folder import Folder
 from limber_jax.data.sources.jsonl import Jsonl
 from limber_jax.errors import UserError
 from limber_jax.evals import zeroshot
+from limber_jax.evals.splits import named
 from limber_jax.inference import classifier, images
 from limber_jax.runtime import inputs, parallel
 from limber_jax.training.setup import make_context, make_eval
@@ -135,4 +136,10 @@ def test_data_that_an_evaluation_misses_are_named_by_its_own_field(name, train, 
   s.mesh = parallel.make_mesh(vars(config.mesh), jax.devices()[:1])
   with pytest.raises(UserError, match=rf"^config\.evals\.held\.{field}\.path='/nowhere\.tsv': no such file") as caught:
     make_eval(s, "held", make_context(s, str(tmp_path)))
+  assert "config.data.source" not in str(caught.value)
+
+
+def test_a_folder_that_an_evaluation_misses_is_named_by_its_own_field_before_its_splits_are_known():
+  with pytest.raises(UserError, match=r"^config\.evals\.held\.source\.path='/nowhere': no such file") as caught:
+    named(Evaluation(source=Source("folder", "/nowhere")), "held")
   assert "config.data.source" not in str(caught.value)

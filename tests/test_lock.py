@@ -183,6 +183,10 @@ def test_of_several_paths_all_are_held_or_none(tmp_path):
 
 def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
   (tmp_path / "file").touch()
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  for path in (tmp_path / "link" / ".lock", tmp_path / "link" / "run" / ".lock"):
+    with pytest.raises(UserError, match=r"link is a link to .*nowhere, which is not there\)$"), Lock(path, what="a"):
+      pass
   held = Lock(tmp_path / "file" / ".lock", what="runs/a")
   with pytest.raises(UserError, match=r"^runs/a: cannot write there \((Not a directory|File exists)\)$"), held:
     pass

@@ -61,6 +61,10 @@ def test_a_place_where_nothing_can_be_written_is_one_line(tmp_path):
   (tmp_path / "metrics.jsonl").mkdir()
   with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
     make(tmp_path)
+  (tmp_path / "metrics.jsonl").rmdir()
+  (tmp_path / "tensorboard").touch()
+  with pytest.raises(UserError, match=r"tensorboard: cannot be written \((File exists|Not a directory)\)"):
+    make(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

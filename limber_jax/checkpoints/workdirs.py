@@ -108,6 +108,15 @@ def finder(workdir: str) -> Callable[[str], str]:
   return find
 
 
+def check_clip(values: dict[str, Any], workdir: str) -> dict[str, Any]:
+  """Returns what the config.json of a run holds; raises UserError if the run is of no CLIP."""
+  if (task := values.get("task", "contrastive")) == "contrastive":
+    return values
+  use = {"captioning": "limber_jax.caption, vqa and evaluate use it, with --workdir=, and limber_jax.convert "
+                       "--to=projection writes its map"}.get(task, "limber_jax.evaluate measures it, with --workdir=")
+  raise UserError(f"{workdir} is a run of task {task!r}, and a CLIP is wanted here; {use}")
+
+
 def _of_newest(workdir: str) -> str | None:
   """Returns the run that the newest checkpoint is of, None where it does not say."""
   folder = os.path.join(workdir, CHECKPOINTS)

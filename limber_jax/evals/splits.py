@@ -1,10 +1,15 @@
 """Which part of the data an evaluation reads: one that is named, or the only one there is."""
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 
 from limber_jax.config import Evaluation, Source, Unnamed
 from limber_jax.errors import UserError
 from limber_jax.registry import SOURCES, lookup
+
+_FIELD = re.compile(r"(?<![\w.])(?:config\.data\.)?source\.(?=[a-z])")  # as sources speak of their fields
 
 
 def named(config: Evaluation, name: str) -> Evaluation:
@@ -20,10 +25,22 @@ def named(config: Evaluation, name: str) -> Evaluation:
   Raises:
     UserError: there are several; the message lists them.
   """
-  found = {field: dataclasses.replace(source, split=_split(source, f"evals.{name}.{field}", field == "train"))
-           for field in ("source", "train", "validation")
-           if isinstance(source := getattr(config, field), Source) and isinstance(source.split, Unnamed)}
+  with own_fields(config, name):
+    found = {field: dataclasses.replace(source, split=_split(source, f"evals.{name}.{field}", field == "train"))
+             for field in ("source", "train", "validation")
+             if isinstance(source := getattr(config, field), Source) and isinstance(source.split, Unnamed)}
   return dataclasses.replace(config, **found) if found else config
+
+
+@contextlib.contextmanager
+def own_fields(config: Evaluation, name: str) -> Iterator[None]:
+  """Puts an evaluation's own fields into errors of its sources, which speak of that of the data of training."""
+  try:
+    yield
+  except UserError as error:
+    other = config.train is not None and config.train.path != config.source.path
+    field = "train" if other and repr(config.train.path) in str(error) else "source"
+    raise UserError(_FIELD.sub(f"config.evals.{name}.{field}.", str(error))) from error
 
 
 def _split(source: Source, where: str, train: bool) -> str:

@@ -8,6 +8,7 @@ so the clocks of the machines need not agree.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -147,6 +148,8 @@ class Lock:
     while not os.path.isdir(directory) and not os.path.lexists(directory):
       missing.append(directory)
       directory = os.path.dirname(directory)
+    if os.path.islink(directory) and not os.path.exists(directory):
+      raise OSError(errno.ENOENT, f"{directory} is a link to {os.readlink(directory)}, which is not there")
     for new in reversed(missing):
       os.makedirs(new, exist_ok=True)
       self._made.append(new)

@@ -45,8 +45,10 @@ class Log:
     self._path = os.path.join(workdir, "metrics.jsonl")
     with self._guarded():
       _truncate(self._path, start_step)
+    with self._guarded(board := os.path.join(workdir, "tensorboard")):
+      self._board = SummaryWriter(board, purge_step=start_step + 1, flush_secs=10)
+    with self._guarded():
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-      self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1, flush_secs=10)
 
   def waited(self, seconds: float) -> None:
     """Adds time that the loop spent waiting for data."""
@@ -108,11 +110,11 @@ class Log:
     return worker is None or worker.is_alive()
 
   @contextlib.contextmanager
-  def _guarded(self) -> Iterator[None]:
+  def _guarded(self, path: str = "") -> Iterator[None]:
     try:
       yield
     except OSError as error:
-      raise UserError(f"{self._path}: cannot be written ({error.strerror}); {_GOES_ON}") from error
+      raise UserError(f"{path or self._path}: cannot be written ({error.strerror}); {_GOES_ON}") from error
 
 
 _builtin_print = print

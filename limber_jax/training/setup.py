@@ -18,7 +18,7 @@ from limber_jax.data import tokenizers, transforms
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval
-from limber_jax.evals.splits import named
+from limber_jax.evals.splits import named, own_fields
 from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
 from limber_jax.training import optimizer
@@ -149,12 +149,8 @@ def make_eval(setup: Setup, name: str, context: Context) -> Eval:
                if set(registry.lookup("evaluation", registry.EVALS, n).needs) <= setup.task.predict().keys()]
     raise UserError(f"config.evals.{name}: evaluation {config.name!r} asks a model for {missing[0]!r}, which task "
                     f"{setup.config.task!r} cannot answer; those it can: {', '.join(fitting)}")
-  try:
+  with own_fields(config, name):
     return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
-  except UserError as error:  # sources speak of the field that holds one in training
-    other = config.train is not None and config.train.path != config.source.path
-    field = "train" if other and repr(config.train.path) in str(error) else "source"
-    raise UserError(str(error).replace("config.data.source.", f"config.evals.{name}.{field}.")) from error
 
 
 def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False,
@@ -171,4 +167,8 @@ def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) ->
   """Returns {"zeroshot/top1": …} of the evaluations given; raises evals.base.Stopped when asked to stop."""
   predict = setup.task.predict()
   params, stats = {**setup.frozen.params, **params}, {**setup.frozen.stats, **stats}
-  return {f"{name}/{key}": value for name, run in evals.items() for key, value in run(predict, params, stats).items()}
+  found = {}
+  for name, run in evals.items():
+    with own_fields(setup.config.evals[name], name):
+      found |= {f"{name}/{key}": value for key, value in run(predict, params, stats).items()}
+  return found

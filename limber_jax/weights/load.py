@@ -258,7 +258,7 @@ def _run(path: str) -> Opened | None:
     return None
   config = os.path.join(path, "config.json")
   with naming(config):
-    values = read_json(config)
+    values = workdirs.check_clip(read_json(config), path)
     size = clip.size_from_dict({k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")})
   like = shapes(size, values["loss.kind"] == "sigmoid")
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
