@@ -145,7 +145,7 @@ def test_a_source_that_raises_what_it_may_not_ends_the_run_in_one_line(workers):
   assert "\n" not in str(caught.value)
 
 
-# bad_records.jsonl
+# damage.jsonl
 
 def ledger(folder, records=1000, allowed=0.01, found=(), batch_size=10):
   source = Numbers(records)
@@ -207,7 +207,7 @@ def test_few_end_no_run_but_too_large_a_share_does(tmp_path):
     feed(d, 2, 10)
   assert str(caught.value) == (
     f"11 of the data's records cannot be used, 55.00% of what was seen, more than config.data.damaged=0.5 allows; the "
-    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/bad_records.jsonl")
+    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/damage.jsonl")
   assert len(lines(tmp_path)) == 11
   again = ledger(tmp_path, allowed=0.6)
   again.start(2)
