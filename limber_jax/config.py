@@ -257,12 +257,15 @@ class Config:
   # threads are and exits; see limber_jax.runtime.watchdog. 0 waits for ever.
   watchdog: float = ranged(600.0, at_least=1, or_zero=True)
 
+  # FLOP/s of one device at most, for the share that is logged; 0 = as training.flops knows it, or no share
+  peak_flops: float = ranged(0.0, at_least=0)
+
   def __post_init__(self):
     self.evals, self.first = dict(self.evals), dict(self.first)
 
 
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
-RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "data.workers", "data.threads", "data.prefetch",
+RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "peak_flops", "data.workers", "data.threads", "data.prefetch",
            "data.damaged", "data.repeat", "compute.attention", "compute.remat", "compute.unroll", "data.source.path",
            "data.source.images", "data.source.key_dot", "data.source.incomplete", "data.source.quoting",
            "data.tokenizer.path", "data.features", "decoding", "evals", "first")

@@ -12,20 +12,22 @@ from limber_jax.errors import UserError
 from limber_jax.runtime import goodput, parallel, peers
 from limber_jax.runtime.signals import StopRequest
 from limber_jax.training.loop import train
+from limber_jax.training.profiling import parse_steps
 
 if __name__ == "__main__":
   _config = cli.define_config()
   _workdir = flags.DEFINE_string("workdir", None, "Directory of this run; made if missing.")
+  _profile = flags.DEFINE_string("profile", "", "first:last, steps of which a trace is written to WORKDIR/profile.")
 
   def _main(argv: list[str]) -> int:
     if argv:
       raise UserError(f"unexpected argument {argv[0]!r}; settings are given as --config.field=value")
     if not _workdir.value:
       raise UserError("--workdir is missing; for example --workdir=runs/quickstart")
-    config = cli.get_config(_config)
+    config, profile = cli.get_config(_config), parse_steps(_profile.value)
     with StopRequest(at_end=True) as stop, peers.named():
       parallel.start()
-      train(config, _workdir.value, stop=stop, began=goodput.process_began())
+      train(config, _workdir.value, stop=stop, began=goodput.process_began(), profile=profile)
     if stop():
       parallel.leave()
     return int(any(entry["failed"] for entry in scores.read(_workdir.value).values()))

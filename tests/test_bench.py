@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from limber_jax.bench import measure
+from limber_jax.training.flops import count_flops
 
 ROOT = Path(__file__).parents[1]
 GENERATE = ("generate", "--size=gptj_mu", "--prompt=6", "--new_tokens=4", "--repeats=1")
@@ -104,7 +105,7 @@ def test_a_mistake_is_one_line(flags, words):
 # What is counted
 
 def flops(f, *args):
-  return measure.count_flops(jax.make_jaxpr(f)(*args).jaxpr)
+  return count_flops(jax.make_jaxpr(f)(*args).jaxpr)
 
 
 def test_products_in_loops_count_as_often_as_they_run():

@@ -11,7 +11,6 @@ import pytest
 from runs import run
 
 from limber_jax import losses
-from limber_jax.bench.train import count_flops
 from limber_jax.config import (
   Captions,
   Checkpoint,
@@ -33,6 +32,7 @@ from limber_jax.runtime import parallel
 from limber_jax.tasks.captioning import Captioning, token_weights
 from limber_jax.tasks.language_modelling import LanguageModelling
 from limber_jax.training import optimizer
+from limber_jax.training.flops import count_flops
 from limber_jax.training.loop import train
 
 VIT = dataclasses.replace(encoders.encoder_size("clip_vit_b32_mu"))

@@ -1,9 +1,8 @@
-"""What the measurements share: the clock, memory, the limits of the device, FLOPs of a program, and the output."""
+"""What the measurements share: the clock, memory, the limits of the device, and the output."""
 
 import importlib
 import importlib.metadata
 import json
-import math
 import os
 import resource
 import statistics
@@ -85,31 +84,6 @@ def peak_memory() -> int:
   stats = jax.local_devices()[0].memory_stats()
   unit = 1 if sys.platform == "darwin" else 1024
   return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def count_flops(jaxpr: Any) -> int:
-  """Returns twice the multiplications of every matrix product and convolution in a jaxpr, loops counted out.
-
-  XLA's own cost analysis counts the body of a loop once.
-  """
-  total = 0
-  for eqn in jaxpr.eqns:
-    name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
-    if name == "dot_general":
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += 2 * out.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-    elif name == "conv_general_dilated":
-      kernel = eqn.invars[1].aval
-      features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-      # The gradient of a convolution with strides spreads its input by zeros, which are nobody's work.
-      total += 2 * out.size * kernel.size // features // math.prod(eqn.params["lhs_dilation"])
-    else:
-      times = eqn.params["length"] if name == "scan" else 1
-      for value in eqn.params.values():
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-          total += times * count_flops(inner)
-  return total
 
 
 def import_peer(name: str) -> Any:

@@ -5,13 +5,9 @@ is the median of the pairs'. On a CPU PyTorch gets one thread where that is fast
 that already lies on the host. Weights are random, and what is not trained is held in the precision of activations, as
 in a run.
 
-Model FLOPs are what one step cannot do without: the matrix products and convolutions of the traced loss and of its
-gradient for the parts that are trained, and nothing for recomputation. Of a CLIP they are three times the forward
-pass's. Of a LiMBeR they are less than twice: through the frozen language model goes the gradient of its inputs alone,
-and through the encoder none.
+Model FLOPs are those of `training.flops`.
 """
 
-import copy
 import dataclasses
 import math
 import statistics
@@ -25,8 +21,7 @@ from absl import flags
 
 from limber_jax import cli, registry
 from limber_jax.bench import measure
-from limber_jax.bench.measure import count_flops
-from limber_jax.checkpoints.state import Frozen, check_trainable, split
+from limber_jax.checkpoints.state import Frozen, check_trainable
 from limber_jax.config import Config
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
@@ -40,6 +35,7 @@ from limber_jax.models.vit import ViTSize
 from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
 from limber_jax.training import optimizer
+from limber_jax.training.flops import model_flops
 from limber_jax.training.train_step import make_init, make_step
 from limber_jax.weights import export
 
@@ -242,23 +238,3 @@ def torch_step(config: Config, batch: dict[str, np.ndarray]) -> Callable[[], Non
       raise RuntimeError(f"the loss of open_clip's step is {loss.item()}")
 
   return run
-
-
-def model_flops(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]:
-  """Returns the FLOPs (of the forward pass, of that and the gradient for what is trained) of one step's batch.
-
-  Counted in programs without anything that computes twice, and without attention that is one opaque operation.
-  """
-  plain = copy.copy(config)
-  plain.compute = dataclasses.replace(config.compute, remat="none", attention="xla", unroll=1)
-  plain.loss = dataclasses.replace(config.loss, accumulate=1, chunk_size=0)
-  task = task_of(plain)
-  params, stats = jax.eval_shape(task.init, jax.random.key(0))
-  trained, frozen = split(params, config.trainable)
-
-  def loss(trained, frozen, stats, batch):
-    return task.loss({**frozen, **trained}, stats, batch, jax.random.key(0))[0]
-
-  forward, both = (count_flops(jax.make_jaxpr(f)(trained, frozen, stats, batch).jaxpr)
-                   for f in (loss, jax.value_and_grad(loss)))
-  return forward, both

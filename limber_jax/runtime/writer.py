@@ -38,6 +38,7 @@ class Log:
     """
     self._steps, self._batch, self._active, self._print = steps, batch_size, active, print
     self._mark, self._wait, self._last = time.perf_counter(), 0.0, start_step
+    self._flops, self._peak = 0.0, 0.0
     self._first = True  # the time of the first record is mostly that of compiling
     self._tty = active and print is _builtin_print and sys.stdout.isatty()
     if not active:
@@ -49,6 +50,10 @@ class Log:
       self._board = SummaryWriter(board, purge_step=start_step + 1, flush_secs=10)
     with self._guarded():
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+  def count_flops(self, per_step: float, peak: float) -> None:
+    """Takes a step's model FLOPs and the FLOP/s of all devices at most: records then have what was reached of them."""
+    self._flops, self._peak = per_step, peak
 
   def waited(self, seconds: float) -> None:
     """Adds time that the loop spent waiting for data."""
@@ -64,13 +69,17 @@ class Log:
     count = max(step - self._last, 1)
     speed = {"examples_per_second": count * self._batch / seconds, "seconds_per_step": seconds / count,
              "data_wait": min(self._wait / seconds, 1.0)}
+    if self._peak:
+      rate = self._flops * count / seconds
+      speed |= {"model_flops_per_second": rate, "share_of_peak": rate / self._peak}
     self._last = step
     self.restart_clock()
     self.write(step, metrics | speed)
     left = "" if self._first else f"  left {duration((self._steps - step) * speed['seconds_per_step'])}"
     self._first = False
+    share = f"  {speed['share_of_peak']:.1%} of peak" if self._peak else ""
     self.line(f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
-              f"{speed['examples_per_second']:,.0f} examples/s  data wait {speed['data_wait']:.0%}{left}",
+              f"{speed['examples_per_second']:,.0f} examples/s  data wait {speed['data_wait']:.0%}{share}{left}",
               replace=step < self._steps)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ exactly where it was, on any number of processes.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -19,13 +19,15 @@ from limber_jax.evals.base import Stopped
 from limber_jax.runtime import lock, parallel, peers
 from limber_jax.runtime.signals import Interrupted, StopRequest
 from limber_jax.training import optimizer
+from limber_jax.training.flops import model_flops, peak_flops
 from limber_jax.training.opening import Run, open_run
+from limber_jax.training.profiling import Profiler
 from limber_jax.training.setup import Setup
 from limber_jax.training.train_step import make_step
 
 
 def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, stop: StopRequest | None = None,
-          began: float | None = None) -> TrainState:
+          began: float | None = None, profile: tuple[int, int] | None = None) -> TrainState:
   """Trains `config` to its last step, going on from the newest checkpoint in `workdir`, and returns the state.
 
   SIGTERM, SIGINT and SIGHUP save and return early. A checkpoint is saved before its evaluations; one of them that fails
@@ -37,6 +39,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     log: prints a line.
     stop: entered already; None listens to signals for as long as this takes.
     began: when the command did, of time.monotonic(), for the ledger; None is now.
+    profile: (first, last) of the steps of which a trace is written to workdir/profile.
 
   Raises:
     UserError: a workdir in which another process trains, settings or data that do not fit, a workdir of another
@@ -46,6 +49,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
   """
   config_lib.check(config)
   config_lib.check_best(config)
+  profiler = Profiler(workdir, profile)
   first = {directory: (file, cli.load_experiment(file)) for directory, file in config.first.items()}
   with contextlib.ExitStack() as until_end:
     held = until_end.enter_context(lock.Lock(
@@ -62,8 +66,9 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     run = open_run(config, workdir, held, stop, until_end, log=log, began=began)
     until_end.enter_context(run.ledger("step"))
     try:
-      state, step, stopped = _steps(run)
+      state, step, stopped = _steps(run, profiler)
     finally:
+      profiler.close()
       run.feed.close()
       run.out.close()
       run.saver.close()
@@ -74,7 +79,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     return state
 
 
-def _steps(run: Run) -> tuple[TrainState, int, bool]:
+def _steps(run: Run, profiler: Profiler) -> tuple[TrainState, int, bool]:
   """Takes the steps that are left; returns the state, its step, and whether the run was asked to stop meanwhile."""
   config, start, mesh = run.setup.config, run.start, run.setup.mesh
   step_fn, rng = compiled_step(run.setup), _key(run.setup)
@@ -89,9 +94,14 @@ def _steps(run: Run) -> tuple[TrainState, int, bool]:
         except UserError as error:  # a mount that is gone may come back, and the state is whole
           _save_before(error, run, step, state)
           raise UserError(f"{error}; step {step} was saved") from error
-        with run.ledger("compile" if step == start else "step"):
-          state, metrics = step_fn(state, run.setup.frozen, batch, flags, rng)
+        if step == start and (peak := peak_flops(config)):
+          run.out.count_flops(model_flops(config, batch)[1], peak)
         step += 1
+        profiler.before(step)
+        with run.ledger("compile" if step == start + 1 else "step"), _annotated(step):
+          state, metrics = step_fn(state, run.setup.frozen, batch, flags, rng)
+        if done := profiler.after(step, metrics):
+          run.out.line(done)
         run.ledger.at(step)
         run.saver.check()
         stopping = run.steps.flush() or run.stopping.alone()
@@ -115,6 +125,13 @@ def _steps(run: Run) -> tuple[TrainState, int, bool]:
     if step != run.saver.last:
       _save(run, step, state)
   return state, step, stopping
+
+
+@contextlib.contextmanager
+def _annotated(step: int) -> Iterator[None]:
+  """While entered, a profile shows the step by its number, and an array that goes to a device unasked is an error."""
+  with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
+    yield
 
 
 def _save(run: Run, step: int, state: TrainState) -> None:
