@@ -158,6 +158,19 @@ def test_a_foreign_file_is_found(tmp_path):
   assert checkpoints.find("latest") == 1 and "2 is damaged: meta/metadata has the SHA-256" in said[0]
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._metadata", ".nfs00000000a1b2"])
+def test_what_the_system_leaves_in_a_checkpoint_is_no_damage(name, tmp_path):
+  directory = save(tmp_path, 1, 2) / "2"
+  for folder in (directory, directory / "meta", directory.parent):
+    (folder / name).write_bytes(b"?")
+  checkpoints, said = opened(tmp_path)
+  assert checkpoints.find("latest") == 2 and not said and of_step(checkpoints, 2)
+  manifest.write(str(directory))
+  assert name not in (directory / "manifest.json").read_text()
+  (directory / ".other").touch()
+  assert manifest.compare(str(directory)) == ".other was not saved there"
+
+
 def test_a_run_moves_damaged_checkpoints_away_and_goes_on(tmp_path):
   directory = save(tmp_path, 1, 2, 3)
   (directory / "3" / "optimizer" / "manifest.ocdbt").write_bytes(b"")

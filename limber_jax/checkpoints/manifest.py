@@ -7,6 +7,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 from limber_jax.runtime.atomic import SUFFIX, atomic_write
@@ -14,6 +15,8 @@ from limber_jax.runtime.atomic import SUFFIX, atomic_write
 NAME = "manifest.json"
 # Orbax writes these two after the manifest, while it commits. No restore reads them.
 _OF_THE_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+# What macOS leaves in a folder that was looked at or copied, and NFS where a file was removed that a process has open.
+_OF_THE_SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[0-9a-f]+)")
 
 
 def write(directory: str, **identity: Any) -> None:
@@ -41,7 +44,8 @@ def compare(directory: str, within: str = "", **identity: Any) -> str | None:
     for key, value in identity.items():
       if value and said.get(key, value) != value:
         return f"{NAME} says that it is of {key} {said[key]}, not {value}: it was moved or copied here"
-    wanted = {name: (int(size), str(digest)) for name, (size, digest) in listed.items() if name.startswith(within)}
+    wanted = {name: (int(size), str(digest)) for name, (size, digest) in listed.items()
+              if name.startswith(within) and not _OF_THE_SYSTEM.fullmatch(name)}
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -70,7 +74,8 @@ def _files(directory: str) -> dict[str, str]:
   names = (os.path.relpath(os.path.join(folder, file), directory).replace(os.sep, "/")
            for folder, _, files in os.walk(directory) for file in files)
   own = (*_OF_THE_COMMIT, NAME, NAME + SUFFIX)
-  return {name: os.path.join(directory, name) for name in sorted(names) if name not in own}
+  return {name: os.path.join(directory, name) for name in sorted(names)
+          if name not in own and not _OF_THE_SYSTEM.fullmatch(name)}
 
 
 def _sha256(path: str) -> str:
