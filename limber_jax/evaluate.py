@@ -122,8 +122,7 @@ def _check_run(config: Config, workdir: str) -> None:
   if not os.path.exists(path):
     raise UserError(f"--workdir={workdir}: no run there (no config.json); train one with python -m limber_jax.train "
                     f"--config=… --workdir={workdir}, or evaluate weights from elsewhere with --weights=…")
-  with open(path, encoding="utf-8") as file:
-    config_lib.check_same(dataclasses.replace(config, model=adopt(config, workdir)), file.read(), workdir)
+  workdirs.check_same(dataclasses.replace(config, model=adopt(config, workdir)), workdir)
 
 
 def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict, dict, int]:

@@ -1,5 +1,6 @@
 """Whose a workdir is, and where its paths lead from anywhere."""
 
+import dataclasses
 import os
 import shutil
 
@@ -8,6 +9,7 @@ import runs
 
 from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
+from limber_jax.training.loop import train
 
 
 def claimed(workdir, config):
@@ -47,6 +49,41 @@ def test_a_workdir_without_a_checkpoint_is_nobodys(tmp_path):
   (tmp_path / "run" / "checkpoints" / "6").rmdir()
   workdirs.check(runs.tiny(seed=1), workdir)
   assert not workdirs.begun(workdir)
+
+
+def test_frozen_weights_may_lie_elsewhere_and_nothing_else_may(tmp_path):
+  config = runs.tiny_limber()
+  config.init.lm, config.init.prompt, config.init.others = "here/lm", "here/map", {"image@other": "here/x"}
+  workdir = claimed(tmp_path / "run", config)
+
+  def check(**init):
+    workdirs.check(dataclasses.replace(config, init=dataclasses.replace(config.init, **init)), workdir)
+
+  check(lm="there/lm", others={"image@other": "there/x"})
+  for init, name in (({"prompt": "there/map"}, "prompt"), ({"lm": ""}, "lm"), ({"image": "new"}, "image"),
+                     ({"others": {}}, "others.image@other")):
+    with pytest.raises(UserError, match=rf"holds a run with init.{name}="):
+      check(**init)
+
+
+def test_a_run_goes_on_with_its_frozen_weights_from_another_path_and_no_others(tmp_path):
+  mesh = (-1, 1, 1)
+  runs.untrained(runs.tiny(mesh=mesh), str(tmp_path / "start"))
+  runs.untrained(runs.tiny(mesh=mesh, seed=5), str(tmp_path / "other"))
+
+  def start(path, **changes):
+    config = runs.tiny(mesh=mesh, trainable=("text", "logit_scale"), steps=3, **changes)
+    config.init.image = str(tmp_path / path)
+    return train(config, str(tmp_path / "run"), log=lambda _: None)
+
+  start("start")
+  shutil.move(tmp_path / "start", tmp_path / "moved")
+  assert int(start("moved").step) == 3
+  with pytest.raises(UserError, match=r"was trained on other weights of 'image': .*; name the same weights, wherever"):
+    start("other")
+  (tmp_path / "run" / "config.json").unlink()
+  with pytest.raises(UserError, match=r"lacks its config.json.* was trained on other data or by another seed.* back"):
+    start("moved", seed=1)
 
 
 def test_a_workdir_that_cannot_be_is_told_before_anything_is_done(tmp_path):

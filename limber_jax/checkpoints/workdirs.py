@@ -9,6 +9,7 @@ works. run.json holds what no config can:
 that what lies beside it is found beside it again where both were moved.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -55,8 +56,23 @@ def check(config: Config, workdir: str) -> None:
   for name in WRITTEN if os.path.isdir(workdir) else ():
     atomic.check(os.path.join(workdir, name))
   if begun(workdir):
-    with open(os.path.join(workdir, CONFIG), encoding="utf-8") as file:
-      config_lib.check_same(config, file.read(), workdir)
+    check_same(config, workdir)
+
+
+def check_same(config: Config, workdir: str) -> None:
+  """Raises UserError if `config` would train something else than the run of a workdir, by its config.json.
+
+  Frozen weights may lie elsewhere by now: that they are the same is seen from their digests, once they are loaded.
+  """
+  with open(os.path.join(workdir, CONFIG), encoding="utf-8") as file:
+    saved = file.read()
+  was, init = config_lib.from_json(saved, workdir).init, copy.deepcopy(config.init)
+  for part in ("image", "text", "prompt", "lm"):
+    if part not in config.trainable and getattr(init, part):
+      setattr(init, part, getattr(was, part) or getattr(init, part))
+  for part in init.others.keys() - set(config.trainable):
+    init.others[part] = init.others[part] and (was.others.get(part) or init.others[part])
+  config_lib.check_same(dataclasses.replace(config, init=init), saved, workdir)
 
 
 def claim(config: Config, workdir: str, run: str) -> None:

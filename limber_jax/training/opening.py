@@ -130,8 +130,12 @@ def _restore(checkpoints: Checkpoints, s: Setup, workdir: str, fingerprints: tup
   if int(state.step) != latest:
     raise UserError(f"{checkpoints.directory}/{latest} holds step {int(state.step)}: it was moved or copied there")
   if meta["data"] not in fingerprints:
-    raise UserError(f"{workdir} was trained on other data: its checkpoint {latest} has the fingerprint "
-                    f"{meta['data'][:12]}, config.data now gives {fingerprints[0][:12]}; choose another --workdir")
+    # A config.json would have told by now of most settings; without one it may be any that decides what batches hold.
+    what, back = ("was trained on other data", "") if workdirs.begun(workdir) else (
+      f"lacks its {workdirs.CONFIG}, and was trained on other data or by another seed, batch_size, tokenizer or "
+      "setting of config.data", f", or put its {workdirs.CONFIG} back")
+    raise UserError(f"{workdir} {what}: its checkpoint {latest} has the fingerprint {meta['data'][:12]}, this config "
+                    f"gives {fingerprints[0][:12]}; choose another --workdir{back}")
   check_frozen(meta, s.digests, workdir, latest)
   return state, meta
 

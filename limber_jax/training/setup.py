@@ -130,7 +130,8 @@ def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, st
   for part, was in meta.get("frozen", {}).items():
     if digests.get(part) != was:
       raise UserError(f"{workdir} was trained on other weights of {part!r}: its checkpoint {step} has the digest "
-                      f"{was[:12]}, config.init.{part} now gives {digests.get(part, 'none')[:12]}")
+                      f"{was[:12]}, config.init.{part} now gives {digests.get(part, 'none')[:12]}; name the same "
+                      "weights, wherever they are now, or choose another --workdir")
 
 
 def cached(setup: Setup) -> dict[str, dict[str, Any]]:
