@@ -8,11 +8,22 @@ from absl import flags
 
 from limber_jax import cli
 from limber_jax.checkpoints import scores
+from limber_jax.config import Config
 from limber_jax.errors import UserError
 from limber_jax.runtime import goodput, parallel, peers
 from limber_jax.runtime.signals import StopRequest
 from limber_jax.training.loop import train
 from limber_jax.training.profiling import parse_steps
+
+
+def exit_code(failures: list[str], config: Config, workdir: str) -> int:
+  """Returns 1 if an evaluation failed in this start, or one of the last step is still missing; else 0.
+
+  What failed at an earlier step of an earlier start was told then, and no further start makes up for it.
+  """
+  last = scores.read(workdir).get(config.steps, {"failed": {}})
+  return int(bool(failures or last["failed"]))
+
 
 if __name__ == "__main__":
   _config = cli.define_config()
@@ -27,9 +38,10 @@ if __name__ == "__main__":
     config, profile = cli.get_config(_config), parse_steps(_profile.value)
     with StopRequest(at_end=True) as stop, peers.named():
       parallel.start()
-      train(config, _workdir.value, stop=stop, began=goodput.process_began(), profile=profile)
+      train(config, _workdir.value, stop=stop, began=goodput.process_began(), profile=profile,
+            failures=(failures := []))
     if stop():
       parallel.leave()
-    return int(any(entry["failed"] for entry in scores.read(_workdir.value).values()))
+    return exit_code(failures, config, _workdir.value)
 
   cli.run(_main)

@@ -11,6 +11,7 @@ from runs import environment, losses, tiny, zeroshot
 from limber_jax.checkpoints.scores import TRIES, Scores, read
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
+from limber_jax.train import exit_code
 from limber_jax.training.loop import train
 
 
@@ -30,10 +31,12 @@ def test_an_evaluation_that_fails_costs_its_own_figures(tmp_path, monkeypatch):
       raise MemoryError("no room") if len(calls) == 3 else ValueError("a fault")
     return real(*args)
 
-  said = []
+  said, failures = [], []
   with monkeypatch.context() as patch:
     patch.setattr(module, "ensemble", fails)
-    train(config(), str(tmp_path / "run"), log=said.append)
+    train(config(), str(tmp_path / "run"), log=said.append, failures=failures)
+  assert failures == ["zeroshot/4", "other0/6"] and exit_code(failures, config(), str(tmp_path / "run")) == 1
+  assert exit_code([], config(), str(tmp_path / "run")) == 1  # the last step's is still missing
   assert "step 4  zeroshot: not evaluated: MemoryError: no room" in said
   assert "other0: not evaluated at step 6; measure it by python -m limber_jax.evaluate" in said
   assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -42,8 +45,9 @@ def test_an_evaluation_that_fails_costs_its_own_figures(tmp_path, monkeypatch):
   assert found[6]["failed"] == {"other0": "ValueError: a fault"}
   assert {k: found[6]["figures"].get(k, v) for k, v in whole[6]["figures"].items()} == whole[6]["figures"]
   # The same command makes up for what the last checkpoint lacks.
-  train(config(), str(tmp_path / "run"), log=lambda _: None)
+  train(config(), str(tmp_path / "run"), log=lambda _: None, failures=(failures := []))
   assert read(str(tmp_path / "run"))[6] == whole[6]
+  assert failures == [] and exit_code(failures, config(), str(tmp_path / "run")) == 0  # though step 4's failed once
   with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
     records = [json.loads(line) for line in file]
   assert [r["step"] for r in records if "other0/top1" in r] == [3, 6]

@@ -27,15 +27,17 @@ TRIES = 3  # so often an evaluation of one step may be killed
 class Scores:
   """The scores of one workdir; every process of a run calls all of these together, and process 0 writes."""
 
-  def __init__(self, workdir: str, start: int, log: Callable[[str], None] = print):
+  def __init__(self, workdir: str, start: int, log: Callable[[str], None] = print, failures: list[str] | None = None):
     """Reads what is there; a damaged file is put aside, and what was measured of `start` is measured again.
 
     Args:
       workdir: of the run.
       start: the step that training goes on from: what is known of later ones is forgotten.
       log: prints a line, in process 0.
+      failures: gets "name/step" of each evaluation that fails from now on.
     """
     self._path = os.path.join(workdir, FILE)
+    self._failures = [] if failures is None else failures
 
     def look():
       try:
@@ -85,6 +87,7 @@ class Scores:
     entry["figures"] |= figures
     if failed:
       entry["failed"][name] = failed
+      self._failures.append(f"{name}/{step}")
     self._write()
 
   def interrupted(self, step: int, name: str) -> None:

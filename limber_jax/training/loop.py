@@ -27,7 +27,8 @@ from limber_jax.training.train_step import make_step
 
 
 def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, stop: StopRequest | None = None,
-          began: float | None = None, profile: tuple[int, int] | None = None) -> TrainState:
+          began: float | None = None, profile: tuple[int, int] | None = None,
+          failures: list[str] | None = None) -> TrainState:
   """Trains `config` to its last step, going on from the newest checkpoint in `workdir`, and returns the state.
 
   SIGTERM, SIGINT and SIGHUP save and return early. A checkpoint is saved before its evaluations; one of them that fails
@@ -40,6 +41,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     stop: entered already; None listens to signals for as long as this takes.
     began: when the command did, of time.monotonic(), for the ledger; None is now.
     profile: (first, last) of the steps of which a trace is written to workdir/profile.
+    failures: gets "name/step" of each evaluation that fails in this start.
 
   Raises:
     UserError: a workdir in which another process trains, settings or data that do not fit, a workdir of another
@@ -63,7 +65,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
           return state  # a signal came; the same command goes on with it
     stop = stop or until_end.enter_context(StopRequest())
     until_end.enter_context(peers.shared(stop))
-    run = open_run(config, workdir, held, stop, until_end, log=log, began=began)
+    run = open_run(config, workdir, held, stop, until_end, log=log, began=began, failures=failures)
     until_end.enter_context(run.ledger("step"))
     try:
       state, step, stopped = _steps(run, profiler)

@@ -54,7 +54,7 @@ class Run:
 
 
 def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, until_end: contextlib.ExitStack, *,
-             log: Say, began: float | None) -> Run:
+             log: Say, began: float | None, failures: list[str] | None = None) -> Run:
   """Returns the run of `config` in `workdir`, at the newest checkpoint there, or at step 0.
 
   Nothing is written but for the log, the ledger and what names damaged data.
@@ -67,6 +67,7 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
     until_end: what is to be left at the end of the run is entered there.
     log: prints a line.
     began: when the command did, of time.monotonic(); None is now.
+    failures: gets "name/step" of each evaluation that fails.
 
   Raises:
     UserError: see `loop.train`.
@@ -92,7 +93,7 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
   with ledger("restore"):
     state, meta = _restore(checkpoints, s, workdir, fingerprints)
   start = int(state.step)
-  scores = Scores(workdir, start, log=say)
+  scores = Scores(workdir, start, say, failures)
   ledger.at(start)
   damage.start(start)
   out = Log(workdir, steps=config.steps, batch_size=config.batch_size, start_step=start, active=main, print=log)
