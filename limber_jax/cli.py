@@ -120,6 +120,8 @@ def run(main: Callable[[list[str]], int | None], *, prints: Callable[[], bool] =
       if prints():
         streams.must_arrive()
       surroundings.check_memory()
+      if "" in argv[1:]:
+        raise UserError(f"argument {argv.index('', 1)} is empty: wanted a name or a text")
       return main(list(argv[1:])) or 0
     except UserError as error:
       print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)

@@ -142,9 +142,10 @@ def _in_pieces(pool: ThreadPoolExecutor, source: sources.Source, indices: Sequen
 
 
 def _kind(reason: str) -> str:
-  """Returns a reason without the names and numbers that are different each time."""
+  """Returns a reason without the names and numbers that are different each time: '…' and N stand in their places."""
   reason = re.sub(r"^\S*?[/.][^:]*: ", "", reason)  # where it is
-  return re.sub(r"'[^']*'|\"[^\"]*\"|[\d,.]*\d", "…", reason)
+  reason = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", reason)
+  return re.sub(r"(?<![\w.,-])(?:0x[0-9a-f]+|\d(?:[\d,.]*\d)?)(?![\w])", "N", reason)  # but not of utf-8
 
 
 def _spread(values: list[int]) -> list[float] | None:
@@ -218,6 +219,9 @@ def lines(told: dict[str, Any], name: str) -> Iterator[str]:
   opening = f" and {told['found_at_opening']:,} found at opening" if told["found_at_opening"] else ""
   yield f"damage      {told['unreadable']:,} of {told['looked_at']:,} records{opening}"
   for entry in told["damage"]:
+    if entry["count"] == 1:
+      yield f"         1  {entry['first'][:300]}"
+      continue
     yield f"  {entry['count']:>8,}  {entry['reason'][:160]}"
     yield f"            first: {entry['first'][:300]}"
 

@@ -74,8 +74,8 @@ def guess(path: str) -> str:
       return "mixture" if b'"sources"' in file.read(2**16) else "coco"
   if suffix in _SUFFIXES:
     return _SUFFIXES[suffix]
-  known = ", ".join(sorted(registry.SOURCES))
-  raise UserError(f"{path}: cannot tell what it is; say so with --source=NAME; known: {known}")
+  what = "cannot tell what it is" if os.path.exists(path) or set("*?[{") & set(path) else "no such file or directory"
+  raise UserError(f"{path}: {what}; say what it is with --source=NAME; known: {', '.join(sorted(registry.SOURCES))}")
 
 
 class SourceFlags:

@@ -38,7 +38,7 @@ def lines(path: str) -> Iterator[str]:
       file.seek(0)
       yield from map(text.clean, io.TextIOWrapper(file, "utf-8-sig"))
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--source={path}: {error}") from error
+    raise UserError(f"--source={path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _vocab(task: str, size: int) -> str:
@@ -59,7 +59,7 @@ if __name__ == "__main__":
       raise UserError(f"{args[0]!r}: wanted flags only; more files with more --source=…")
     if (flags.FLAGS["config"].value is None) == (not _source.value):
       raise UserError("wanted either --source=FILE, once or more, or --config=experiments/x.py, whose data are used")
-    if _out.value is None:
+    if not _out.value:
       raise UserError("--out=DIR is missing: where tokenizer.json goes")
     destination.directory(_out.value, what=f"--out={_out.value}")
     task = ""

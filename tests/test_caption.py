@@ -231,6 +231,12 @@ def test_a_table_shows_paths_as_they_are_and_texts_on_one_line(capsys):
   assert capsys.readouterr().out == "image     caption\na  b.png  one two\\x1b[2J\nc\\udc80.png\n"
 
 
+def test_a_table_without_a_row_has_no_heading(capsys):
+  with Output() as output:
+    assert output.write([{"image": "a.png", "error": "no"}], {"image": 8, "caption": 0}, 1) == 1
+  assert capsys.readouterr() == ("", "a.png: no\n1 of 1 images could not be read\n")
+
+
 def test_many_images_are_counted_on_stderr_and_a_file_is_whole_or_not_there(tmp_path, capsys):
   path = tmp_path / "out.jsonl"
   inputs = [{"image": str(i)} for i in range(output.PROGRESS)]

@@ -11,7 +11,7 @@ from PIL import Image
 from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.errors import UserError
-from limber_jax.inspect import contact_sheet, inspect, lines
+from limber_jax.inspect import _kind, contact_sheet, inspect, lines
 from limber_jax.pack import pack
 from tests import layouts, standins
 
@@ -68,6 +68,9 @@ def test_damage_that_differs_in_names_and_numbers_alone_counts_as_one_reason(tmp
   told, looks = inspect(opened("jsonl", tmp_path / "a.jsonl"))
   assert [d["count"] for d in told["damage"]] == [5, 1] and not looks and told["formats"] == {"no image": 1}
   assert "no image 'no0.png'" in told["damage"][0]["first"]
+  assert list(lines(told, "x"))[-3].split()[0] == "5" and list(lines(told, "x"))[-1].startswith("         1  ")
+  assert _kind("a/b.png: image of 1,234 bytes is 3 x 4.5: 'utf-8' codec, byte 0xff in utf-8 at 7") == (
+    "image of N bytes is N x N: '…' codec, byte N in utf-8 at N")
 
 
 def test_a_flipped_bit_of_a_packed_directory_is_found(tmp_path, table):

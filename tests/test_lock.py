@@ -116,6 +116,10 @@ def test_on_another_machine_a_lock_is_judged_by_its_last_sign_of_life(path):
     r"life was (19|20|21) s ago; wait until it has ended, or choose another --workdir; if it is gone, start again in "
     rf"(39|40|41) s, or remove {re.escape(str(path))}", line)
   assert json.loads(path.read_text())["host"] == "b7"
+  os.utime(path, (time.time() + 90_000, time.time() + 90_000))
+  line = refusal(path, otherwise="choose another --workdir")
+  assert re.search(r"life bears a time (90,00\d|89,99\d) s ahead of the clock here: whether it is gone", line), line
+  assert line.endswith(f"remove {path}, or choose another --workdir")
   os.utime(path, (time.time() - 300, time.time() - 300))
   said = []
   with Lock(path, what="runs/a", log=said.append):

@@ -256,7 +256,7 @@ def test_the_command_says_in_one_line_what_is_wrong_and_exits_1_where_records_we
   process = command(damaged.path, tmp_path / "out", "--damaged=0.1", "--workers=0")
   output, _ = process.communicate(timeout=60)
   assert process.returncode == 1 and "37 records in 1 shards, 3 dropped" in output
-  for arguments, message in (((tmp_path / "nothing", tmp_path / "x"), "cannot tell what it is"),
+  for arguments, message in (((tmp_path / "nothing", tmp_path / "x"), "no such file or directory; say what it is with"),
                              ((damaged.path,), "expected SRC and DST, got 1")):
     process = command(*arguments)
     output, _ = process.communicate(timeout=60)

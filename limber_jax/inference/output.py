@@ -128,8 +128,7 @@ class Output:
     """
     columns, start, number = list(widths), time.monotonic(), len(self._done)
     said, unread = start - EVERY, 0
-    if not self._json and len(columns) > 1:
-      self._print(widths, {name: name for name in columns})
+    heading = not self._json and len(columns) > 1
     for row in self._done:
       unread += self._name_error(row)
     for number, row in enumerate(rows, len(self._done) + 1):
@@ -140,6 +139,9 @@ class Output:
         if self._json:
           print(json.dumps(row), flush=True)
         else:
+          if heading:  # not before there is a row: an error may be all that is said
+            self._print(widths, {name: name for name in columns})
+            heading = False
           self._print(widths, shown(row))
       now = time.monotonic()
       if total >= PROGRESS and (now - said >= EVERY or number == total):

@@ -160,6 +160,10 @@ class Lock:
     line = f"{self._called(path)} is in use by {_name(holder)}"
     if age is None:
       return f"{line}; wait until it has ended" + (f", or {self._otherwise}" if self._otherwise else "")
+    if age < -BEAT:  # no wait would ever end
+      return (f"{line}, another machine, whose last sign of life bears a time {-age:,.0f} s ahead of the clock here: "
+              f"whether it is gone cannot be told; if it is, remove {path}"
+              + (f", or {self._otherwise}" if self._otherwise else ""))
     return (f"{line}, another machine, whose last sign of life was {max(age, 0):.0f} s ago; wait until it has ended"
             + (f", or {self._otherwise}" if self._otherwise else "")
             + f"; if it is gone, start again in {STALE - age:.0f} s, or remove {path}")
