@@ -30,6 +30,7 @@ from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals import clip_benchmark
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.evals.splits import named
+from limber_jax.inference import destination
 from limber_jax.models import clip
 from limber_jax.runtime import atomic, lock, parallel, peers
 from limber_jax.runtime.signals import Interrupted, StopRequest
@@ -282,6 +283,8 @@ if __name__ == "__main__":
       raise UserError("--workdir is missing; for example --workdir=runs/quickstart")
     if _model.value and not _weights.value:
       raise UserError(f"--model={_model.value} is of --weights=, which is missing")
+    if _out.value:
+      destination.directory(_out.value, what=f"--out={_out.value}", runs=True)
     config = cli.get_config(_config)
     parallel.start()
     with StopRequest() as stop, peers.shared(stop):

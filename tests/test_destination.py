@@ -90,7 +90,10 @@ def test_a_directory_to_fill_is_none_of_a_run_no_file_and_not_full_of_other_thin
                       ("-", "wanted the name of a directory")):
     with pytest.raises(UserError, match=match):
       destination.directory(str(path), what=f"--out={path}")
-  destination.directory(str(tmp_path / "new"), what="x")
+  for path, runs_too in ((tmp_path / "new", False), (tmp_path / "new", True), (run, True)):
+    destination.directory(str(path), what="x", runs=runs_too)
+  with pytest.raises(UserError, match="is a part of the run in"):
+    destination.directory(str(run / "checkpoints"), what="x", runs=True)
   refused("-", "^--out=-: wanted the name of a file, for what is written is no text")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "thesis.tex").touch()
@@ -154,7 +157,8 @@ def test_every_command_refuses_before_it_computes(run, tmp_path):
            ("pack", str(table), there), ("convert", str(run), there, "--to=projection"),
            ("convert", str(run), str(run / "checkpoints"), "--to=hf"),
            ("encode", f"--config={ROOT}/experiments/quickstart.py", f"--out={run}"),
-           ("train_tokenizer", f"--source={table}", f"--out={run}"), ("inspect", str(table), "--out=-")]
+           ("train_tokenizer", f"--source={table}", f"--out={run}"), ("inspect", str(table), "--out=-"),
+           ("evaluate", f"--config={ROOT}/experiments/quickstart.py", f"--workdir={run}", "--out=-")]
   env = runs.environment(tmp_path / "cache") | {"PYTHONPATH": os.pathsep.join(sys.path)}
   done = subprocess.run([sys.executable, "-Wignore", "-c", COMMANDS, json.dumps(lines)], capture_output=True, text=True,
                         cwd=tmp_path, env=env)

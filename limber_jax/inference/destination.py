@@ -41,15 +41,21 @@ def file(path: str, *, what: str, reads: Iterable[str] = ()) -> None:
   atomic.check(path, what=what)  # the last, for it makes and removes a file beside
 
 
-def directory(path: str, *, what: str) -> None:
-  """Raises UserError if the directory `path` cannot be one to fill: a file, standard output, or a part of a run."""
+def directory(path: str, *, what: str, runs: bool = False) -> None:
+  """Raises UserError if the directory `path` cannot be one to fill: a file, standard output, or a part of a run.
+
+  Args:
+    path: of the directory, which need not be there.
+    what: is written, for messages.
+    runs: whether it may be a workdir, of a run or of results.
+  """
   if path == STDOUT:
     raise UserError(f"{what}: wanted the name of a directory; ./- is one of that name")
   if os.path.lexists(path) and not os.path.isdir(path):
     kind = "a link that leads nowhere" if os.path.islink(path) else "a file"
     raise UserError(f"{what}: is {kind}, where a directory belongs; choose another")
   real = os.path.realpath(path)
-  if run := real if _is_run(real) else _run_of(real):
+  if run := (real if _is_run(real) and not runs else _run_of(real)):
     raise UserError(f"{what}: is {'the workdir of a run' if run == real else f'a part of the run in {run}'}; choose "
                     "another directory")
 
