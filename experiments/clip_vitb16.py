@@ -12,7 +12,7 @@ def get_config() -> Config:
     batch_size=32_768,
     steps=390_625,  # 32 epochs of 400 M pairs
     data=Data(
-      # A table of captions and image paths, as img2dataset and open_clip write it; see the README for the layout.
+      # A table of captions and image paths, as img2dataset and open_clip write it; see docs/data.md for the layout.
       source=Source(name="captions", path="data/pairs/train.tsv"),
       tokenizer=Tokenizer(name="clip"),
       crop="random",

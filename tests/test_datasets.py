@@ -16,13 +16,13 @@ from limber_jax.evals.zeroshot import ZeroShot
 from tests.made import PREDICT, config, context
 from tests.test_sources_folder import write
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/datasets.md"
 START, END = "<!-- data sets: limber_jax.evals.datasets.markdown() -->\n", "<!-- end of data sets -->"
 
 
-def test_the_readme_has_the_table_of_all_data_sets():
-  text = README.read_text()
-  assert START in text and END in text, f"put {START!r}, datasets.markdown() and {END!r} into the README"
+def test_the_documentation_has_the_table_of_all_data_sets():
+  text = PAGE.read_text()
+  assert START in text and END in text, f"put {START!r}, datasets.markdown() and {END!r} into {PAGE.name}"
   assert text.split(START)[1].split(END)[0] == datasets.markdown()
 
 

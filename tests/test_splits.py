@@ -101,8 +101,8 @@ def test_parts_of_the_data_are_never_taken_for_classes(tmp_path):
   assert folder(Source("folder", str(vehicles), "")).classes == ("cat", "train")
 
 
-def test_the_readmes_own_example_reads_class_folders_and_asks_which_of_several_parts(tmp_path, monkeypatch):
-  """`Source(name="folder", path="data/my-pets")` of an evaluation, as the README has it."""
+def test_the_documentations_own_example_reads_class_folders_and_asks_which_of_several_parts(tmp_path, monkeypatch):
+  """`Source(name="folder", path="data/my-pets")` of an evaluation, as docs/evaluate.md has it."""
   monkeypatch.chdir(tmp_path)
   folders(tmp_path / "data" / "my-pets", ".")
   evaluation = Evaluation(name="zeroshot", source=Source(name="folder", path="data/my-pets"), every=1000,

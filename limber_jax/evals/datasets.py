@@ -273,7 +273,7 @@ def expected(s: DataSet, path: str) -> str:
 
 
 def markdown() -> str:
-  """Returns the README's table of all data sets, in Markdown."""
+  """Returns the table of all data sets that stands in docs/datasets.md, in Markdown."""
   rows = [["data set", "expected at", "layout", "classes", "train / validation / test", "figure", "page, licence"]]
   rows.append(["---"] * len(rows[0]))
   for key, s in SETS.items():

@@ -45,7 +45,8 @@ class Captioner:
 
     Args:
       setup: of the experiment.
-      params, stats: of what was trained.
+      params: of what was trained.
+      stats: of what was trained.
       name: of the map.
       blind: leave the images out of what the language model reads.
     """

@@ -46,7 +46,8 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
     workdir: of the run.
     config: as `read_run` returns and `to_use` changes it.
     checkpoint: "latest", "best" or a step.
-    name, blind: see Captioner.
+    name: of the map.
+    blind: see Captioner.
 
   Raises:
     UserError: no such checkpoint or map, or the frozen weights are not those it was trained on.
@@ -78,7 +79,8 @@ def open_projection(path: str, config: Config, name: str, *, blind: bool = False
 
   Args:
     path: of the file.
-    config, name: as `read_projection` returns them, the config as `to_use` changes it.
+    config: as `read_projection` returns and `to_use` changes it.
+    name: as `read_projection` returns it.
     blind: see Captioner.
 
   Raises:

@@ -17,7 +17,8 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
   """Returns 2.5 * max(cosine, 0) of each image with its caption, float64 [N].
 
   Args:
-    images, texts: embeddings [N, E] of any length but 0.
+    images: embeddings [N, E] of any length but 0.
+    texts: embeddings [N, E] of any length but 0.
 
   Raises:
     ValueError: the shapes differ.
@@ -33,7 +34,8 @@ def ref_clip_score(images: np.ndarray, texts: np.ndarray, references: Sequence[n
   It is 0 where one of the two is.
 
   Args:
-    images, texts: embeddings [N, E].
+    images: embeddings [N, E].
+    texts: embeddings [N, E].
     references: N arrays [R, E], one or more references each.
 
   Raises:
