@@ -311,7 +311,7 @@ def flatten(config: Any, prefix: str = "", *, known: bool = False) -> dict[str, 
   else:
     items = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
              if not (known and LATER.items() <= f.metadata.items() and getattr(config, f.name) == f.default)}
-  out = {}
+  out: dict[str, Any] = {}
   for key, value in items.items():
     name = f"{prefix}{key}"
     if isinstance(value, dict) or dataclasses.is_dataclass(value):
@@ -366,11 +366,11 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
 
   def read(hint: Any, name: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    classes = [o for o in options if dataclasses.is_dataclass(o)]
+    classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
     if typing.get_origin(hint) is dict:
       of, start = typing.get_args(hint)[1], f"{name}."
       keys = [n.removeprefix(start) for n in values if n.startswith(start)]
-      keys = dict.fromkeys(k.partition(".")[0] for k in keys) if dataclasses.is_dataclass(of) else keys
+      keys = list(dict.fromkeys(k.partition(".")[0] for k in keys)) if dataclasses.is_dataclass(of) else keys
       return {key: read(of, start + key) for key in keys}
     if classes and not (types.NoneType in options and values.get(name, ...) is None):
       return build(classes, f"{name}.")
@@ -379,7 +379,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
     used.add(name)
     return None if classes else leaf(hint, name, values[name])
 
-  def build(classes: list[type], start: str) -> Any:
+  def build(classes: list[Any], start: str) -> Any:
     cls = classes[0]
     if len(classes) > 1:
       kinds = {c.kind: c for c in classes}

@@ -98,7 +98,7 @@ def check(config: Any, start: str = "config.") -> None:
     config: an instance of a dataclass.
     start: stands before the names of its fields, in the message.
   """
-  hints = hints_of(type(config))
+  hints = hints_of(config.__class__)
   for f in dataclasses.fields(config):
     check_value(getattr(config, f.name), hints[f.name], f"{start}{f.name}", range_of(f))
 
@@ -107,7 +107,7 @@ def check_value(value: Any, hint: Any, name: str, allowed: Range = ANY) -> None:
   """Raises UserError if a value, of the field `name`, does not fit the annotation `hint` or is not `allowed`."""
   origin = typing.get_origin(hint)
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  classes = tuple(o for o in options if dataclasses.is_dataclass(o))
+  classes = tuple(o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o))
   if value is None and types.NoneType in options:
     return
   if classes or hint is Any:
@@ -146,7 +146,7 @@ def check_value(value: Any, hint: Any, name: str, allowed: Range = ANY) -> None:
 
 def split_commas(config: Any) -> None:
   """Makes ("a", "b") of ("a,b",) wherever a configuration holds texts: --config.trainable=a,b gives that."""
-  hints = hints_of(type(config))
+  hints = hints_of(config.__class__)
   for f in dataclasses.fields(config):
     value = getattr(config, f.name)
     for inner in value.values() if isinstance(value, dict) else (value,):

@@ -17,7 +17,6 @@ import numpy as np
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.text import decode
-from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals import datasets
 from limber_jax.evals.base import Context
@@ -203,13 +202,13 @@ def chosen_metrics(config: Evaluation, classes: int, several: bool, own: tuple[s
   return config.metrics or default
 
 
-def classifier(embed_text: Callable[[np.ndarray], Any], tokenizer: Tokenizer, classes: Sequence[str],
+def classifier(embed_text: Callable[[np.ndarray], Any], tokenizer: Callable[..., np.ndarray], classes: Sequence[str],
                templates: Sequence[str], length: int) -> np.ndarray:
   """Returns the weights of a zero-shot classifier, unit float32 [C, E]: the scores of images are images @ weights.T.
 
   Args:
     embed_text: tokens int32 [n, T] -> unit embeddings [n, E]; it is given all C × templates at once.
-    tokenizer: from `data.tokenizers.load`.
+    tokenizer: from `data.tokenizers.load`, or what calls one.
     classes: C names.
     templates: sentences with {} for the class.
     length: T, tokens of a sentence.
@@ -217,7 +216,8 @@ def classifier(embed_text: Callable[[np.ndarray], Any], tokenizer: Tokenizer, cl
   return ensemble(embed_text, prompts(tokenizer, classes, templates, length))
 
 
-def prompts(tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], length: int) -> np.ndarray:
+def prompts(tokenizer: Callable[..., np.ndarray], classes: Sequence[str], templates: Sequence[str], length: int
+            ) -> np.ndarray:
   """Returns the tokens int32 [C, templates, T] of every class in every template."""
   texts = [template.replace("{}", name) for name in classes for template in templates]
   return tokenizer(texts, length).reshape(len(classes), len(templates), length)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from limber_jax.errors import UserError
 from limber_jax.inference.images import attempt
 from limber_jax.models.gptj import Cache
 from limber_jax.runtime import parallel
+from limber_jax.tasks.captioning import Captioning
 from limber_jax.training.setup import Setup
 from limber_jax.weights.digest import digest
 
@@ -50,7 +51,8 @@ class Captioner:
       name: of the map.
       blind: leave the images out of what the language model reads.
     """
-    model, encoder = setup.task.model, setup.task.model.encoder_of(name)
+    task = cast(Captioning, setup.task)
+    model, encoder = task.model, task.model.encoder_of(name)
     self.decoding = setup.config.decoding
     self.batch_size = setup.config.batch_size
     self._model, self._mesh, self._tokenizer, self._blind = model, setup.mesh, setup.tokenizer, blind
@@ -59,7 +61,7 @@ class Captioner:
     self._params = {**setup.frozen.params, **params}
     self._stats = {**setup.frozen.stats, **stats}
     self._preprocess = transforms.with_options(
-      transforms.Chain((transforms.Decode(), setup.task.rule(encoder))), ImageOptions.of(setup.config.data))
+      transforms.Chain((transforms.Decode(), task.rule(encoder))), ImageOptions.of(setup.config.data))
     self._prompts = jax.jit(lambda params, stats, images: model.prompt(
       params, model.encode(params, stats, images, encoder)[0], name), out_shardings=parallel.batch_sharding(self._mesh))
     whole = parallel.replicated(self._mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -34,13 +35,13 @@ def change_decoding(own: Decoding, *, prompt: str | None = None, beams: int | No
     own = fresh
   elif temperature is not None or top_p is not None:
     own = own if own.method == "sample" else dataclasses.replace(fresh, method="sample")
-    given = {"temperature": temperature, "top_p": top_p}
-    own = dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    own = dataclasses.replace(own, **{k: v for k, v in sampling.items() if v is not None})
   if seed is not None and own.method != "sample":
     raise UserError(f"--seed is for sampling, and decoding is {own.method!r}; sample with --temperature=0.7")
   if prompt is not None and prompt != prompt.rstrip():
     raise UserError(f"--prompt={prompt!r}: no space at its end; the language model writes it with the next word")
-  given = {"prompt": prompt, "seed": seed, "max_new_tokens": max_new_tokens}
+  given: dict[str, Any] = {"prompt": prompt, "seed": seed, "max_new_tokens": max_new_tokens}
   return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
 

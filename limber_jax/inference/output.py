@@ -42,7 +42,8 @@ class Output:
       UserError: the file cannot be written, or must not be.
     """
     self._json, self._path = as_json or bool(path), path
-    self._file, self._partial = None, ""
+    self._file: Any = None  # opened with the first row
+    self._partial = ""
     self._done: list[dict[str, Any]] = []    # rows that an earlier command has written
     self._rows = 0  # in the file
     self._inputs: Sequence[dict[str, str]] = ()

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -62,7 +62,8 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
       check_frozen(checkpoints.meta(step), s.digests, workdir, step)
       return checkpoints.restore_params(step, s.like.params, s.like.stats)
 
-    return Captioner(s, *checkpoints.read(checkpoint, read), name, blind=blind)
+    params, stats = checkpoints.read(checkpoint, read)
+    return Captioner(s, params, stats, name, blind=blind)
   finally:
     checkpoints.close()
 
@@ -88,7 +89,7 @@ def open_projection(path: str, config: Config, name: str, *, blind: bool = False
   """
   check_map(config, name)
   s = _setup(config)
-  digests = {"image": s.digests[part("image", s.task.model.encoder_of(name))], "lm": s.digests["lm"]}
+  digests = {"image": s.digests[part("image", cast(Captioning, s.task).model.encoder_of(name))], "lm": s.digests["lm"]}
   projection.check(projection.load(path)[1], digests, path)
   here = part("prompt", name)
   return Captioner(s, {here: load.load_part(path, "prompt", None, s.like.params[here])[0]}, {}, name, blind=blind)
@@ -182,8 +183,8 @@ def to_use(config: Config, *, decoding: Decoding | None = None, init: Sequence[s
     name, _, path = given.partition("=")
     if name not in frozen or not path:
       raise UserError(f"--init={given}: expected PART=PATH of a frozen part{did_you_mean(name, frozen)}")
-    weights = (dataclasses.replace(weights, others={**weights.others, name: path}) if "@" in name else
-               dataclasses.replace(weights, **{name: path}))
+    changed: dict[str, Any] = {"others": {**weights.others, name: path}} if "@" in name else {name: path}
+    weights = dataclasses.replace(weights, **changed)
   return dataclasses.replace(
     config, decoding=decoding or config.decoding, init=weights, mesh=Mesh(fsdp=fsdp), evals={},
     batch_size=-(-max(batch_size, 1) // count) * count, loss=Loss(), captions=Captions(),
