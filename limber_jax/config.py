@@ -279,6 +279,11 @@ def check(config: Config, start: str = "config.") -> None:
     start: stands before the names of fields, in the message.
   """
   ranges.check(config, start)
+  check_model(config)
+
+
+def check_model(config: Config) -> None:
+  """Raises UserError if the model is of another task."""
   size = registry.lookup("task", registry.SIZES, config.task)
   if not isinstance(config.model, size):
     raise UserError(f"task {config.task!r} needs a {size.__module__.removeprefix('limber_jax.')}.{size.__name__}, "
@@ -386,7 +391,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
       if (kind := read(str, f"{start}kind")) not in kinds:
         raise UserError(f"{start}kind: expected one of {', '.join(kinds)}, got {kind!r}")
       cls = kinds[kind]
-    hints = typing.get_type_hints(cls)
+    hints = ranges.hints_of(cls)
     if cls is Config:
       hints["model"] = registry.lookup("task", registry.SIZES, read(str, "task"))
     return cls(**{f.name: read(hints[f.name], start + f.name) for f in dataclasses.fields(cls)

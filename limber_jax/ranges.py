@@ -8,12 +8,14 @@ large or small that float32, in which everything is computed, has only infinity 
 import dataclasses
 import functools
 import math
+import operator
 import types
 import typing
 from typing import Any
 
 import numpy as np
 
+from limber_jax import registry
 from limber_jax.errors import UserError
 
 # Of a field of a size: it came later than the first runs, and its default is what they did.
@@ -79,15 +81,17 @@ ANY = Range()
 
 
 def ranged(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, later: bool = False,
-           **allowed: Any) -> Any:
+           registered: str = "", **allowed: Any) -> Any:
   """Returns the field of a dataclass with a default, or a factory of one, that says what its value may be.
 
   Args:
     default, factory: as of dataclasses.field.
     later: whether it is LATER.
+    registered: the table of the registry whose entries say by their `size` which dataclasses may stand there; after a
+      colon an attribute that such an entry must have.
     allowed: fields of `Range`.
   """
-  metadata = {"range": Range(**allowed)} | (LATER if later else {})
+  metadata = {"range": Range(**allowed), "registered": registered} | (LATER if later else {})
   return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -163,10 +167,18 @@ def range_of(f: dataclasses.Field) -> Range:
   return f.metadata.get("range", ANY)
 
 
-@functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-  """Returns the types of the fields of a dataclass."""
-  return typing.get_type_hints(cls)
+  """Returns the types of the fields of a dataclass; of one that is registered, all that are registered now."""
+  hints = dict(_annotations(cls))
+  for f in dataclasses.fields(cls):
+    if table := f.metadata.get("registered"):
+      table, _, having = table.partition(":")
+      specs = [registry.lookup("", getattr(registry, table), name) for name in getattr(registry, table)]
+      hints[f.name] = functools.reduce(operator.or_, (s.size for s in specs if not having or getattr(s, having)))
+  return hints
+
+
+_annotations = functools.cache(typing.get_type_hints)
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ def limber(name: str, encoder: str, image: str = "", *, model: dict[str, Any] | 
 
   Args:
     name: of the experiment.
-    encoder: a name in models.encoders.ENCODERS.
+    encoder: a name in models.encoders.known.
     image: where its weights are; "" leaves it at random.
     model: fields of LimberSize besides image and lm.
     changes: fields of Config.

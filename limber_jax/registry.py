@@ -1,6 +1,6 @@
 """Names a config may use, each pointing at "module:attribute", imported only when asked for.
 
-A new task, evaluation, data source or tokenizer is one file and one line here.
+A new task, encoder, evaluation, data source or tokenizer is one file and one line here.
 """
 
 import importlib
@@ -12,6 +12,14 @@ TASKS = {
   "captioning": "limber_jax.tasks.captioning:Captioning",
   "contrastive": "limber_jax.tasks.contrastive:Contrastive",
   "language_modelling": "limber_jax.tasks.language_modelling:LanguageModelling",
+}
+
+# Image encoders, by the kind of their tower; a name of one, such as clip_vit_b32, is in its `named`.
+ENCODERS = {
+  "vit": "limber_jax.models.vit:ENCODER",
+  "resnet": "limber_jax.models.resnet:ENCODER",
+  "beit": "limber_jax.models.beit:ENCODER",
+  "nf_resnet": "limber_jax.models.nfnet:ENCODER",
 }
 
 # What config.model is, by task.

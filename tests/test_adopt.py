@@ -17,7 +17,7 @@ from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 from limber_jax.inference.classifier import Classifier
-from limber_jax.models import clip, encoders
+from limber_jax.models import clip, encoders, spec
 from limber_jax.models.limber import LimberSize, Map
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
@@ -140,7 +140,7 @@ def test_a_run_has_the_preprocessing_of_its_weights_for_good(tmp_path, squash):
 
 
 def limber_size(**changes):
-  image = encoders.EncoderSize(SIZE.image, embed_dim=SIZE.embed_dim, activation=SIZE.activation, **changes)
+  image = spec.EncoderSize(SIZE.image, embed_dim=SIZE.embed_dim, activation=SIZE.activation, **changes)
   other = Map(dataclasses.replace(image, tower=dataclasses.replace(SIZE.image)))
   return LimberSize(image=image, lm=tiny_limber().model.lm, others={"x": other, "y": Map()})
 
@@ -281,7 +281,7 @@ def test_features_of_other_preprocessing_are_other_features_and_those_of_before_
 
 
 def test_other_kinds_of_encoders_take_what_lies_beside_their_weights(tmp_path):
-  beit = encoders.ENCODERS["beit_l16_mu"]()
+  beit = encoders.encoder_size("beit_l16_mu")
   (tmp_path / "beit").mkdir()
   assert beside(str(tmp_path / "beit"), beit) is None
   (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps({
@@ -292,10 +292,10 @@ def test_other_kinds_of_encoders_take_what_lies_beside_their_weights(tmp_path):
   assert (found.resize, found.resize_to, found.resample, found.mean) == ("squash", 40, "bicubic", (0.5, 0.4, 0.3))
 
   for name, reference in (("nf_resnet50_mu", False), ("nf_resnet50_reference_mu", True)):
-    size = encoders.ENCODERS[name]()
+    size = encoders.encoder_size(name)
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps({"architecture": "nf_resnet50", "pretrained_cfg": {
-      "crop_pct": 0.94, "interpolation": "bicubic", "mean": encoders.IMAGENET_MEAN, "std": encoders.IMAGENET_STD}}))
+      "crop_pct": 0.94, "interpolation": "bicubic", "mean": spec.IMAGENET_MEAN, "std": spec.IMAGENET_STD}}))
     config.model, config.init = LimberSize(image=size, lm=config.model.lm), Init(image=str(tmp_path / name))
     assert adopt(config).image == (size if reference else dataclasses.replace(size, resize_to=68))
 

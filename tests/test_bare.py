@@ -206,7 +206,7 @@ def tiny(tmp_path, tiny_params):
   """The tensors of a tiny CLIP in OpenAI's names, the same as our parameters, and a file that says what it is."""
   (tmp_path / "said").mkdir()
   (tmp_path / "said" / "limber_config.json").write_text(json.dumps(flatten(TINY)))
-  return convert.export(clip.OPENAI_WEIGHTS["vit"], tiny_params), tiny_params, str(tmp_path / "said")
+  return convert.export(clip.openai_weights("vit"), tiny_params), tiny_params, str(tmp_path / "said")
 
 
 def test_a_run_takes_a_state_dict_for_the_model_of_its_config(tmp_path, tiny, capsys):
@@ -309,7 +309,7 @@ def test_a_state_dict_that_almost_fits_is_told_of_the_nearest_model(tmp_path, ti
 
 def test_a_state_dict_in_the_names_of_transformers_is_read(tmp_path, tiny):
   _, params, said = tiny
-  save_file(convert.export(clip.HF_WEIGHTS["vit"], params), tmp_path / "x.safetensors")
+  save_file(convert.export(clip.hf_weights(), params), tmp_path / "x.safetensors")
   jax.tree.map(np.testing.assert_array_equal, load.load(str(tmp_path / "x.safetensors"), said).params, params)
   with pytest.raises(UserError, match=SAYS_NEITHER):
     load.load(str(tmp_path / "x.safetensors"))

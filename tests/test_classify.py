@@ -16,7 +16,7 @@ from limber_jax.data.sources.folder import Folder
 from limber_jax.errors import UserError
 from limber_jax.inference.classifier import Classifier, read_labels
 from limber_jax.inference.images import find
-from limber_jax.models import clip
+from limber_jax.models import clip, spec
 from limber_jax.models.text import TextSize
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import export, load
@@ -62,7 +62,7 @@ def test_probabilities_equal_those_of_transformers(weights, photos, transformers
   model = transformers.CLIPModel.from_pretrained(weights).eval()
   ours = Classifier(weights, LABELS, TEMPLATES, BYTES, batch_size=3)
   images = np.stack([ours.read(str(photos / name)) for name in ("a.png", "b.jpg", "d.JPEG")] * 3)  # more than a batch
-  pixels = ((images / 255 - clip.MEAN) / clip.STD).astype(np.float32).transpose(0, 3, 1, 2)
+  pixels = ((images / 255 - spec.MEAN) / spec.STD).astype(np.float32).transpose(0, 3, 1, 2)
 
   def embed(text):
     ids = torch.tensor([[257, *(byte + 1 for byte in text.lower().encode()), 258]])

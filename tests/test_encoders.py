@@ -15,9 +15,10 @@ from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models import beit, encoders, nfnet
 from limber_jax.models.beit import BeitSize
-from limber_jax.models.encoders import ENCODERS, Encoder, EncoderSize
+from limber_jax.models.encoders import Encoder
 from limber_jax.models.nfnet import NfResNetSize
 from limber_jax.models.resnet import ResNetSize
+from limber_jax.models.spec import EncoderSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.runtime.parallel import make_mesh, shardings
 from limber_jax.weights import convert
@@ -59,7 +60,7 @@ def randomise(model):
 @functools.cache
 def built(name):
   """Returns (encoder, shapes of its params, shapes of its stats): tracing takes most of the time of a test."""
-  encoder = Encoder.of(ENCODERS[name](), FP32)
+  encoder = Encoder.of(encoders.encoder_size(name), FP32)
   return encoder, *encoder.shapes()
 
 
@@ -89,7 +90,8 @@ def random_variables(encoder, seed=0):
 def from_torch(encoder, source):
   """Returns (params, stats) of tensors by name."""
   params, stats = encoder.shapes()
-  tree = convert.convert(encoder.rows(source), source, params | ({"stats": stats} if stats else {}), encoder.ignored)
+  like = params | ({"stats": stats} if stats else {})
+  tree = convert.convert(encoder.rows(source), source, like, encoder.spec.ignored)
   return tree, tree.pop("stats", {})
 
 
@@ -357,7 +359,7 @@ def test_nf_resnet50_is_timms(open_clip):
   import torch
 
   model = randomise(timm.create_model("nf_resnet50")).eval()
-  size = ENCODERS["nf_resnet50"]()
+  size = encoders.encoder_size("nf_resnet50")
   encoder = Encoder.of(dataclasses.replace(size, tower=dataclasses.replace(size.tower, image_size=40)), FP32)
   params, _ = from_torch(encoder, state(model))
   images = random_images(40, 1)
@@ -477,14 +479,14 @@ def test_a_vits_patches_are_those_of_transformers(transformers):
 # --- Every encoder ---
 
 
-@pytest.mark.parametrize("name", [*ENCODERS])
+@pytest.mark.parametrize("name", [*encoders.known()])
 def test_an_encoder_returns_the_tokens_that_it_promises(name):
   encoder, params, stats = built(name)
   side = encoder.image_size
   images = jax.ShapeDtypeStruct((2, side, side, 3), np.uint8)
   frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
   for features, given in (("tokens", params), ("pooled", frozen)):
-    encoder = Encoder.of(dataclasses.replace(ENCODERS[name](), features=features), Compute())
+    encoder = Encoder.of(dataclasses.replace(encoders.encoder_size(name), features=features), Compute())
     out, after = jax.eval_shape(encoder.encode, given, stats, images)
     assert out.tokens.shape == (2, encoder.num_tokens, encoder.feature_dim)
     assert out.tokens.dtype == out.pooled.dtype == jnp.bfloat16
@@ -492,21 +494,21 @@ def test_an_encoder_returns_the_tokens_that_it_promises(name):
   assert out.tokens.shape == (2, 1, out.pooled.shape[1])
 
 
-@pytest.mark.parametrize("name", [*ENCODERS])
+@pytest.mark.parametrize("name", [*encoders.known()])
 def test_every_leaf_of_an_encoder_has_a_sharding_that_divides_it(name):
   encoder, *trees = built(name)
   for mesh in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
     for tree in trees:
-      specs = jax.tree.leaves(shardings(tree, encoder.sharding, make_mesh(mesh)))
+      specs = jax.tree.leaves(shardings(tree, encoder.spec.sharding, make_mesh(mesh)))
       for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(tree), specs, strict=True):
         assert x.size <= 2**20 or any(axes is not None for axes in spec.spec), path  # nothing large is held whole
 
 
-@pytest.mark.parametrize("name", [n for n in ENCODERS if n.endswith("_mu") or "digits" in n])
+@pytest.mark.parametrize("name", [n for n in encoders.known() if n.endswith("_mu") or "digits" in n])
 def test_an_encoders_weights_return_from_every_format(name):
   encoder, _, _ = built(name)
   params, stats = random_variables(encoder)
-  for rows in encoder.weights.values():
+  for rows in encoder.spec.weights.values():
     source = convert.export(rows, params | ({"stats": stats} if stats else {}))
     assert encoder.rows(source) == rows
     jax.tree.map(np.testing.assert_array_equal, from_torch(encoder, source), (params, stats))
@@ -526,7 +528,7 @@ def test_published_encoders_have_the_published_shapes_and_parameters(name, token
 
 @pytest.mark.parametrize("name", ["clip_vit_b32_mu", "beit_l16_ft_mu"])
 def test_uint8_images_are_normalised_and_pooled_features_are_one_token(name):
-  size = dataclasses.replace(ENCODERS[name](), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+  size = dataclasses.replace(encoders.encoder_size(name), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
   encoder, pooled = (Encoder.of(dataclasses.replace(size, features=f), FP32) for f in ("tokens", "pooled"))
   params, _ = random_variables(encoder)
   side = encoder.image_size
@@ -567,7 +569,7 @@ def test_devices_and_bfloat16_change_features_by_rounding_only(name):
   want = features_of(encoder, params, {}, images)
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   with jax.set_mesh(mesh):
-    spread = jax.device_put(params, shardings(params, encoder.sharding, mesh))
+    spread = jax.device_put(params, shardings(params, encoder.spec.sharding, mesh))
     got = features_of(encoder, spread, {}, images)
   assert error(got.tokens, want.tokens) <= FEATURE
 
@@ -603,11 +605,11 @@ def test_names_images_and_weights_that_do_not_fit_are_refused():
 def test_preprocessing_is_that_of_the_published_models(transformers, open_clip):
   import timm
 
-  beit_size, clip_size, nf_size = (ENCODERS[n]() for n in ("beit_l16", "clip_rn50x16", "nf_resnet50"))
+  beit_size, clip_size, nf_size = (encoders.encoder_size(n) for n in ("beit_l16", "clip_rn50x16", "nf_resnet50"))
   processor = transformers.BeitImageProcessor
   assert (beit_size.mean, beit_size.std) == (tuple(processor.image_mean), tuple(processor.image_std))
   assert (clip_size.mean, clip_size.std) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
   config = timm.create_model("nf_resnet50").default_cfg
   assert (nf_size.mean, nf_size.std, nf_size.resample) == (config["mean"], config["std"], config["interpolation"])
-  reference = ENCODERS["nf_resnet50_reference"]()
+  reference = encoders.encoder_size("nf_resnet50_reference")
   assert (reference.mean, reference.std, reference.resize) == ((0, 0, 0), (1, 1, 1), "native")

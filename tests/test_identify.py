@@ -75,7 +75,7 @@ def in_role(role, path):
     elif role == "lm":
       load.load_part(path, "lm", gptj.SIZES["gptj_mu"](), {})
     else:
-      load.load_part(path, "image", encoders.ENCODERS[role](), {})
+      load.load_part(path, "image", encoders.encoder_size(role), {})
   return str(error.value)
 
 

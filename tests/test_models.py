@@ -11,7 +11,7 @@ import pytest
 from limber_jax import losses
 from limber_jax.config import Compute, flatten
 from limber_jax.errors import UserError
-from limber_jax.models import clip
+from limber_jax.models import clip, spec
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
@@ -153,8 +153,8 @@ def test_features_gradients_and_statistics_are_those_of_open_clip(open_clip, nam
   for key, module in (("image", model.visual.transformer if size.image.kind == "vit" else model.visual.layer4),
                       ("text", model.ln_final)):
     module.register_forward_hook(lambda module, args, out, key=key: seen.update({key: out.detach().numpy()}))
-  rows = clip.OPENAI_WEIGHTS[size.image.kind]
-  params, stats = to_ours(model, size, rows, clip.OPENAI_IGNORED)
+  rows = clip.openai_weights(size.image.kind)
+  params, stats = to_ours(model, size, rows, spec.OPENAI_IGNORED)
   images, tokens = inputs(size)
   weights = weights_of_logits(len(images))
 
@@ -167,7 +167,7 @@ def test_features_gradients_and_statistics_are_those_of_open_clip(open_clip, nam
   assert error(text.tokens, seen["text"]) <= EMBEDDING
   assert_same_gradients(convert.export(rows, grads), want_grads)
 
-  _, want_stats = to_ours(model, size, rows, clip.OPENAI_IGNORED)
+  _, want_stats = to_ours(model, size, rows, spec.OPENAI_IGNORED)
   new_stats, want_stats = map(flax.traverse_util.flatten_dict, (new_stats, want_stats))
   assert new_stats.keys() == want_stats.keys()
   for path, leaf in want_stats.items():
@@ -179,8 +179,8 @@ def test_features_gradients_and_statistics_are_those_of_open_clip(open_clip, nam
 def test_features_and_gradients_are_those_of_transformers(transformers, name):
   size = SIZES[name]
   model = randomise(by_transformers(transformers, size)).eval()
-  rows = clip.HF_WEIGHTS["vit"]
-  params, stats = to_ours(model, size, rows, clip.HF_IGNORED)
+  rows = clip.hf_weights()
+  params, stats = to_ours(model, size, rows, spec.HF_IGNORED)
   images, tokens = inputs(size)
   tokens = tokens[:, :-1]  # shorter texts than the context are the rule there
   tokens[2, -1] = size.text.vocab - 1
@@ -203,7 +203,7 @@ def test_initialisation_is_open_clips(open_clip, size):
   import torch
 
   torch.manual_seed(0)
-  theirs, _ = to_ours(by_open_clip(open_clip, size), size, clip.OPENAI_WEIGHTS[size.image.kind], clip.OPENAI_IGNORED)
+  theirs, _ = to_ours(by_open_clip(open_clip, size), size, clip.openai_weights(size.image.kind), spec.OPENAI_IGNORED)
   model = clip.build(size, FP32)
   image, text = (jax.random.key(seed, impl="rbg") for seed in (0, 1))  # threefry takes half a minute to compile
   ours = {"image": jax.jit(model.init_image)(image)["params"], "text": jax.jit(model.init_text)(text)["params"]}
@@ -270,7 +270,7 @@ def test_remat_and_unrolling_change_neither_features_nor_gradients(name, setting
     for compute in (FP32, dataclasses.replace(FP32, **settings)))
   for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
     assert error(a, b) <= EMBEDDING
-  rows = clip.OPENAI_WEIGHTS[size.image.kind]
+  rows = clip.openai_weights(size.image.kind)
   assert_same_gradients(convert.export(rows, grads), convert.export(rows, want_grads))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from limber_jax.errors import UserError
 from limber_jax.models.clip import ClipSize
-from limber_jax.models.encoders import EncoderSize
+from limber_jax.models.spec import EncoderSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import export, load, positions

@@ -11,7 +11,7 @@ from PIL import Image
 
 from limber_jax.data.transforms import RESAMPLES, own_rule
 from limber_jax.errors import UserError
-from limber_jax.models import clip
+from limber_jax.models import spec
 from limber_jax.models.clip import ClipSize, normalise
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import configs, preprocessing
@@ -217,8 +217,8 @@ def test_what_another_library_cannot_do_is_not_written_for_it():
 
 
 def test_the_words_of_the_sizes_are_those_of_the_transforms():
-  assert set(clip.RESAMPLES) == set(RESAMPLES) == set(FILTERS)
-  for resize in clip.RESIZES:
-    for rounding in clip.ROUNDINGS:
+  assert set(spec.RESAMPLES) == set(RESAMPLES) == set(FILTERS)
+  for resize in spec.RESIZES:
+    for rounding in spec.ROUNDINGS:
       own_rule(dataclasses.replace(ClipSize(), resize=resize, crop_rounding=rounding), SIDE)
-  assert [f.name for f in dataclasses.fields(preprocessing.Preprocessing)] == list(clip.PIXELS)
+  assert [f.name for f in dataclasses.fields(preprocessing.Preprocessing)] == list(spec.PIXELS)

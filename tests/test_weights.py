@@ -25,9 +25,10 @@ from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import beit, clip, encoders, gptj, nfnet
 from limber_jax.models.clip import ClipSize
-from limber_jax.models.encoders import Encoder, EncoderSize
+from limber_jax.models.encoders import Encoder
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.resnet import ResNetSize
+from limber_jax.models.spec import EncoderSize
 from limber_jax.models.text import TextSize, check_end
 from limber_jax.models.vit import ViTSize
 from limber_jax.runtime import parallel
@@ -122,7 +123,7 @@ def test_a_saved_model_loads_bit_for_bit_with_its_size(tmp_path, name, to):
 def test_a_state_dict_with_openais_marks_gives_back_weights_and_size(tmp_path, published, name, suffix):
   size = SIZES[name]
   params, stats = random_model(size)
-  tensors = convert.export(clip.OPENAI_WEIGHTS[name], params | ({"stats": stats} if stats else {}))
+  tensors = convert.export(clip.openai_weights(name), params | ({"stats": stats} if stats else {}))
   tensors |= {"input_resolution": np.array(size.image.image_size), "context_length": np.array(12),
               "vocab_size": np.array(99)}
   if name == "resnet":
@@ -137,7 +138,7 @@ def test_a_state_dict_with_openais_marks_gives_back_weights_and_size(tmp_path, p
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_read_as_float32(tmp_path, dtype):
   params, _ = random_model(SIZES["vit"])
-  half = {k: v.astype(dtype) for k, v in convert.export(clip.OPENAI_WEIGHTS["vit"], params).items()}
+  half = {k: v.astype(dtype) for k, v in convert.export(clip.openai_weights("vit"), params).items()}
   save_file(half, tmp_path / "model.safetensors")
   assert_equal(load.load(str(tmp_path / "model.safetensors"), said(tmp_path, SIZES["vit"])).params,
                jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params))
@@ -145,7 +146,7 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
 
 def test_every_exported_array_is_contiguous_in_memory():
   """safetensors 0.8 writes transposed arrays in the wrong order, without a word."""
-  for name, rows in (("vit", clip.HF_WEIGHTS["vit"]), *clip.OPENAI_WEIGHTS.items()):
+  for name, rows in (("vit", clip.hf_weights()), *((kind, clip.openai_weights(kind)) for kind in ("vit", "resnet"))):
     params, stats = random_model(SIZES[name])
     tensors = convert.export(rows, params | ({"stats": stats} if stats else {}))
     assert all(x.flags.c_contiguous for x in tensors.values())
@@ -315,9 +316,9 @@ def test_a_tensor_missing_extra_or_of_another_shape_raises_by_name(saved, change
 
 def test_a_leaf_that_no_row_knows_raises_by_name():
   with pytest.raises(UserError, match="text/adapter: nothing in this format fills it"):
-    convert.convert(clip.HF_WEIGHTS["vit"], {}, {"text": {"adapter": np.zeros(3)}})
+    convert.convert(clip.hf_weights(), {}, {"text": {"adapter": np.zeros(3)}})
   with pytest.raises(UserError, match="text/adapter: this format has no place for it"):
-    convert.export(clip.HF_WEIGHTS["vit"], {"text": {"adapter": np.zeros(3)}})
+    convert.export(clip.hf_weights(), {"text": {"adapter": np.zeros(3)}})
 
 
 def test_nothing_is_read_before_everything_is_checked():
@@ -358,7 +359,7 @@ def test_a_part_of_another_build_is_refused_by_name(saved):
                                          ({"data": 2, "fsdp": 2, "tensor": 2}, np.float32)])
 def test_weights_streamed_to_devices_equal_those_converted_on_the_host(tmp_path, sizes, dtype):
   params, _ = random_model(SIZES["vit"])
-  rows = clip.OPENAI_WEIGHTS["vit"]
+  rows = clip.openai_weights("vit")
   tensors = {k: v.astype(np.float16) for k, v in convert.export(rows, params).items()}
   np.savez(tmp_path / "x.npz", **tensors)
   save_file(tensors, tmp_path / "x.safetensors")
@@ -541,7 +542,7 @@ def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(t
 
 
 def test_the_configuration_beside_a_file_of_an_encoder_is_checked_if_it_is_its_own(tmp_path, capfd):
-  size = encoders.ENCODERS["beit_l16_mu"]()
+  size = encoders.encoder_size("beit_l16_mu")
   like, _ = encoder_like(size)
   params, file, config = random_tree(like), str(tmp_path / "x.safetensors"), tmp_path / "config.json"
   save_file(convert.export(beit.HF_WEIGHTS, params), file)
@@ -564,7 +565,7 @@ def test_the_configuration_beside_a_file_of_an_encoder_is_checked_if_it_is_its_o
      "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}))
   assert adopt.beside(file, size) == adopt.beside(str(tmp_path), size)
   assert adopt.beside(file, size).mean == (0.1, 0.2, 0.3)
-  size = encoders.ENCODERS["nf_resnet50_mu"]()
+  size = encoders.encoder_size("nf_resnet50_mu")
   config.write_text(json.dumps({"architecture": "nf_resnet50", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}))
   assert adopt.beside(file, size).mean == (0.1, 0.2, 0.3)
   config.write_text(json.dumps({"architecture": "resnet50", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}))
@@ -636,7 +637,7 @@ BEIT_CONFIG = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layer
 
 @pytest.mark.parametrize("form", ["shared", "own", "headed"])
 def test_a_beit_saved_by_transformers_loads(tmp_path, transformers, form):
-  size = encoders.ENCODERS["beit_l16_mu" if form == "shared" else "beit_l16_ft_mu"]()
+  size = encoders.encoder_size("beit_l16_mu" if form == "shared" else "beit_l16_ft_mu")
   config = transformers.BeitConfig(use_shared_relative_position_bias=form == "shared",
                                    use_relative_position_bias=form != "shared", **BEIT_CONFIG)
   model = (transformers.BeitForImageClassification if form == "headed" else transformers.BeitModel)(config)
@@ -663,7 +664,7 @@ def test_a_beit_saved_by_transformers_loads(tmp_path, transformers, form):
   (dict(model_type="vit"), r"this is a ViT \(model_type 'vit'\), and the config asks for a BEiT; what can"),
 ])
 def test_a_beit_of_another_build_is_refused_by_name(tmp_path, change, message):
-  size = encoders.ENCODERS["beit_l16_mu"]()
+  size = encoders.encoder_size("beit_l16_mu")
   like, _ = encoder_like(size)
   save_file(convert.export(beit.HF_WEIGHTS, random_tree(like)), tmp_path / "model.safetensors")
   config = BEIT_CONFIG | {"model_type": "beit", "use_shared_relative_position_bias": True}
@@ -683,7 +684,7 @@ TABLES = {  # by name: (size of the encoder, table, a tensor's name, our path of
                                         ("nf_resnet", "safetensors"), ("nf_resnet", "pth")])
 def test_an_encoder_goes_through_its_table_and_back(tmp_path, table, kind):
   name, rows, tensor, ours = TABLES[table]
-  size = encoders.ENCODERS[name]()
+  size = encoders.encoder_size(name)
   like, _ = encoder_like(size)
   params = random_tree(like)
   tensors = convert.export(rows, params)
@@ -714,7 +715,7 @@ def test_an_encoder_goes_through_its_table_and_back(tmp_path, table, kind):
 
 
 def test_the_references_nf_resnet_ignores_its_classifier_and_refuses_other_networks(tmp_path):
-  size = encoders.ENCODERS["nf_resnet50_mu"]()
+  size = encoders.encoder_size("nf_resnet50_mu")
   like, _ = encoder_like(size)
   tensors = convert.export(nfnet.TIMM_WEIGHTS, random_tree(like))
   save_file(tensors | {"head.fc.weight": np.zeros((9, 8), np.float32), "head.fc.bias": np.zeros(9, np.float32)},
@@ -810,7 +811,7 @@ def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_cl
 
   size = SIZES["vit"]
   params, _ = random_model(size)
-  tensors = {k: torch.tensor(v) for k, v in convert.export(clip.OPENAI_WEIGHTS["vit"], params).items()}
+  tensors = {k: torch.tensor(v) for k, v in convert.export(clip.openai_weights("vit"), params).items()}
   torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in tensors.items()}}, tmp_path / "epoch_3.pt")
   model = said(tmp_path, size)
   assert_equal(load.load(str(tmp_path / "epoch_3.pt"), model).params, params)  # as open_clip's training writes
@@ -858,7 +859,7 @@ def test_an_archive_of_torch_jit_in_openais_names_is_read(tmp_path, published, n
   root = Part()
   size = SIZES[name]
   params, stats = random_model(size)
-  tensors = convert.export(clip.OPENAI_WEIGHTS[name], params | ({"stats": stats} if stats else {}))
+  tensors = convert.export(clip.openai_weights(name), params | ({"stats": stats} if stats else {}))
   for key, x in tensors.items():
     *parents, last = key.split(".")
     module = root
@@ -924,7 +925,7 @@ def test_a_language_model_loads_from_the_workdir_of_a_run_that_trained_it(tmp_pa
   with pytest.raises(UserError, match=rf"{start}width is 64, but this config's part 'lm' has 128"):
     load.load_part(path, "lm", wider, lm_like(wider))
   with pytest.raises(UserError, match="a run whose model has no part 'image'"):
-    load.load_part(path, "image", encoders.ENCODERS["beit_l16_mu"](), {})
+    load.load_part(path, "image", encoders.encoder_size("beit_l16_mu"), {})
 
 
 def test_a_clip_with_a_frozen_resnet_loads_with_the_statistics_that_it_started_from(tmp_path):
@@ -1005,7 +1006,7 @@ def test_an_npz_that_lies_about_its_sizes_is_refused(tmp_path):
 def test_a_damaged_npz_is_refused(tmp_path):
   params, _ = random_model(SIZES["vit"])
   path = tmp_path / "model.npz"
-  np.savez(path, **convert.export(clip.OPENAI_WEIGHTS["vit"], params))
+  np.savez(path, **convert.export(clip.openai_weights("vit"), params))
   data = bytearray(path.read_bytes())
   data[5000] ^= 1
   path.write_bytes(data)

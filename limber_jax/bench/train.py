@@ -26,12 +26,7 @@ from limber_jax.config import Config
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, encoders, gptj
-from limber_jax.models.clip import ClipSize
-from limber_jax.models.encoders import EncoderSize
-from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import Limber, LimberSize
-from limber_jax.models.resnet import ResNetSize
-from limber_jax.models.vit import ViTSize
 from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
 from limber_jax.training import optimizer
@@ -99,33 +94,26 @@ def resize(config: Config, name: str) -> None:
   Raises:
     UserError: no such size; the message gives those there are.
   """
-  named = {ClipSize: clip.SIZES, GPTJSize: gptj.SIZES}.get(type(config.model), {})
+  named = {"contrastive": clip.SIZES, "language_modelling": gptj.SIZES}.get(config.task, {})
   if name != "mu" and name not in named:
     raise UserError(f"--size: no size {name!r} for task {config.task!r}{did_you_mean(name, ['mu', *named])}")
   if name != "mu":
     config.model = named[name]()
-  elif isinstance(config.model, ClipSize):
+  elif config.task == "contrastive":
     config.model = clip.mu(config.model)
-  elif isinstance(config.model, GPTJSize):
+  elif config.task == "language_modelling":
     config.model = gptj.SIZES["gptj_mu"]()
   else:
     config.model = limber_mu(config.model)
-  if isinstance(config.model, GPTJSize | LimberSize):  # the text must fit into a smaller context
-    free = config.model.context if isinstance(config.model, GPTJSize) else text_room(config)
+  if config.task != "contrastive":  # the text must fit into a smaller context
+    free = config.model.context if config.task == "language_modelling" else text_room(config)
     config.data = dataclasses.replace(config.data, length=min(config.data.length, free))
 
 
 def limber_mu(size: LimberSize) -> LimberSize:
   """Returns the smallest LiMBeR of the same build: its maps, between the smallest encoders and language model."""
-
-  def mu(image: EncoderSize) -> EncoderSize:
-    if not isinstance(image.tower, ViTSize | ResNetSize):
-      return encoders.mu(image)
-    small = clip.mu(ClipSize(image.embed_dim, image.tower, activation=image.activation))
-    return dataclasses.replace(image, tower=small.image, embed_dim=small.embed_dim)
-
-  others = {name: dataclasses.replace(m, image=m.image and mu(m.image)) for name, m in size.others.items()}
-  return dataclasses.replace(size, image=mu(size.image), lm=gptj.SIZES["gptj_mu"](), others=others)
+  others = {name: dataclasses.replace(m, image=m.image and encoders.mu(m.image)) for name, m in size.others.items()}
+  return dataclasses.replace(size, image=encoders.mu(size.image), lm=gptj.SIZES["gptj_mu"](), others=others)
 
 
 def text_room(config: Config) -> int:

@@ -259,7 +259,7 @@ class ResizeCrop:
 
 
 def own_rule(size: Any, image_size: int) -> ResizeCrop:
-  """Returns the preprocessing that a models.clip.ClipSize or models.encoders.EncoderSize says."""
+  """Returns the preprocessing that a models.clip.ClipSize or models.spec.EncoderSize says."""
   return ResizeCrop(image_size, {"shortest": "center"}.get(size.resize, size.resize), resample=size.resample,
                     resize_to=size.resize_to, crop_rounding=size.crop_rounding, fill_color=size.fill_color)
 

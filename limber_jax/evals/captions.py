@@ -22,7 +22,7 @@ from limber_jax.evals.naming import SHEET, draw
 from limber_jax.evals.words import references_of
 from limber_jax.metrics import captions as metric
 from limber_jax.metrics.clipscore import PREFIX, clip_score, ref_clip_score
-from limber_jax.models import clip
+from limber_jax.models import clip, spec
 from limber_jax.models.text import check_end
 from limber_jax.runtime.atomic import atomic_write
 from limber_jax.runtime.parallel import from_first, place, replicated
@@ -182,7 +182,7 @@ class Scorer:
     self.transform = transforms.Chain((transforms.Decode(), transforms.own_rule(size, size.image.image_size)))
     self.digest = digest((loaded.params, loaded.stats))
     # What is kept of images depends on their preprocessing too; CLIP's own, as ever, has no name there.
-    pixels = {name: value for name in clip.PIXELS if (value := getattr(size, name)) != getattr(clip.ClipSize, name)}
+    pixels = {name: value for name in spec.PIXELS if (value := getattr(size, name)) != getattr(clip.ClipSize, name)}
     self._pixels = f"_{hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:8]}" if pixels else ""
     self._predict = Contrastive(clip.build(size, Compute(dtype="float32")), "softmax", 0, 1, ()).predict()
     whole = replicated(context.mesh)

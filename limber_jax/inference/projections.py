@@ -18,7 +18,7 @@ from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.inference.captioner import Captioner
-from limber_jax.models.encoders import ENCODERS, EncoderSize
+from limber_jax.models import encoders
 from limber_jax.models.gptj import SIZES
 from limber_jax.models.limber import part
 from limber_jax.tasks.captioning import Captioning
@@ -131,7 +131,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
     checkpoints.close()
   encoder = task.model.encoders[task.model.encoder_of(name)].size
   projection.save(path, trained[here], {
-    "encoder": _named(encoder, ENCODERS), "lm": _named(config.model.lm, SIZES), "map": name,
+    "encoder": _named(encoder, encoders.known()), "lm": _named(config.model.lm, SIZES), "map": name,
     "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_lib.flatten(config), "step": step,
     "version": limber_jax.__version__})
   return step
@@ -139,7 +139,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
 
 def _named(size: Any, known: Mapping[str, Any]) -> Any:
   """Returns the name of a size, or all of its fields where it has none."""
-  plain = dataclasses.replace(size, crop_rounding="even") if isinstance(size, EncoderSize) else size
+  plain = dataclasses.replace(size, crop_rounding="even") if hasattr(size, "crop_rounding") else size
   return next((name for name, make in known.items() if make() == plain), config_lib.flatten(size, known=True))
 
 

@@ -5,7 +5,9 @@ each branch of a block is scaled by a learned vector (layer scale). One table of
 pre-trained form (pt22k), one a block in the fine-tuned form (ft22k).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from limber_jax.config import Compute
+from limber_jax.errors import UserError
 from limber_jax.models.layers import ACTIVATIONS, BLOCK_SHARDING, Features, LayerNorm, Rows, scan, under
 from limber_jax.models.linear import Conv, Dense, broadcast
+from limber_jax.models.spec import EncoderSize, EncoderSpec, patches_fit, same
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import BATCH, constrain
 
@@ -201,3 +205,41 @@ HF_HEADED_WEIGHTS: Rows = under("", "beit.", HF_WEIGHTS)
 # size has none (random in a pt22k that went through BeitModel), and the index that older files carry.
 HF_IGNORED = (r"(classifier|lm_head|layernorm)\.(weight|bias)", r"(beit\.)?embeddings\.mask_token",
               r"(beit\.)?pooler\.layernorm\.(weight|bias)", r"(beit\.)?encoder\..*relative_position_index")
+
+# BeitConfig's own defaults, of the settings that we have too.
+_DEFAULTS = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "intermediate_size": 3072, "use_shared_relative_position_bias": False,
+             "use_relative_position_bias": False}
+# use_mean_pooling: without it BeitModel ends in a LayerNorm.
+_FIXED = {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,), "use_absolute_position_embeddings": (False,),
+          "use_mean_pooling": (True,)}
+
+
+def _check_config(values: dict[str, Any], tower: BeitSize) -> None:
+  ours = {"image_size": tower.image_size, "patch_size": tower.patch, "hidden_size": tower.width,
+          "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
+          "intermediate_size": tower.mlp_ratio * tower.width,
+          "use_shared_relative_position_bias": tower.shared_positions,
+          "use_relative_position_bias": not tower.shared_positions}
+  for name, value in ours.items():
+    if (theirs := values.get(name, _DEFAULTS[name])) not in (value, [value, value]):
+      raise UserError(f"{name} is {theirs!r}, but this config's encoder has {value!r}")
+  same(values, _FIXED)
+
+
+def _shown(tower: BeitSize) -> dict[str, tuple[Any, Any]]:
+  return {"hidden_size": (tower.width, 768), "num_hidden_layers": (tower.layers, 12), "patch_size": (tower.patch, 16)}
+
+
+def _named(**form: Any) -> Callable[[], EncoderSize]:
+  # resample: its preprocessor_config.json says 2, PIL's bilinear filter.
+  return lambda: EncoderSize(BeitSize(**form), (0.5,) * 3, (0.5,) * 3, "squash", "bilinear")
+
+
+ENCODER = EncoderSpec(
+  size=BeitSize, module=lambda size, compute: Beit(size.tower, compute), check=patches_fit,
+  mu=lambda tower: replace(tower, image_size=32, patch=8, width=64, layers=2, heads=2),
+  width=lambda tower: tower.width, weights={"hf": HF_WEIGHTS, "hf_headed": HF_HEADED_WEIGHTS}, ignored=HF_IGNORED,
+  sharding=SHARDING, title="a BEiT", processor="Beit", describes=lambda values: values.get("model_type") == "beit",
+  check_config=_check_config, shown=_shown,
+  named={"beit_l16": _named(), "beit_l16_ft": _named(shared_positions=False, pooler=True)})

@@ -5,28 +5,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from limber_jax import ranges
 from limber_jax.config import Compute, unflatten
 from limber_jax.errors import UserError
-from limber_jax.models import resnet, text, vit
+from limber_jax.models import text
 from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
-from limber_jax.models.resnet import ResNet, ResNetSize
+from limber_jax.models.resnet import ResNetSize
+from limber_jax.models.spec import MEAN, RESAMPLES, RESIZES, ROUNDINGS, STD, EncoderSize, checked, spec_of
 from limber_jax.models.text import TextSize, TextTransformer
-from limber_jax.models.vit import ViT, ViTSize
+from limber_jax.models.vit import ViTSize
 from limber_jax.ranges import ranged
-
-# OpenAI's statistics of its training images, on the scale 0..1.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-# How an image becomes pixels: what the fields of a size may be.
-RESIZES = ("shortest", "longest", "squash", "native")
-RESAMPLES = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
-ROUNDINGS = ("even", "down")
-PIXELS = ("mean", "std", "resize", "resample", "resize_to", "crop_rounding", "fill_color")  # and the fields themselves
+from limber_jax.runtime.parallel import Rules
 
 
 @dataclass
@@ -34,7 +27,7 @@ class ClipSize:
   """Everything that defines a CLIP but its weights."""
 
   embed_dim: int = ranged(512, at_least=1, at_most=10**6)
-  image: ViTSize | ResNetSize = field(default_factory=ViTSize)
+  image: Any = ranged(factory=ViTSize, registered="ENCODERS:clip")
   text: TextSize = field(default_factory=TextSize)
   activation: str = ranged("quick_gelu", choices=tuple(ACTIVATIONS))
   # How an image becomes pixels; data.transforms.ResizeCrop says what the words mean.
@@ -46,6 +39,22 @@ class ClipSize:
   resize_to: int = ranged(0, at_least=0, at_most=16_384, later=True)
   crop_rounding: str = ranged("even", choices=ROUNDINGS, later=True)  # even: torchvision's | down: transformers'
   fill_color: int = ranged(0, at_least=0, at_most=255, later=True)  # grey beside images that are smaller than the crop
+
+  def encoders(self) -> dict[str, "ClipSize"]:
+    """Returns what says how images become pixels, by part."""
+    return {"image": self}
+
+  def with_encoder(self, part: str, size: "ClipSize") -> "ClipSize":
+    """Returns this size with another of what `encoders` gives."""
+    return size
+
+  def encoder_field(self, part: str) -> str:
+    """Returns where that stands in config.model, with its dot."""
+    return ""
+
+  def plain(self) -> "ClipSize":
+    """Returns a size with the preprocessing that a CLIP has where nobody says anything."""
+    return ClipSize()
 
 
 def _size(embed_dim, image, text_width) -> Callable[[], ClipSize]:
@@ -72,12 +81,7 @@ def mu(size: ClipSize) -> ClipSize:
 
   Widths divide by 8, and heads by 2, so that the sharding rows of the full size hold on small meshes.
   """
-  image: ViTSize | ResNetSize
-  if isinstance(size.image, ViTSize):
-    grid = size.image.image_size // size.image.patch // 6 + 1
-    image = ViTSize(image_size=8 * grid, patch=8, width=64, layers=2, heads=2)
-  else:
-    image = ResNetSize(image_size=64, layers=tuple(max(1, min(2, n - 2)) for n in size.image.layers), width=16, heads=8)
+  image = spec_of(size.image.kind).mu(size.image)
   return dataclasses.replace(size, embed_dim=32, image=image,
                              text=TextSize(context=32, vocab=512, width=64, layers=2, heads=2))
 
@@ -100,7 +104,7 @@ class Clip:
   """The two towers, as pure functions of their parameters and statistics."""
 
   size: ClipSize
-  image: ViT | ResNet
+  image: nn.Module
   text: TextTransformer
 
   def init_image(self, rng: jax.Array) -> dict:
@@ -155,43 +159,40 @@ def build(size: ClipSize, compute: Compute) -> Clip:
   """Returns the towers of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
   ranges.check(size, "config.model.")
   ranges.check(compute, "config.compute.")
-  i = size.image
-  if isinstance(i, ViTSize):
-    if i.image_size % i.patch:
-      raise UserError(f"model.image: patches of {i.patch} do not tile {i.image_size} pixels")
-    if i.width % i.heads:
-      raise UserError(f"model.image: {i.heads} heads do not divide a width of {i.width}")
-  elif i.image_size % 32:
-    raise UserError(f"model.image: image_size={i.image_size}; a ResNet needs a multiple of 32")
-  elif 32 * i.width % i.heads:
-    raise UserError(f"model.image: {i.heads} heads do not divide a width of {32 * i.width}")
+  tower = EncoderSize(size.image, embed_dim=size.embed_dim, activation=size.activation)
+  spec = checked(tower, "model.image")
   if size.text.width % size.text.heads:
     raise UserError(f"model.text: {size.text.heads} heads do not divide a width of {size.text.width}")
   if not -1 <= size.text.eos < size.text.vocab:
     raise UserError(f"model.text: eos={size.text.eos} is no id of a vocabulary of {size.text.vocab}")
-  tower = ViT if isinstance(i, ViTSize) else ResNet
-  return Clip(size, tower(i, size.embed_dim, size.activation, compute),
+  return Clip(size, spec.module(tower, compute),
               TextTransformer(size.text, size.embed_dim, size.activation, compute))
 
 
-SHARDING = (*vit.SHARDING, *resnet.SHARDING, *text.SHARDING)
+def sharding(size: ClipSize) -> Rules:
+  """Returns the rows of the sharding table for both towers."""
+  return (*spec_of(size.image.kind).sharding, *text.SHARDING)
 
 
-def _rows(image: Rows, text_rows: Rows, stats: Rows = ()) -> Rows:
-  return (*under("image/", "", image), *under("text/", "", text_rows), *under("stats/image/", "", stats),
+def openai_weights(kind: str) -> Rows:
+  """Returns the weight table of a whole CLIP with such an image tower; open_clip kept OpenAI's names.
+
+  Statistics stand under "stats/".
+  """
+  return _whole(spec_of(kind).weights["openai"], text.OPENAI_WEIGHTS)
+
+
+def hf_weights(kind: str = "vit") -> Rows:
+  """Returns the weight table of a whole CLIP in transformers' names."""
+  return _whole(spec_of(kind).weights["hf"], text.HF_WEIGHTS)
+
+
+def _whole(image: Rows, text_rows: Rows) -> Rows:
+  stats = tuple((f"stats/image/{ours.removeprefix('stats/')}", *rest) for ours, *rest in image
+                if ours.startswith("stats/"))
+  plain = tuple(row for row in image if not row[0].startswith("stats/"))
+  return (*under("image/", "", plain), *under("text/", "", text_rows), *stats,
           ("logit_scale", "logit_scale", "scalar"), ("logit_bias", "logit_bias", "scalar"))
-
-
-# Weight tables of a whole CLIP, by kind of image tower. open_clip kept OpenAI's names. Statistics stand under "stats/".
-OPENAI_WEIGHTS = {
-  "vit": _rows(vit.OPENAI_WEIGHTS, text.OPENAI_WEIGHTS),
-  "resnet": _rows(resnet.OPENAI_WEIGHTS, text.OPENAI_WEIGHTS, resnet.OPENAI_STATS),
-}
-HF_WEIGHTS = {"vit": _rows(vit.HF_WEIGHTS, text.HF_WEIGHTS)}
-
-# Tensors that carry no weights, as patterns of their whole names.
-OPENAI_IGNORED = ("input_resolution", "context_length", "vocab_size", r"visual\..*\.num_batches_tracked")
-HF_IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 
 def size_from_dict(values: dict[str, Any]) -> ClipSize:

@@ -5,7 +5,7 @@ Source: EleutherAI's gpt-j-6B and mesh-transformer-jax. Rotary positions: RoForm
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,10 @@ class GPTJSize:
   layers: int = ranged(28, at_least=1, at_most=10_000)
   heads: int = ranged(16, at_least=1, at_most=10**6)      # divide the width
   rotary: int = ranged(64, at_least=2, at_most=10**6)     # even; dimensions of each head that positions turn
+
+  def encoders(self) -> dict[str, Any]:
+    """Returns no image encoders."""
+    return {}
 
 
 SIZES: dict[str, Callable[[], GPTJSize]] = {

@@ -3,6 +3,7 @@
 MAGMA (2112.05253) is the same build with a LayerNorm on the prompt, adapters in the language model, a tuned encoder.
 """
 
+import dataclasses
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from limber_jax import ranges
 from limber_jax.config import Compute
 from limber_jax.models import adapters, gptj, prompt
 from limber_jax.models.adapters import AdapterSize
-from limber_jax.models.encoders import Encoder, EncoderSize
+from limber_jax.models.encoders import Encoder
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
+from limber_jax.models.spec import EncoderSize
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import Rules, within
 
@@ -47,6 +49,21 @@ class LimberSize:
   lm: GPTJSize = field(default_factory=GPTJSize)
   adapters: AdapterSize = field(default_factory=AdapterSize)
   others: dict[str, Map] = field(default_factory=dict)
+
+  def encoders(self) -> dict[str, EncoderSize]:
+    """Returns the image encoders, by part."""
+    return {"image": self.image} | {part("image", name): m.image for name, m in self.others.items() if m.image}
+
+  def with_encoder(self, part: str, size: EncoderSize) -> "LimberSize":
+    """Returns this size with another of what `encoders` gives."""
+    if part == "image":
+      return dataclasses.replace(self, image=size)
+    name = part.partition("@")[2]
+    return dataclasses.replace(self, others=self.others | {name: dataclasses.replace(self.others[name], image=size)})
+
+  def encoder_field(self, part: str) -> str:
+    """Returns where that stands in config.model, with its dot."""
+    return "image." if part == "image" else f"others.{part.partition('@')[2]}.image."
 
 
 def part(kind: str, name: str) -> str:
@@ -96,7 +113,7 @@ class Limber:
     for name in self.maps:
       rows += within(part("prompt", name), prompt.SHARDING)
       if name in self.encoders:
-        rows += within(part("image", name), self.encoders[name].sharding)
+        rows += within(part("image", name), self.encoders[name].spec.sharding)
     return tuple(rows)
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,9 @@ initialisation, and shortcuts are average pools. Images are NHWC.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ import numpy as np
 from limber_jax.config import Compute
 from limber_jax.models.layers import Features, Rows, scan, under
 from limber_jax.models.linear import broadcast, conv
+from limber_jax.models.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSize, EncoderSpec
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import BATCH, constrain
 
@@ -151,3 +154,22 @@ TIMM_WEIGHTS: Rows = (
 )
 
 TIMM_IGNORED = (r"head\.fc\.(weight|bias)",)
+
+
+def _describes(values: dict[str, Any]) -> bool:
+  """Returns whether a config.json is one of timm's nf_resnets."""
+  return not values.get("model_type") and str(values.get("architecture", "")).startswith("nf_resnet")
+
+
+def _named(**changes: Any) -> Callable[[], EncoderSize]:
+  return lambda: replace(EncoderSize(NfResNetSize(), IMAGENET_MEAN, IMAGENET_STD, features="pooled"), **changes)
+
+
+ENCODER = EncoderSpec(
+  size=NfResNetSize, module=lambda size, compute: NfResNet(size.tower, compute), check=lambda tower: "",
+  mu=lambda tower: replace(tower, image_size=64, layers=(1, 2, 1, 1), width=8), width=lambda tower: 32 * tower.width,
+  weights={"timm": TIMM_WEIGHTS}, ignored=TIMM_IGNORED, sharding=SHARDING, title="an NF-ResNet of timm's",
+  convolutional=True, processor="timm", describes=_describes,
+  named={"nf_resnet50": _named(),
+         # As LiMBeR's code fed it: pixels at their own resolution, cropped or padded, and not normalised.
+         "nf_resnet50_reference": _named(mean=(0.0,) * 3, std=(1.0,) * 3, resize="native")})

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from limber_jax.config import Compute
 from limber_jax.models.layers import BatchNorm, Features, Rows, attention_kernel, scan, torch_uniform, under
 from limber_jax.models.linear import Conv, Dense, broadcast
+from limber_jax.models.spec import NOT_IMAGE, ClipTower, EncoderSpec
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import BATCH, constrain
 
@@ -167,3 +168,27 @@ OPENAI_WEIGHTS: Rows = (
 )
 
 OPENAI_STATS: Rows = _trunk(1)
+
+
+def _check(tower: ResNetSize) -> str:
+  if tower.image_size % 32:
+    return f"image_size={tower.image_size}; a ResNet needs a multiple of 32"
+  if 32 * tower.width % tower.heads:
+    return f"{tower.heads} heads do not divide a width of {32 * tower.width}"
+  return ""
+
+
+def _mu(tower: ResNetSize) -> ResNetSize:
+  return ResNetSize(image_size=64, layers=tuple(max(1, min(2, n - 2)) for n in tower.layers), width=16, heads=8)
+
+
+def _open_clip(tower: ResNetSize) -> dict:
+  return {"image_size": tower.image_size, "width": tower.width, "layers": list(tower.layers), "patch_size": None,
+          "head_width": 32 * tower.width // tower.heads}
+
+
+ENCODER = EncoderSpec(
+  size=ResNetSize, module=lambda size, compute: ResNet(size.tower, size.embed_dim, size.activation, compute),
+  check=_check, mu=_mu, width=lambda tower: 32 * tower.width,
+  weights={"openai": (*OPENAI_WEIGHTS, *under("stats/", "", OPENAI_STATS))}, ignored=NOT_IMAGE, sharding=SHARDING,
+  title="the image tower of a CLIP", convolutional=True, batch_norm=True, clip=ClipTower(_open_clip))

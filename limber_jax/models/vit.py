@@ -21,6 +21,7 @@ from limber_jax.models.layers import (
   under,
 )
 from limber_jax.models.linear import Conv, Dense, broadcast
+from limber_jax.models.spec import NOT_IMAGE, ClipTower, EncoderSpec, patches_fit
 from limber_jax.ranges import ranged
 
 
@@ -112,3 +113,24 @@ HF_WEIGHTS: Rows = (
   ("ln_post/bias", "vision_model.post_layernorm.bias", ""),
   ("head/kernel", "visual_projection.weight", "OI>IO"),
 )
+
+
+def _mu(tower: ViTSize) -> ViTSize:
+  grid = tower.image_size // tower.patch // 6 + 1
+  return ViTSize(image_size=8 * grid, patch=8, width=64, layers=2, heads=2)
+
+
+def _open_clip(tower: ViTSize) -> dict:
+  return {"image_size": tower.image_size, "width": tower.width, "layers": tower.layers, "patch_size": tower.patch,
+          "head_width": tower.width // tower.heads}
+
+
+def _hf(tower: ViTSize) -> dict:
+  return {"image_size": tower.image_size, "patch_size": tower.patch, "hidden_size": tower.width,
+          "intermediate_size": 4 * tower.width, "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
+
+
+ENCODER = EncoderSpec(
+  size=ViTSize, module=lambda size, compute: ViT(size.tower, size.embed_dim, size.activation, compute),
+  check=patches_fit, mu=_mu, width=lambda tower: tower.width, weights={"openai": OPENAI_WEIGHTS, "hf": HF_WEIGHTS},
+  ignored=NOT_IMAGE, sharding=SHARDING, title="the image tower of a CLIP", clip=ClipTower(_open_clip, _hf))

@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges
-from limber_jax.config import Captions, Config, Data, Decoding, flatten
+from limber_jax.config import Captions, Config, Data, Decoding, check_model, flatten
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.decoding import interleaved
 from limber_jax.decoding.generate import check as check_decoding
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
-from limber_jax.models.limber import Limber, LimberSize, part
+from limber_jax.models.limber import Limber, part
 from limber_jax.models.prompt import prefix_inputs
-from limber_jax.models.resnet import ResNetSize
 from limber_jax.runtime.parallel import WHOLE, Rules, within
 from limber_jax.tasks import microbatches
 from limber_jax.weights import load
@@ -46,8 +45,7 @@ class Captioning:
   @classmethod
   def of(cls, config: Config) -> "Captioning":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
-    if not isinstance(config.model, LimberSize):
-      raise UserError(f"task 'captioning' needs a models.limber.LimberSize, got {type(config.model).__name__}")
+    check_model(config)
     c, k, n = config.captions, config.loss.accumulate, config.batch_size
     ranges.check(c, "config.captions.")
     check_decoding(config.decoding)
@@ -59,7 +57,7 @@ class Captioning:
     model = Limber.of(config.model, config.compute)
     if any(p.startswith("image") for p in config.trainable) and config.data.features:
       raise UserError("config.data.features holds what a frozen encoder saw; a trained one needs the images")
-    batch_norm = [part("image", n) for n, e in model.encoders.items() if isinstance(e.size.tower, ResNetSize)]
+    batch_norm = [part("image", n) for n, e in model.encoders.items() if e.spec.batch_norm]
     if c.encoder == "train" and k > 1 and set(batch_norm) & set(config.trainable):
       raise UserError(f"config.loss.accumulate={k}: config.captions.encoder='train' takes BatchNorm's statistics from "
                       "the whole batch, which pieces of it cannot give; use accumulate=1")
@@ -79,7 +77,7 @@ class Captioning:
   def sharding(self) -> Rules:
     rows: Rules = ()
     for name, encoder in self.model.encoders.items():
-      if encoder.convolutional and part("image", name) not in self.trainable:
+      if encoder.spec.convolutional and part("image", name) not in self.trainable:
         rows += within(part("image", name), WHOLE)
     return rows + self.model.sharding
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges
-from limber_jax.config import Config, Data
+from limber_jax.config import Config, Data, check_model
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import clip
+from limber_jax.models.spec import spec_of
 from limber_jax.models.text import check_end
 from limber_jax.runtime.parallel import BATCH, WHOLE, Rules, place, within
 from limber_jax.tasks import microbatches
@@ -34,11 +35,10 @@ class Contrastive:
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     loss = config.loss
     ranges.check(loss, "config.loss.")
-    if not isinstance(config.model, clip.ClipSize):
-      raise UserError(f"task 'contrastive' needs a model from models.clip.SIZES, got {type(config.model).__name__}")
+    check_model(config)
     if config.batch_size % loss.accumulate:
       raise UserError(f"config.loss.accumulate={loss.accumulate} does not divide config.batch_size={config.batch_size}")
-    if loss.accumulate > 1 and isinstance(config.model.image, clip.ResNetSize) and "image" in config.trainable:
+    if loss.accumulate > 1 and spec_of(config.model.image.kind).batch_norm and "image" in config.trainable:
       raise UserError(f"config.loss.accumulate={loss.accumulate}: BatchNorm of a trained ResNet takes its statistics "
                       "from the whole batch, which pieces of it cannot give; use accumulate=1 with "
                       "config.compute.remat=full or more devices, or a ViT")
@@ -46,8 +46,8 @@ class Contrastive:
 
   @property
   def sharding(self) -> Rules:
-    frozen = isinstance(self.model.size.image, clip.ResNetSize) and "image" not in self.trainable
-    return (*(within("image", WHOLE) if frozen else ()), *clip.SHARDING)
+    frozen = spec_of(self.model.size.image.kind).convolutional and "image" not in self.trainable
+    return (*(within("image", WHOLE) if frozen else ()), *clip.sharding(self.model.size))
 
   @property
   def vocab(self) -> int:

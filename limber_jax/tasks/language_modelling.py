@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges
-from limber_jax.config import Config, Data
+from limber_jax.config import Config, Data, check_model
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import gptj
-from limber_jax.models.gptj import GPTJ, GPTJSize
+from limber_jax.models.gptj import GPTJ
 from limber_jax.models.limber import predicting
 from limber_jax.runtime.parallel import Rules, within
 from limber_jax.tasks import microbatches
@@ -34,9 +34,8 @@ class LanguageModelling:
   @classmethod
   def of(cls, config: Config) -> "LanguageModelling":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
+    check_model(config)
     size, k = config.model, config.loss.accumulate
-    if not isinstance(size, GPTJSize):
-      raise UserError(f"task 'language_modelling' needs a size of models.gptj.SIZES, got {type(size).__name__}")
     gptj.check(size)
     ranges.check(config.loss, "config.loss.")
     if config.batch_size % k:

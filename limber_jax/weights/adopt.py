@@ -13,10 +13,11 @@ from typing import Any
 from limber_jax.checkpoints import workdirs
 from limber_jax.config import Config
 from limber_jax.errors import UserError
-from limber_jax.models import clip
+from limber_jax.models import spec
 from limber_jax.models.clip import ClipSize
-from limber_jax.models.encoders import ENCODERS, EncoderSize
-from limber_jax.models.limber import LimberSize, part
+from limber_jax.models.encoders import as_clip
+from limber_jax.models.limber import part
+from limber_jax.models.spec import EncoderSize, spec_of
 from limber_jax.weights import configs, load, names, preprocessing, projection
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.preprocessing import Preprocessing
@@ -41,18 +42,18 @@ def adopt(config: Config, workdir: str = "", *, weights: str = "", log: Callable
   if not values and weights:
     values, map_ = _of_projection(weights)
   model = config.model
-  for name, size in _encoders(model).items():
+  for name, size in model.encoders().items():
     path = config.init.of(name)
     if size.resize == "native" or not (values or path):
       continue
     if values:
       said = _of_run(values, map_ if name == "image" and map_ else name)
-      changes = {k: v for k, v in said.items() if getattr(size, k) == getattr(_plain(size), k)}
+      changes = {k: v for k, v in said.items() if getattr(size, k) == getattr(size.plain(), k)}
     else:
-      changes = _agreed(path, name, size)
+      changes = _agreed(path, name, size, config.model.encoder_field(name))
       if new := [f"{k}={v!r}" for k, v in changes.items() if v != getattr(size, k)]:
         log(f"{name}: preprocessing as {path} has it: {', '.join(new)}")
-    model = _with(model, name, dataclasses.replace(size, **changes))
+    model = model.with_encoder(name, dataclasses.replace(size, **changes))
   return model
 
 
@@ -69,28 +70,26 @@ def beside(path: str, size: ClipSize | EncoderSize) -> Preprocessing | None:
   if os.path.isdir(os.path.join(path, "checkpoints")):
     values = _recorded(path)
     return Preprocessing(**_of_run(values, "image")) if values else None
-  tower = size.image if isinstance(size, ClipSize) else size.tower
-  if tower.kind in ("vit", "resnet"):
-    own = dataclasses.asdict(Preprocessing.of(size))
-    given = size if isinstance(size, ClipSize) else ClipSize(size.embed_dim, tower, activation=size.activation, **own)
+  if given := as_clip(size):
     found = load.open_model(path, parts=("image",), given=given, role="image").size
-    if found.resize_to and found.image.image_size != tower.image_size:
+    if found.resize_to and found.image.image_size != given.image.image_size:
       raise UserError(f"{path} resizes to {found.resize_to} pixels for a model of {found.image.image_size}; what that "
-                      f"is for {tower.image_size} it does not say")
+                      f"is for {given.image.image_size} it does not say")
     return Preprocessing.of(found)
   folder = path if os.path.isdir(path) else os.path.dirname(names.split(path)[0])
-  if tower.kind == "beit":
+  tower, spec = size.tower, spec_of(size.tower.kind)
+  if spec.processor != "timm":
     there = any(os.path.isfile(os.path.join(folder, name)) for name in configs.PROCESSORS)
-    return configs.hf_preprocessing(folder, tower.image_size, "Beit") if there else None
+    return configs.hf_preprocessing(folder, tower.image_size, spec.processor) if there and spec.processor else None
   if not os.path.isfile(config := os.path.join(folder, "config.json")):
     return None
   with naming(config):
     values = read_json(config)
-    lone = folder != path and not str(values.get("architecture", "")).startswith("nf_resnet")
+    lone = folder != path and not spec.describes(values)
     return None if lone else preprocessing.from_timm(values, tower.image_size)
 
 
-def _agreed(path: str, name: str, size: ClipSize | EncoderSize) -> dict[str, Any]:
+def _agreed(path: str, name: str, size: ClipSize | EncoderSize, at: str) -> dict[str, Any]:
   """Returns the fields that the directory of the weights asks for; raises UserError if the config contradicts one."""
   try:
     said = beside(path, size)
@@ -98,43 +97,14 @@ def _agreed(path: str, name: str, size: ClipSize | EncoderSize) -> dict[str, Any
     raise UserError(f"--config.init.{name}: {error}") from error
   if said is None:
     return {}
-  plain, changes = _plain(size), dataclasses.asdict(said)
+  plain, changes = size.plain(), dataclasses.asdict(said)
   for field, value in changes.items():
     ours = getattr(size, field)
     ours = tuple(ours) if isinstance(value, tuple) else ours
     if ours not in (value, getattr(plain, field)):
-      at = field if isinstance(size, ClipSize) else f"image.{field}" if name == "image" else (
-        f"others.{name.partition('@')[2]}.image.{field}")
       raise UserError(f"{path} has {field}={value!r}, but this config's model has {ours!r}; set "
-                      f"--config.model.{at}={value}")
+                      f"--config.model.{at}{field}={value}")
   return changes
-
-
-def _plain(size: ClipSize | EncoderSize) -> ClipSize | EncoderSize:
-  """Returns a size whose preprocessing is that which its kind has where nobody says anything."""
-  if isinstance(size, ClipSize):
-    return ClipSize()
-  return ENCODERS[{"beit": "beit_l16", "nf_resnet": "nf_resnet50"}.get(size.tower.kind, "clip_vit_b32")]()
-
-
-def _encoders(model: Any) -> dict[str, ClipSize | EncoderSize]:
-  """Returns the image encoders of a model by their parts."""
-  if isinstance(model, ClipSize):
-    return {"image": model}
-  if not isinstance(model, LimberSize):
-    return {}
-  further = {part("image", name): m.image for name, m in model.others.items() if m.image is not None}
-  return {"image": model.image, **further}
-
-
-def _with(model: Any, name: str, size: ClipSize | EncoderSize) -> Any:
-  """Returns the model with another size of one encoder."""
-  if isinstance(model, ClipSize):
-    return size
-  if name == "image":
-    return dataclasses.replace(model, image=size)
-  key = name.partition("@")[2]
-  return dataclasses.replace(model, others=model.others | {key: dataclasses.replace(model.others[key], image=size)})
 
 
 def _recorded(workdir: str) -> dict[str, Any]:
@@ -166,7 +136,7 @@ def _of_run(values: dict[str, Any], name: str) -> dict[str, Any]:
   start = next((start for start in starts if f"{start}mean" in values), None)
   if start is None:
     return {}
-  recorded = {k: values[start + k] for k in clip.PIXELS if start + k in values}
+  recorded = {k: values[start + k] for k in spec.PIXELS if start + k in values}
   return dataclasses.asdict(Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}))
 
 

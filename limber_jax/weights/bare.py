@@ -16,7 +16,7 @@ import numpy as np
 
 from limber_jax.config import flatten
 from limber_jax.errors import UserError
-from limber_jax.models import clip
+from limber_jax.models import clip, spec
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.layers import Rows
 from limber_jax.weights import configs, identify
@@ -41,10 +41,10 @@ class Layout:
 
 
 # An archive of torch.jit.save holds the attributes of its modules too, and one of them is the causal mask.
-_OPENAI_IGNORED = (*clip.OPENAI_IGNORED, r"(visual\.)?transformer\.resblocks\.\d+\.attn_mask")
-LAYOUTS = (Layout("OpenAI", "vit", clip.OPENAI_WEIGHTS["vit"], _OPENAI_IGNORED),
-           Layout("OpenAI", "resnet", clip.OPENAI_WEIGHTS["resnet"], _OPENAI_IGNORED),
-           Layout("transformers", "vit", clip.HF_WEIGHTS["vit"], clip.HF_IGNORED))
+_OPENAI_IGNORED = (*spec.OPENAI_IGNORED, r"(visual\.)?transformer\.resblocks\.\d+\.attn_mask")
+LAYOUTS = (Layout("OpenAI", "vit", clip.openai_weights("vit"), _OPENAI_IGNORED),
+           Layout("OpenAI", "resnet", clip.openai_weights("resnet"), _OPENAI_IGNORED),
+           Layout("transformers", "vit", clip.hf_weights(), spec.HF_IGNORED))
 
 
 def whole_names(source: Mapping[str, Any]) -> Mapping[str, Any]:

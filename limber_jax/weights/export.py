@@ -20,7 +20,7 @@ from limber_jax.models import clip, gptj
 from limber_jax.models.clip import ClipSize
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
-from limber_jax.models.vit import ViTSize
+from limber_jax.models.spec import spec_of
 from limber_jax.runtime.atomic import SUFFIX, atomic_write, check, commit, refusal
 from limber_jax.weights import convert, preprocessing
 
@@ -164,15 +164,10 @@ def _limber(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str,
 def open_clip_config(size: ClipSize) -> dict[str, Any]:
   """Returns the arguments of open_clip's CLIP for a model of this size: its "model_cfg"."""
   i, t = size.image, size.text
-  vision = {"image_size": i.image_size, "width": i.width}
-  if isinstance(i, ViTSize):
-    vision |= {"layers": i.layers, "patch_size": i.patch, "head_width": i.width // i.heads}
-  else:
-    vision |= {"layers": list(i.layers), "patch_size": None, "head_width": 32 * i.width // i.heads}
   return {
     "embed_dim": size.embed_dim,
     "quick_gelu": size.activation == "quick_gelu",
-    "vision_cfg": vision,
+    "vision_cfg": spec_of(i.kind).clip.open_clip(i),
     "text_cfg": {"context_length": t.context, "vocab_size": t.vocab, "width": t.width, "heads": t.heads,
                  "layers": t.layers} | ({"pool_type": "eos", "eos_id": t.eos} if t.eos >= 0 else {}),
   }
@@ -183,13 +178,13 @@ def _open_clip(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], s
   if "logit_bias" in tree:
     model["init_logit_bias"] = float(tree["logit_bias"])
   config = {"model_cfg": model, "preprocess_cfg": preprocessing.to_open_clip(size, i.image_size)}
-  return {"open_clip_config.json": config}, "open_clip_model.safetensors", clip.OPENAI_WEIGHTS[i.kind]
+  return {"open_clip_config.json": config}, "open_clip_model.safetensors", clip.openai_weights(i.kind)
 
 
 def _hf(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
   i, t = size.image, size.text
-  if not isinstance(i, ViTSize):
-    raise UserError("transformers' CLIPModel has no ResNet tower; use --to=open_clip")
+  if (vision := spec_of(i.kind).clip.hf) is None:
+    raise UserError(f"transformers' CLIPModel has no {i.kind} tower; use --to=open_clip")
   if "logit_bias" in tree:
     raise UserError("transformers' CLIPModel has no logit_bias (this model was trained with loss.kind='sigmoid'); "
                     "use --to=open_clip")
@@ -210,12 +205,11 @@ def _hf(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Row
       "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2 if t.eos < 0 else t.eos,
     },
     "vision_config": {
-      "model_type": "clip_vision_model", "image_size": i.image_size, "patch_size": i.patch, "hidden_size": i.width,
-      "intermediate_size": 4 * i.width, "num_hidden_layers": i.layers, "num_attention_heads": i.heads, **both,
+      "model_type": "clip_vision_model", **vision(i), **both,
     },
   }
   configs = {"config.json": config, "preprocessor_config.json": preprocessing.to_hf(size, i.image_size)}
-  return configs, "model.safetensors", clip.HF_WEIGHTS["vit"]
+  return configs, "model.safetensors", clip.hf_weights(i.kind)
 
 
 FORMATS = {"hf": _hf, "open_clip": _open_clip, "limber": _limber}

@@ -16,7 +16,6 @@ LOADABLE = {
 }
 
 GPTJ = "a GPT-J"
-ENCODERS = {"beit": "a BEiT", "nf_resnet": "an NF-ResNet of timm's"}  # by the kind of their tower
 
 # model_type of a transformers configuration -> what people call it. Others are named by their model_type.
 _TYPES = {

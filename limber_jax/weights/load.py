@@ -41,13 +41,12 @@ from limber_jax.checkpoints.manager import Checkpoints, kept_frozen
 from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
-from limber_jax.models import clip, gptj, prompt
-from limber_jax.models.beit import BeitSize
+from limber_jax.models import clip, gptj, prompt, spec
 from limber_jax.models.clip import ClipSize
-from limber_jax.models.encoders import Encoder, EncoderSize
+from limber_jax.models.encoders import Encoder
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
-from limber_jax.models.vit import ViTSize
+from limber_jax.models.spec import EncoderSize, same, spec_of
 from limber_jax.weights import bare, configs, files, identify, names, positions
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.convert import convert, identity, pattern, stream
@@ -151,7 +150,7 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
   source = readers[part](path, size, like)
   with naming(path):
     tensors = source.source
-    if part == "image" and isinstance(size.tower, ViTSize):
+    if part == "image" and spec_of(size.tower.kind).clip and "position" in like:
       tensors = positions.fitted(tensors, source.rows, {"position": like["position"].shape}, resample, _RESAMPLE)
     tree = stream(source.rows, tensors, like | ({"stats": stats} if stats else {}), source.ignored)
   return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
@@ -292,7 +291,7 @@ def _open_clip(path: str) -> Opened | None:
     return None  # a directory for both libraries, whose weights are in transformers' names
   with naming(config):
     size = configs.open_clip_size(read_json(config))
-  return Opened(size, source, clip.OPENAI_WEIGHTS[size.image.kind], clip.OPENAI_IGNORED,
+  return Opened(size, source, clip.openai_weights(size.image.kind), spec.OPENAI_IGNORED,
                 preprocessing=functools.partial(configs.open_clip_preprocessing, config, size.image.image_size))
 
 
@@ -309,7 +308,7 @@ def _hf(path: str) -> Opened | None:
   prefixes = {"image": "vision_model.", "text": "text_model."}
   there = tuple(part for part in there if any(name.startswith(prefixes[part]) for name in source))
   said = functools.partial(configs.hf_preprocessing, path, size.image.image_size, "CLIP") if "image" in there else None
-  return Opened(size, source, clip.HF_WEIGHTS["vit"], clip.HF_IGNORED, there, said)
+  return Opened(size, source, clip.hf_weights(), spec.HF_IGNORED, there, said)
 
 
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
@@ -424,7 +423,8 @@ def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
     source = _read(path)
     if (what := identify.of_tensors(source, clip=True)) and what != identify.GPTJ:
       raise identify.foreign(path, what, "lm", identify.GPTJ)
-    values, config = _own_config(path, "gptj", {name: getattr(size, _GPTJ[name][0]) for name in _GPTJ_SHOWN}, _GPTJ)
+    values, config = _own_config(path, lambda values: values.get("model_type") == "gptj",
+                                 {name: (getattr(size, _GPTJ[name][0]), _GPTJ[name][1]) for name in _GPTJ_SHOWN})
     if values:
       with naming(config):
         _check_gptj(values, size)
@@ -438,25 +438,22 @@ def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
 _GPTJ_SHOWN = ("vocab_size", "n_embd", "n_layer")  # by shapes: with others a configuration beside a file is not its own
 
 
-def _own_config(path: str, kind: str, shown: dict[str, Any], defaults: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _own_config(path: str, describes: Callable[[dict[str, Any]], bool], shown: dict[str, tuple[Any, Any]]
+                ) -> tuple[dict[str, Any], str]:
   """Returns (values, its path) of the config.json beside a lone file of weights; ({}, …) if none there is the file's.
 
   Args:
     path: of the weights.
-    kind: the model_type that it has.
-    shown: what shapes show of the model, by transformers' names.
-    defaults: what a configuration that is silent means, itself or with our name before it.
+    describes: whether a configuration is of such a model.
+    shown: what shapes show of the model, by transformers' names, and what a configuration that is silent means.
   """
   config = os.path.join(os.path.dirname(names.split(path)[0]), "config.json")
   if not os.path.lexists(config):
     return {}, config
   with naming(config):
     values = read_json(config)
-
-  def value(name: str) -> Any:
-    return values.get(name, default[1] if isinstance(default := defaults[name], tuple) else default)
-
-  own = values.get("model_type") == kind and all(value(name) in (want, [want, want]) for name, want in shown.items())
+  own = describes(values) and all(values.get(name, silent) in (want, [want, want])
+                                  for name, (want, silent) in shown.items())
   return (values if own else {}), config
 
 
@@ -467,20 +464,13 @@ def _check_gptj(values: dict[str, Any], size: GPTJSize) -> None:
       raise UserError(f"{theirs} is {value!r}, but this config's language model has {ours}={getattr(size, ours)!r}")
   if values.get("n_inner") not in (None, 4 * size.width):
     raise UserError(f"n_inner is {values['n_inner']!r}, expected {4 * size.width}")
-  _same(values, _GPTJ_SAME)
-
-
-def _same(values: dict[str, Any], fixed: dict[str, tuple]) -> None:
-  """Raises if one of `values` is there and not among those `fixed` for it."""
-  for name, allowed in fixed.items():
-    if name in values and values[name] not in allowed:
-      raise UserError(f"{name} is {values[name]!r}, expected {allowed[0]!r}")
+  same(values, _GPTJ_SAME)
 
 
 def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
-  tower = size.tower
+  tower, spec = size.tower, spec_of(size.tower.kind)
   encoder = Encoder.of(size, Compute(dtype="float32", attention="xla"))
-  if tower.kind in ("vit", "resnet"):
+  if spec.clip:
     opened = open_model(path, parts=("image",), role="image", preprocessing=False, given=ClipSize(
       size.embed_dim, tower, activation=size.activation))
     if opened.size.image.kind != tower.kind:
@@ -501,10 +491,10 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
     source = _weights(path, _HF_FILES)
     if source is None:
       raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)}")
-  if (what := identify.of_tensors(source, clip=True)) and what != identify.ENCODERS[tower.kind]:
-    raise identify.foreign(path, what, "image", identify.ENCODERS[tower.kind])
+  if (what := identify.of_tensors(source, clip=True)) and what != spec.title:
+    raise identify.foreign(path, what, "image", spec.title)
   with naming(path):
-    return _Part(source, encoder.rows(source), encoder.ignored)
+    return _Part(source, encoder.rows(source), spec.ignored)
 
 
 def _headed(path: str, opened: Opened, size: EncoderSize) -> Mapping[str, Any]:
@@ -517,7 +507,7 @@ def _headed(path: str, opened: Opened, size: EncoderSize) -> Mapping[str, Any]:
     UserError: the pooled output goes to the language model, and has another width.
   """
   name, width = "visual_projection.weight", opened.size.image.width
-  if opened.rows != clip.HF_WEIGHTS["vit"] or name in opened.source:
+  if opened.rows != clip.hf_weights() or name in opened.source:
     return opened.source
   if size.embed_dim != width and size.features == "pooled":
     raise UserError(f"{path}: a CLIPVisionModel without a projection; its pooled output has a width of {width}, this "
@@ -529,57 +519,28 @@ def _headed(path: str, opened: Opened, size: EncoderSize) -> Mapping[str, Any]:
 def _check_lone_encoder(path: str, tower: Any) -> None:
   """Raises if the configuration beside a lone file of an encoder, if it is the file's own, is not of this encoder.
 
-  Of a BEiT nothing but a configuration shows activation, epsilon and pooling, and of timm's nf_resnet nothing the
-  architecture: without one it is said that they are taken for granted.
+  What no tensor shows (activation, epsilon, pooling, timm's architecture) is taken as published without one, and said.
   """
-  if tower.kind == "beit":
-    values, config = _own_config(path, "beit", {"hidden_size": tower.width, "num_hidden_layers": tower.layers,
-                                                "patch_size": tower.patch}, _BEIT)
-    if values:
-      with naming(config):
-        return _check_beit(values, tower)
+  spec = spec_of(tower.kind)
+  values, config = _own_config(path, spec.describes, spec.shown(tower) if spec.shown else {})
+  if values:
+    with naming(config):
+      spec.check_config(values, tower)
   else:
-    config = os.path.join(os.path.dirname(names.split(path)[0]), "config.json")
-    if os.path.isfile(config):
-      with naming(config):
-        values = read_json(config)
-      if str(values.get("architecture", "")).startswith("nf_resnet"):
-        return None
-  return _say(f"{path}: taken for {identify.ENCODERS[tower.kind]} as published (activation, epsilon, pooling), for "
-              "nothing beside the file says otherwise")
+    _say(f"{path}: taken for {spec.title} as published (activation, epsilon, pooling), for nothing beside the file "
+         "says otherwise")
 
 
 def _check_encoder(config: str, tower: Any) -> None:
   """Raises if the model that a config.json describes is not this encoder."""
+  spec = spec_of(tower.kind)
   with naming(config):
     values = read_json(config)
-  kind, what = str(values.get("model_type", "")), str(values.get("architecture", ""))
-  fits = kind == "beit" if tower.kind == "beit" else not kind and (not what or what.startswith("nf_resnet"))
-  if not fits:
-    raise identify.foreign(config, identify.of_config(values), "image", identify.ENCODERS[tower.kind])
-  if tower.kind == "beit":
-    with naming(config):
-      _check_beit(values, tower)
-
-
-# BeitConfig's own defaults, of the settings that we have too.
-_BEIT = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-         "intermediate_size": 3072, "use_shared_relative_position_bias": False, "use_relative_position_bias": False}
-# use_mean_pooling: without it BeitModel ends in a LayerNorm.
-_BEIT_SAME = {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,), "use_absolute_position_embeddings": (False,),
-              "use_mean_pooling": (True,)}
-
-
-def _check_beit(values: dict[str, Any], tower: BeitSize) -> None:
-  ours = {"image_size": tower.image_size, "patch_size": tower.patch, "hidden_size": tower.width,
-          "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
-          "intermediate_size": tower.mlp_ratio * tower.width,
-          "use_shared_relative_position_bias": tower.shared_positions,
-          "use_relative_position_bias": not tower.shared_positions}
-  for name, value in ours.items():
-    if (theirs := values.get(name, _BEIT[name])) not in (value, [value, value]):
-      raise UserError(f"{name} is {theirs!r}, but this config's encoder has {value!r}")
-  _same(values, _BEIT_SAME)
+  silent = not values.get("model_type") and not values.get("architecture")
+  if not (spec.describes(values) or (silent and spec.processor == "timm")):
+    raise identify.foreign(config, identify.of_config(values), "image", spec.title)
+  with naming(config):
+    spec.check_config(values, tower)
 
 
 def _is_clip_run(path: str) -> bool:
@@ -639,12 +600,12 @@ def _check_leaves(where: str, want: dict[str, Any], got: dict[str, Any]) -> None
 
 def _check_run_size(values: dict[str, Any], part: str, size: Any) -> None:
   """Raises if the run's configuration says that its part is of another size."""
-  key = "tower.kind" if isinstance(size, EncoderSize) else "kind"
+  key = "tower.kind" if hasattr(size, "tower") else "kind"
   starts = [s for s in (f"model.{part}.", "model.encoder.", "model.") if s + key in values]
   if not starts:
     raise UserError(f"a run whose model has no part {part!r}")
   for name, ours in flatten(size).items():
-    if name in clip.PIXELS:
+    if name in spec.PIXELS:
       continue
     theirs = values.get(starts[0] + name)
     if theirs != ours:

@@ -4,7 +4,7 @@
     open_clip     "preprocess_cfg" of open_clip_config.json
     timm          "pretrained_cfg" of config.json
 
-What comes out are the fields `models.clip.PIXELS` of a size. Whatever these files ask for that cannot be done here, and
+What comes out are the fields `models.spec.PIXELS` of a size. Whatever these files ask for that cannot be done here, and
 whatever contradicts the model, is refused by its name: nothing is guessed.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from limber_jax.errors import UserError
-from limber_jax.models import clip
-from limber_jax.models.encoders import IMAGENET_MEAN, IMAGENET_STD
+from limber_jax.models import spec
+from limber_jax.models.spec import IMAGENET_MEAN, IMAGENET_STD
 
 HALF = (0.5,) * 3
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
@@ -23,10 +23,10 @@ FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by 
 
 @dataclass(frozen=True)
 class Preprocessing:
-  """The fields `models.clip.PIXELS` of a size, and what they are where nothing is said: CLIP's own."""
+  """The fields `models.spec.PIXELS` of a size, and what they are where nothing is said: CLIP's own."""
 
-  mean: tuple[float, ...] = clip.MEAN  # of uint8 / 255
-  std: tuple[float, ...] = clip.STD
+  mean: tuple[float, ...] = spec.MEAN  # of uint8 / 255
+  std: tuple[float, ...] = spec.STD
   resize: str = "shortest"
   resample: str = "bicubic"
   resize_to: int = 0
@@ -36,7 +36,7 @@ class Preprocessing:
   @classmethod
   def of(cls, size: Any) -> "Preprocessing":
     """Returns that of a ClipSize or EncoderSize."""
-    return cls(**{name: getattr(size, name) for name in clip.PIXELS})
+    return cls(**{name: getattr(size, name) for name in spec.PIXELS})
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Processor:
   std: tuple[float, ...]
 
 
-_CLIP = _Processor({"shortest_edge": 224}, False, True, 224, 3, clip.MEAN, clip.STD)
+_CLIP = _Processor({"shortest_edge": 224}, False, True, 224, 3, spec.MEAN, spec.STD)
 # Those that resize, crop, rescale and normalise and do nothing else, by the start of their name.
 PROCESSORS = {
   "CLIP": _CLIP, "ChineseCLIP": _CLIP, "Bit": _CLIP,
@@ -60,7 +60,7 @@ PROCESSORS = {
   "DeiT": _Processor({"height": 256, "width": 256}, True, True, 224, 3, HALF, HALF),
   "Beit": _Processor({"height": 224, "width": 224}, True, False, 224, 3, HALF, HALF),
   "Siglip": _Processor({"height": 224, "width": 224}, False, False, None, 3, HALF, HALF),
-  "Blip": _Processor({"height": 384, "width": 384}, True, False, None, 3, clip.MEAN, clip.STD),
+  "Blip": _Processor({"height": 384, "width": 384}, True, False, None, 3, spec.MEAN, spec.STD),
   "Pvt": _Processor({"height": 224, "width": 224}, True, False, None, 3, IMAGENET_MEAN, IMAGENET_STD),
 }
 _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -176,7 +176,7 @@ def from_open_clip(values: Any, image_size: int) -> Preprocessing:
     raise UserError(f"{what}fill_color is {fill!r}, expected a grey, 0 to 255")
   # What is empty or 0 counts as not given there.
   mean, std = (_triple(f"{what}{name}", values.get(name) or default)
-               for name, default in (("mean", clip.MEAN), ("std", clip.STD)))
+               for name, default in (("mean", spec.MEAN), ("std", spec.STD)))
   return Preprocessing(mean, std, values.get("resize_mode", "shortest"),
                        "bilinear" if values.get("interpolation") == "bilinear" else "bicubic", fill_color=fill)
 
