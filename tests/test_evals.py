@@ -212,7 +212,7 @@ def test_a_tiny_model_is_measured_the_same_on_8_devices_as_on_1(model, tmp_path)
   found = {}
   for mesh in ((1, 1, 1), (4, 2, 1)):
     where = context(mesh, size.image.image_size, size.text.context, tmp_path)
-    placed = jax.device_put(params, parallel.shardings(params, clip.SHARDING, where.mesh))
+    placed = jax.device_put(params, parallel.shardings(params, clip.sharding(size), where.mesh))
     kinds = {"zeroshot": ZeroShot, "retrieval": Retrieval, "similarity": Similarity}
     found[mesh] = {name: kind(config(source=source, batch_size=64, templates="imagenet7"), where)(predict, placed, {})
                    for name, kind in kinds.items()}

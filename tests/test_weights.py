@@ -365,7 +365,7 @@ def test_weights_streamed_to_devices_equal_those_converted_on_the_host(tmp_path,
   save_file(tensors, tmp_path / "x.safetensors")
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
   if sizes:
-    shardings = parallel.shardings(like, clip.SHARDING, parallel.make_mesh(sizes))
+    shardings = parallel.shardings(like, clip.sharding(SIZES["vit"]), parallel.make_mesh(sizes))
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), like, shardings)
   for name in ("x.npz", "x.safetensors"):
     got = convert.stream(rows, files.tensors(str(tmp_path / name)), like)
@@ -831,7 +831,7 @@ def test_a_state_dict_of_pytorch_is_read_as_one_of_safetensors(tmp_path, open_cl
 @pytest.mark.parametrize("table", ["beit", "nf_resnet"])
 def test_wrappers_come_off_an_encoder_and_a_language_model_too(tmp_path, capsys, table):
   torch = pytest.importorskip("torch")
-  size = encoders.ENCODERS[TABLES[table][0]]()
+  size = encoders.encoder_size(TABLES[table][0])
   like, _ = encoder_like(size)
   params, lm = random_tree(like), random_tree(lm_like())
   for file, tensors in (("image.pth", convert.export(TABLES[table][1], params)),
@@ -898,7 +898,7 @@ def test_an_encoder_loads_from_the_workdir_of_a_clip(tmp_path, name):
   like, stats_like = encoder_like(clip_encoder(size))
   mesh = parallel.make_mesh({"fsdp": 8})
   like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16, sharding=s), like,
-                      parallel.shardings(like, clip.SHARDING, mesh))
+                      parallel.shardings(like, clip.sharding(size), mesh))
   got, got_stats = load.load_part(path, "image", clip_encoder(size), like, stats_like)
   assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(ml_dtypes.bfloat16)}
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b.astype(ml_dtypes.bfloat16)), got,
@@ -1086,7 +1086,7 @@ def test_shards_outside_of_the_directory_are_refused(tmp_path):
 
 
 def test_a_model_that_a_format_cannot_hold_is_refused(tmp_path):
-  with pytest.raises(UserError, match="CLIPModel has no ResNet tower; use --to=open_clip"):
+  with pytest.raises(UserError, match="CLIPModel has no resnet tower; use --to=open_clip"):
     export.save(str(tmp_path / "out"), "hf", SIZES["resnet"], *random_model(SIZES["resnet"]))
   with pytest.raises(UserError, match=r"CLIPModel has no logit_bias .*; use --to=open_clip"):
     export.save(str(tmp_path / "out"), "hf", SIZES["vit"], *random_model(SIZES["vit"], logit_bias=True))
