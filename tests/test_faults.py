@@ -547,8 +547,8 @@ def test_after_a_death_1_2_or_4_processes_go_on_with_the_same_samples(experiment
 
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
 def test_a_checkpoint_goes_on_on_another_mesh(mesh, tmp_path):
-  def config(mesh, steps=6):
-    return tiny(steps=steps, mesh=mesh, checkpoint=Checkpoint(every=3), optim=Optim(lr=2e-4, warmup_steps=2))
+  def config(mesh, steps=6):  # eps: else Adam's first updates are ±lr by the sign of gradients that rounding decides
+    return tiny(steps=steps, mesh=mesh, checkpoint=Checkpoint(every=3), optim=Optim(lr=2e-4, warmup_steps=2, eps=1e-3))
 
   whole = train(config((1, 1, 1)), str(tmp_path / "whole"), log=lambda _: None)
   shutil.copytree(tmp_path / "whole", tmp_path / "moved")
