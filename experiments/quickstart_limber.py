@@ -8,7 +8,7 @@ import dataclasses
 
 from limber_jax.config import Checkpoint, Compute, Config, Data, Decoding, Evaluation, Init, Optim, Source, Tokenizer
 from limber_jax.models import encoders, gptj
-from limber_jax.models.limber import LimberSize, Map, PromptSize
+from limber_jax.models.limber import LimberConfig, Map, PromptSize
 
 CLIP, LM = "runs/quickstart", "runs/quickstart_lm"
 # The embedding that CLIP was trained to give says more of so small a model's images than its patches do.
@@ -22,7 +22,7 @@ def get_config() -> Config:
     name="quickstart_limber",
     task="captioning",
     trainable=("prompt", "prompt@random"),
-    model=LimberSize(
+    model=LimberConfig(
       image=ENCODER,
       prompt=PROMPT,
       lm=gptj.SIZES["gptj_digits"](),

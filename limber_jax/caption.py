@@ -27,7 +27,7 @@ if __name__ == "__main__":
   _prompt = flags.DEFINE_string("prompt", None, "What follows an image, such as 'A picture of'; no space at its end.")
 
   def _main(inputs: list[str]) -> int:
-    paths = find(inputs, ImageOptions.of(_flags.config()[0].data))
+    paths = find(inputs, ImageOptions.from_config(_flags.config()[0].data))
     with _flags.output(paths) as output:
       model = _flags.open(len(paths), _prompt.value)
       done = output.resume(lambda: {"command": "caption", **model.key()}, [{"image": path} for path in paths],

@@ -224,7 +224,7 @@ class Init:
   others: dict[str, str] = field(default_factory=dict)  # of further maps: {"image@name": …}
   resample_positions: bool = False  # of a CLIP at another image size or context length, as open_clip does
 
-  def of(self, part: str) -> str:
+  def path_of(self, part: str) -> str:
     """Returns where the weights of a part come from, "" for random ones."""
     return self.others.get(part, getattr(self, part, "") if part != "others" else "")
 

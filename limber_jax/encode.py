@@ -25,7 +25,7 @@ from limber_jax.errors import UserError
 from limber_jax.inference import destination
 from limber_jax.runtime import lock, parallel
 from limber_jax.runtime.signals import StopRequest
-from limber_jax.training.setup import cached, setup
+from limber_jax.training.setup import feature_specs, setup
 from limber_jax.weights.adopt import adopt
 
 SHARD_MB = 512
@@ -58,13 +58,13 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
       raise UserError(f"the encoder is trained first, in {directory}: python -m limber_jax.train --config={file} "
                       f"--workdir={directory}")
   held = lock.Lock(os.path.join(out, lock.NAME), what=f"--out={out}", otherwise="choose another directory",
-                   first=parallel.from_first)
+                   first=parallel.broadcast_from_process_0)
   with held, StopRequest() as stop:
     main = jax.process_index() == 0
     log = log if main else lambda _: None
     s = setup(dataclasses.replace(config, model=adopt(config, log=log)), only="image")
     source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
-    what = features.describe(source, cached(s))
+    what = features.describe(source, feature_specs(s))
     batch_size = batch_size or config.batch_size
     parallel.local_rows(batch_size, s.mesh)
     size = features.record_bytes(what)
@@ -115,7 +115,7 @@ def _write(s, source, shards, todo, batch_size, images, stop, log) -> bool:
   indices = np.minimum(spans[:, :1] + np.arange(b)[None], spans[:, 1:]).reshape(-1)
 
   predict, data = s.task.predict(), s.config.data
-  parts = {features.key_of(part): spec for part, spec in s.task.cached(data).items()}
+  parts = {features.key_of(part): spec for part, spec in s.task.feature_specs(data).items()}
 
   def run(params, stats, batch, flags):
     found = {key: predict[key](params, stats, batch).astype(spec["dtype"]) for key, spec in parts.items()}
@@ -140,7 +140,7 @@ def _write(s, source, shards, todo, batch_size, images, stop, log) -> bool:
       writer.close()
       writer = None
 
-  pixels = transforms.with_options(s.task.pixels(data), ImageOptions.of(data))
+  pixels = transforms.with_options(s.task.pixels(data), ImageOptions.from_config(data))
   pending, stopping, start, said = None, False, None, time.perf_counter()
   try:
     with (jax.set_mesh(s.mesh),
@@ -166,7 +166,7 @@ def _write(s, source, shards, todo, batch_size, images, stop, log) -> bool:
         pending = fresh
   finally:
     if writer is not None:
-      writer.abandon()
+      writer.detach()
   return not stopping
 
 

@@ -73,9 +73,9 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
   if not weights:
     _check_run(config, workdir)
   # One for each: others of the same workdir may run beside, and so may its training.
-  with lock.Lock(*(os.path.join(items, f"{name}{lock.NAME}") for name in names), first=parallel.from_first,
-                 otherwise="name other evaluations with --only"):
-    parallel.from_first(lambda: [atomic.check(os.path.join(out, f)) for f in (FILE, "report.md")])
+  locks = [os.path.join(items, f"{name}{lock.NAME}") for name in names]
+  with lock.Lock(*locks, first=parallel.broadcast_from_process_0, otherwise="name other evaluations with --only"):
+    parallel.broadcast_from_process_0(lambda: [atomic.check(os.path.join(out, f)) for f in (FILE, "report.md")])
     return _results(config, workdir, out, names, checkpoint, weights, model, data, stop, waiting)
 
 
@@ -100,7 +100,7 @@ def _results(config, workdir, out, names, checkpoint, weights, model, data, stop
   what = {"name": config.name, "run": None if weights else workdirs.identity(workdir), "step": step,
           "seed": config.seed, "weights": digests,
           "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
-  parallel.from_first(lambda: _there(what, os.path.join(out, FILE)) and None)  # before hours of work
+  parallel.broadcast_from_process_0(lambda: _there(what, os.path.join(out, FILE)) and None)  # before hours of work
   context = dataclasses.replace(
     make_context(s, out, stop, waiting), items=os.path.join(out, "evaluation"), key=_key(s, digests))
   found, failed = {}, {}
@@ -180,7 +180,7 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
 def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
   """Returns what results of items depend on beside the evaluation and its data."""
   settings = {name: config_lib.flatten(getattr(s.config, name), known=True) for name in ("model", "decoding")}
-  if options := ImageOptions.of(s.config.data).changes():
+  if options := ImageOptions.from_config(s.config.data).changes():
     settings["images"] = options
   return {"weights": digests, **settings, "tokenizer": s.tokenizer.fingerprint(), "length": s.task.length,
           "dtype": s.config.compute.dtype}
@@ -291,11 +291,11 @@ if __name__ == "__main__":
       try:
         found = results(config, _workdir.value, checkpoint=_checkpoint.value, only=_only.value, weights=_weights.value,
                         model=_model.value, data=_data.value, out=_out.value,
-                        stop=lambda: any(parallel.from_each(stop())),
+                        stop=lambda: any(parallel.allgather_objects(stop())),
                         waiting=lambda: stop.interrupts(0 if jax.process_count() == 1 else peers.LATE))
       except Stopped:
         print(f"stopped by {stop.name}; the same command goes on from there", flush=True)
-        parallel.leave()
+        parallel.shutdown()
       except Interrupted:
         raise UserError(f"{stop.name}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data that "
                         "do not come; the same command goes on from what was kept") from None

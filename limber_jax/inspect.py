@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from limber_jax import cli, registry
 from limber_jax.data import checks, sources
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
-from limber_jax.data.pipeline import order
+from limber_jax.data.pipeline import shuffled_index
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
@@ -90,7 +90,7 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
   """
   n = len(source)
   count = min(sample or n, n)
-  indices = [order(n, 0, i) for i in range(count)] if count < n else range(n)
+  indices = [shuffled_index(n, 0, i) for i in range(count)] if count < n else range(n)
   # Of the whole data spread over it, for neighbours often look alike; a sample comes in no order.
   shown = set(np.linspace(0, count - 1, min(count, COLUMNS * ROWS), dtype=int).tolist())
   kept: list[Look] = []

@@ -39,7 +39,7 @@ from limber_jax.data import checks, sources, text
 from limber_jax.data.features import ShardWriter
 from limber_jax.data.images import FORMATS, PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.sources import annotations, packed
-from limber_jax.data.transforms import decode, shortest
+from limber_jax.data.transforms import decode, resize_shortest_edge
 from limber_jax.errors import UserError
 from limber_jax.inference import destination
 from limber_jax.runtime import inputs, lock
@@ -146,7 +146,7 @@ def prepared(record: dict[str, Any], shrink: int, quality: int, images: ImageOpt
     return record
   picture = Image.fromarray(pixels)
   if shrunk:
-    picture = picture.resize(shortest(picture, shrink), Image.Resampling.BICUBIC)
+    picture = picture.resize(resize_shortest_edge(picture, shrink), Image.Resampling.BICUBIC)
   out = io.BytesIO()
   if kind not in ("JPEG", "WEBP"):
     picture.save(out, "PNG")
@@ -187,7 +187,7 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
     writer = None
   finally:
     if writer is not None:
-      writer.abandon()
+      writer.detach()
   path = packing.path(number)
   _write(packing.path(number, ".json"), [{
     "file": os.path.basename(path), "records": records, "bytes": os.path.getsize(path), "sha256": packed.digest(path),

@@ -7,7 +7,7 @@ from limber_jax.config import Checkpoint, Compute, Config, Data, Decoding, Init,
 from limber_jax.evals import suites
 from limber_jax.models import gptj
 from limber_jax.models.encoders import encoder_size
-from limber_jax.models.limber import LimberSize
+from limber_jax.models.limber import LimberConfig
 
 GPTJ = "data/weights/gpt-j-6b"
 OPTIM = Optim(lr=8e-4, schedule="linear", warmup_steps=100, weight_decay=0.0, b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0)
@@ -20,14 +20,14 @@ def limber(name: str, encoder: str, image: str = "", *, model: dict[str, Any] | 
     name: of the experiment.
     encoder: a name in models.encoders.known.
     image: where its weights are; "" leaves it at random.
-    model: fields of LimberSize besides image and lm.
+    model: fields of LimberConfig besides image and lm.
     changes: fields of Config.
   """
   defaults = {
     "name": name,
     "task": "captioning",
     "trainable": ("prompt",),
-    "model": LimberSize(image=encoder_size(encoder), lm=gptj.SIZES["gptj_6b"](), **model or {}),
+    "model": LimberConfig(image=encoder_size(encoder), lm=gptj.SIZES["gptj_6b"](), **model or {}),
     "init": Init(image=image, lm=GPTJ),
     # What ran: 256 a step over all GPUs, times 8 by accumulation, though the configuration says 256.
     "batch_size": 2048,

@@ -24,8 +24,8 @@ ENCODERS = {
 
 # What config.model is, by task.
 SIZES = {
-  "captioning": "limber_jax.models.limber:LimberSize",
-  "contrastive": "limber_jax.models.clip:ClipSize",
+  "captioning": "limber_jax.models.limber:LimberConfig",
+  "contrastive": "limber_jax.models.clip:ClipConfig",
   "language_modelling": "limber_jax.models.gptj:GPTJSize",
 }
 

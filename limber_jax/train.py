@@ -36,12 +36,12 @@ if __name__ == "__main__":
     if not _workdir.value:
       raise UserError("--workdir is missing; for example --workdir=runs/quickstart")
     config, profile = cli.get_config(_config), parse_steps(_profile.value)
-    with StopRequest(at_end=True) as stop, peers.named():
+    with StopRequest(at_end=True) as stop, peers.explain_failures():
       parallel.start()
       train(config, _workdir.value, stop=stop, began=goodput.process_began(), profile=profile,
             failures=(failures := []))
     if stop():
-      parallel.leave()
+      parallel.shutdown()
     return exit_code(failures, config, _workdir.value)
 
   cli.run(_main)

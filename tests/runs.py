@@ -26,7 +26,7 @@ from limber_jax.config import (
 )
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
-from limber_jax.models.limber import LimberSize, Map, PromptSize
+from limber_jax.models.limber import LimberConfig, Map, PromptSize
 from limber_jax.runtime import parallel
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training import optimizer
@@ -47,7 +47,7 @@ def tiny(size: str = "clip_vit_b32_mu", *, mesh: tuple[int, int, int] = (1, 1, 1
 def tiny_limber(**changes: Any) -> Config:
   """Returns an experiment of captioning, three steps between random frozen models; `changes` replace fields of it."""
   image = encoders.encoder_size("clip_vit_b32_mu")
-  model = LimberSize(image=image, lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16),
+  model = LimberConfig(image=image, lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16),
                      others={"other": Map(image, PromptSize(per_feature=2))})
   defaults = {
     "name": "tiny_limber", "task": "captioning", "model": model, "trainable": ("prompt", "prompt@other"), "steps": 3,
@@ -138,7 +138,7 @@ def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastiv
   """
   sizes = vars(config.mesh)
   mesh = parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-  task = task.of(config)
+  task = task.from_config(config)
   tx = optimizer.make(config.optim, config.steps)
   rng = jax.random.key(0)
   # Drawn on one device and then spread: drawing takes longer to compile than a step, and so is compiled only once.

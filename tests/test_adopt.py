@@ -18,7 +18,7 @@ from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 from limber_jax.inference.classifier import Classifier
 from limber_jax.models import clip, encoders, spec
-from limber_jax.models.limber import LimberSize, Map
+from limber_jax.models.limber import LimberConfig, Map
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.tasks.captioning import Captioning
@@ -140,9 +140,9 @@ def test_a_run_has_the_preprocessing_of_its_weights_for_good(tmp_path, squash):
 
 
 def limber_size(**changes):
-  image = spec.EncoderSize(SIZE.image, embed_dim=SIZE.embed_dim, activation=SIZE.activation, **changes)
+  image = spec.EncoderConfig(SIZE.image, embed_dim=SIZE.embed_dim, activation=SIZE.activation, **changes)
   other = Map(dataclasses.replace(image, tower=dataclasses.replace(SIZE.image)))
-  return LimberSize(image=image, lm=tiny_limber().model.lm, others={"x": other, "y": Map()})
+  return LimberConfig(image=image, lm=tiny_limber().model.lm, others={"x": other, "y": Map()})
 
 
 def test_every_encoder_of_a_limber_takes_what_its_own_weights_come_with(tmp_path, squash):
@@ -155,7 +155,7 @@ def test_every_encoder_of_a_limber_takes_what_its_own_weights_come_with(tmp_path
   assert (model.others["x"].image.resize, model.others["x"].image.fill_color) == ("longest", 9)
   assert len(said) == 2 and said[1] == f"image@x: preprocessing as {longest} has it: resize='longest', fill_color=9"
   config.model = model
-  task = Captioning.of(config)
+  task = Captioning.from_config(config)
   assert (task.rule("").crop, task.rule("x").crop) == ("squash", "longest")  # of caption, vqa, encode and evaluation
   assert task.pixels_of("x") == "image@x"
 
@@ -163,10 +163,10 @@ def test_every_encoder_of_a_limber_takes_what_its_own_weights_come_with(tmp_path
 def test_a_limber_sees_of_an_image_file_what_transformers_shows_its_own_tower(squash, photos, transformers):
   import torch
 
-  config = tiny_limber(model=LimberSize(image=limber_size().image, lm=tiny_limber().model.lm), trainable=("prompt",),
+  config = tiny_limber(model=LimberConfig(image=limber_size().image, lm=tiny_limber().model.lm), trainable=("prompt",),
                        init=Init(image=squash), data=Data(crop="own"))
   config.model = adopt(config, log=lambda _: None)
-  task = Captioning.of(config)
+  task = Captioning.from_config(config)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
                       task.model.encoders[""].shapes()[0])
@@ -250,11 +250,11 @@ def test_the_data_fingerprint_changes_with_the_pixels_and_only_with_them():
 
   def contrastive(crop, **changes):
     config = tiny(model=dataclasses.replace(SIZE, **changes), data=Data(crop=crop))
-    return fingerprint(Contrastive.of(config), config.data)
+    return fingerprint(Contrastive.from_config(config), config.data)
 
   def captioning(crop, **changes):
     config = tiny_limber(model=limber_size(**changes), data=Data(crop=crop), trainable=("prompt",))
-    return fingerprint(Captioning.of(config), config.data)
+    return fingerprint(Captioning.from_config(config), config.data)
 
   before = pipeline.data_fingerprint(Digits(Source(split="test")), tokenizers.load(Tokenizer("bytes")),
                                      Data(crop="random"), 8, 0)
@@ -271,12 +271,12 @@ def test_the_data_fingerprint_changes_with_the_pixels_and_only_with_them():
 
 def test_features_of_other_preprocessing_are_other_features_and_those_of_before_the_same():
   config = tiny_limber(model=limber_size(), data=Data(crop="own"), trainable=("prompt",))
-  plain = Captioning.of(config).cached(config.data)["image"]
+  plain = Captioning.from_config(config).feature_specs(config.data)["image"]
   assert plain["pixels"] == {"size": SIDE, "crop": "center", "resample": "bicubic"}
   assert not {"resize_to", "crop_rounding", "fill_color"} & plain["encoder"].keys()
   for changes in ({"crop_rounding": "down"}, {"resize_to": 50}, {"resize": "longest"}, {"resample": "box"}):
     config.model = limber_size(**changes)
-    assert Captioning.of(config).cached(config.data)["image"]["pixels"] == plain["pixels"] | (
+    assert Captioning.from_config(config).feature_specs(config.data)["image"]["pixels"] == plain["pixels"] | (
       changes if "resize" not in changes else {"crop": "longest"})
 
 
@@ -287,7 +287,8 @@ def test_other_kinds_of_encoders_take_what_lies_beside_their_weights(tmp_path):
   (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps({
     "feature_extractor_type": "BeitFeatureExtractor", "size": 40, "crop_size": 32, "do_center_crop": True,
     "resample": 3, "image_mean": [0.5, 0.4, 0.3]}))
-  config = tiny_limber(model=LimberSize(image=beit, lm=tiny_limber().model.lm), init=Init(image=str(tmp_path / "beit")))
+  model = LimberConfig(image=beit, lm=tiny_limber().model.lm)
+  config = tiny_limber(model=model, init=Init(image=str(tmp_path / "beit")))
   found = adopt(config).image
   assert (found.resize, found.resize_to, found.resample, found.mean) == ("squash", 40, "bicubic", (0.5, 0.4, 0.3))
 
@@ -296,7 +297,7 @@ def test_other_kinds_of_encoders_take_what_lies_beside_their_weights(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps({"architecture": "nf_resnet50", "pretrained_cfg": {
       "crop_pct": 0.94, "interpolation": "bicubic", "mean": spec.IMAGENET_MEAN, "std": spec.IMAGENET_STD}}))
-    config.model, config.init = LimberSize(image=size, lm=config.model.lm), Init(image=str(tmp_path / name))
+    config.model, config.init = LimberConfig(image=size, lm=config.model.lm), Init(image=str(tmp_path / name))
     assert adopt(config).image == (size if reference else dataclasses.replace(size, resize_to=68))
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from limber_jax.config import Compute, flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
@@ -191,7 +191,7 @@ def test_only_openais_marks_on_a_published_size_stand_for_a_configuration(open_c
   assert said.image.heads == (16 if theirs != "RN50x4" else 40) and said.activation == "gelu"
 
 
-TINY = ClipSize(16, ViTSize(image_size=16, patch=8, width=64, layers=1, heads=2),
+TINY = ClipConfig(16, ViTSize(image_size=16, patch=8, width=64, layers=1, heads=2),
                 TextSize(context=8, vocab=60, width=32, layers=1, heads=4), "gelu")
 
 

@@ -27,7 +27,7 @@ from limber_jax.config import (
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
 from limber_jax.models.adapters import AdapterSize
-from limber_jax.models.limber import Limber, LimberSize, Map, PromptSize
+from limber_jax.models.limber import Limber, LimberConfig, Map, PromptSize
 from limber_jax.runtime import parallel
 from limber_jax.tasks.captioning import Captioning, token_weights
 from limber_jax.tasks.language_modelling import LanguageModelling
@@ -40,7 +40,7 @@ RESNET = encoders.encoder_size("clip_rn50_mu")
 
 
 def size(image=VIT, dropout=0.0, **fields):
-  return LimberSize(image=image, prompt=PromptSize(dropout=dropout), lm=gptj.SIZES["gptj_mu"](), **fields)
+  return LimberConfig(image=image, prompt=PromptSize(dropout=dropout), lm=gptj.SIZES["gptj_mu"](), **fields)
 
 
 def tiny(model=None, **changes):
@@ -107,7 +107,7 @@ def test_a_caption_loss_of_wrong_shapes_is_refused(arguments, message):
 
 def test_the_nats_of_each_caption_add_up_to_the_loss():
   config = tiny()
-  task, batch = Captioning.of(config), batches(config, 1)[0]
+  task, batch = Captioning.from_config(config), batches(config, 1)[0]
   params, stats = jax.jit(task.init)(jax.random.key(0))
   nats = jax.jit(task.predict()["nll"])(params, stats, batch)
   loss, _ = jax.jit(task.loss)(params, stats, batch, jax.random.key(0))
@@ -153,7 +153,7 @@ def test_schedules_have_the_values_of_the_reference_and_of_the_paper():
 
 def test_no_weight_gradient_of_a_frozen_part_is_computed():
   config = tiny()
-  task, batch = Captioning.of(config), batches(config, 1)[0]
+  task, batch = Captioning.from_config(config), batches(config, 1)[0]
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   frozen = {k: v for k, v in params.items() if k != "prompt"}
 
@@ -167,7 +167,7 @@ def test_no_weight_gradient_of_a_frozen_part_is_computed():
 
 def test_the_head_never_runs_on_the_prompt():
   config = tiny()
-  task, batch = Captioning.of(config), batches(config, 1)[0]
+  task, batch = Captioning.from_config(config), batches(config, 1)[0]
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   text = str(jax.make_jaxpr(lambda p: task.loss(p, stats, batch, jax.random.key(0))[0])(params))
   assert task.model.prompt_length() > 1
@@ -193,7 +193,7 @@ def test_adapters_and_a_tuned_encoder_train_at_their_own_rates():
   config = tiny(size(adapters=AdapterSize(attention="normal", mlp="parallel")),
                 trainable=("image", "prompt", "adapters"),
                 optim=Optim(lr=1e-3, part_lr={"image": 1e-5}, schedule="linear", warmup_steps=0, weight_decay=0.0))
-  task = Captioning.of(config)
+  task = Captioning.from_config(config)
   start, _ = jax.jit(task.init)(jax.random.key(0))
   _, states = run(config, batches(config, 1), Captioning)
   moved = {part: max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(states[0].params[part]),
@@ -248,7 +248,7 @@ def test_a_frozen_encoder_sees_the_whole_batch_at_once_and_a_trained_one_its_pie
   config, seen, encode = tiny(trainable=trainable, loss=Loss(accumulate=4)), [], Limber.encode
   monkeypatch.setattr(Limber, "encode", lambda self, params, stats, images, *args, **kwargs: (
     seen.append(images.shape[0]), encode(self, params, stats, images, *args, **kwargs))[1])
-  task = Captioning.of(config)
+  task = Captioning.from_config(config)
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   jax.eval_shape(task.loss, params, stats, batches(config, 1)[0], jax.random.key(0))
   assert seen and set(seen) == {rows}
@@ -281,9 +281,9 @@ def test_random_frozen_weights_are_kept_and_others_refused_on_resuming(tmp_path,
 
 def test_the_encoder_runs_as_at_test_unless_told_otherwise():
   config = tiny(size(RESNET))
-  task, batch = Captioning.of(config), batches(config, 1)[0]
+  task, batch = Captioning.from_config(config), batches(config, 1)[0]
   params, stats = jax.jit(task.init)(jax.random.key(0))
-  as_theirs = Captioning.of(tiny(size(RESNET), captions=Captions(encoder="train")))
+  as_theirs = Captioning.from_config(tiny(size(RESNET), captions=Captions(encoder="train")))
   loss, (_, same) = jax.jit(task.loss)(params, stats, batch, jax.random.key(0))
   other, (_, changed) = jax.jit(as_theirs.loss)(params, stats, batch, jax.random.key(0))
   assert loss != other
@@ -292,7 +292,7 @@ def test_the_encoder_runs_as_at_test_unless_told_otherwise():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-  ({"model": VIT}, "needs a models.limber.LimberSize, got EncoderSize"),
+  ({"model": VIT}, "needs a models.limber.LimberConfig, got EncoderConfig"),
   ({"loss": Loss(accumulate=3)}, "accumulate=3 does not divide config.batch_size=16"),
   ({"captions": Captions(eos="never")}, "captions.eos='never': choose one of always, reference"),
   ({"captions": Captions(eos="reference", micro_batch=5)}, "micro_batch=5 does not divide"),
@@ -305,7 +305,7 @@ def test_the_encoder_runs_as_at_test_unless_told_otherwise():
 def test_settings_that_cannot_go_together_are_refused(changes, message):
   config = dataclasses.replace(tiny(), **changes)
   with pytest.raises(UserError, match=message):
-    Captioning.of(config)
+    Captioning.from_config(config)
 
 
 # Texts alone
@@ -313,12 +313,12 @@ def test_settings_that_cannot_go_together_are_refused(changes, message):
 def test_a_text_of_one_token_has_nothing_to_predict():
   config = tiny(gptj.SIZES["gptj_mu"](), task="language_modelling", trainable=("lm",), data=Data(length=1))
   with pytest.raises(UserError, match=r"^config.data.length=1: wanted 2 or more: what is predicted follows another"):
-    LanguageModelling.of(config)
+    LanguageModelling.from_config(config)
 
 
 def test_a_language_model_learns_its_captions_and_counts_them_once():
   config = tiny(gptj.SIZES["gptj_mu"](), task="language_modelling", trainable=("lm",))
-  task = LanguageModelling.of(config)
+  task = LanguageModelling.from_config(config)
   data = [{k: b[k] for k in ("tokens", "mask")} for b in batches(tiny(), 3)]
   whole, _ = run(config, data, LanguageModelling)
   config.loss.accumulate = 4

@@ -153,7 +153,8 @@ def test_the_best_checkpoint_is_by_a_metric_of_an_evaluation_in_training(best):
 
 
 def test_what_only_tracing_would_meet_is_one_line_or_works():
-  assert Contrastive.of(tiny(trainable=("text",))).project({"text": {}}) == {"text": {}}  # logit_scale is not trained
+  task = Contrastive.from_config(tiny(trainable=("text",)))
+  assert task.project({"text": {}}) == {"text": {}}  # logit_scale is not trained
   config = tiny(compute=Compute(attention="cudnn"), mesh=(-1, 1, 1))
   with pytest.raises(UserError, match=r"^config.compute.attention='cudnn' is for GPUs and half precision, and this is"):
     setup(config)

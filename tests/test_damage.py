@@ -19,7 +19,7 @@ from PIL import Image
 from limber_jax import registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
 from limber_jax.data import bad_records, images, transforms
-from limber_jax.data.pipeline import order, train_batches
+from limber_jax.data.pipeline import shuffled_index, train_batches
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.pack import pack
@@ -57,9 +57,9 @@ class Numbers:
 class Shares(Numbers):
   """A mixture: even positions are of the first half of the records, odd ones of the second."""
 
-  def order(self, seed, position):
+  def shuffled_index(self, seed, position):
     half = self.n // 2
-    return position % 2 * half + order(half, seed, position // 2)
+    return position % 2 * half + shuffled_index(half, seed, position // 2)
 
 
 def draw(record, rng):
@@ -145,12 +145,13 @@ def test_a_source_that_raises_what_it_may_not_ends_the_run_in_one_line(workers):
   assert "\n" not in str(caught.value)
 
 
-# damage.jsonl
+# bad_records.jsonl
 
-def ledger(folder, records=1000, allowed=0.01, found=(), batch_size=10):
+def tracker(folder, records=1000, allowed=0.01, found=(), batch_size=10):
   source = Numbers(records)
   source.damage = list(found)
-  return bad_records.Damage(str(folder), source, Data(source=Source(path="x/data.tsv"), damaged=allowed), batch_size)
+  data = Data(source=Source(path="x/data.tsv"), damaged=allowed)
+  return bad_records.BadRecords(str(folder), source, data, batch_size)
 
 
 def batch_with(*indices, size=10):
@@ -158,12 +159,12 @@ def batch_with(*indices, size=10):
   return {"damage": np.array(told + [""] * (size - len(told))), "index": np.arange(size)}
 
 
-def feed(ledger, step, *indices):
-  rest, damaged = ledger.read(step, batch_with(*indices))
+def feed(tracker, step, *indices):
+  rest, damaged = tracker.read(step, batch_with(*indices))
   assert rest.keys() == {"index"} and damaged.tolist() == [1] * len(indices) + [0] * (
     10 - len(indices))
-  ledger.count(int(damaged.sum()))
-  return ledger.settle(step)
+  tracker.count(int(damaged.sum()))
+  return tracker.flush(step)
 
 
 def lines(folder):
@@ -172,7 +173,7 @@ def lines(folder):
 
 
 def test_a_record_is_named_once_and_again_only_where_a_kill_took_the_steps_back(tmp_path):
-  first = ledger(tmp_path)
+  first = tracker(tmp_path)
   first.start(0)
   assert not os.path.exists(tmp_path / bad_records.FILE)
   assert [line["index"] for line in feed(first, 1, 7, 3)] == [3, 7]
@@ -181,7 +182,7 @@ def test_a_record_is_named_once_and_again_only_where_a_kill_took_the_steps_back(
   assert whole[0] == {"step": 1, "file": "data.tsv", "index": 3, "id": "n3", "reason": "torn"}
   with open(tmp_path / bad_records.FILE, "a", encoding="utf-8") as file:
     file.write('{"step": 4, "file": "data.tsv", "ind')  # cut short by a kill
-  again = ledger(tmp_path)
+  again = tracker(tmp_path)
   again.start(2)  # the last checkpoint
   assert [line["index"] for line in lines(tmp_path)] == [3, 7]
   assert [line["index"] for line in feed(again, 3, 9, 7)] == [9] and lines(tmp_path) == whole
@@ -189,42 +190,42 @@ def test_a_record_is_named_once_and_again_only_where_a_kill_took_the_steps_back(
 
 
 def test_what_was_read_for_later_steps_waits_for_them(tmp_path):
-  d = ledger(tmp_path)
+  d = tracker(tmp_path)
   d.start(0)
   d.read(1, batch_with(1))
   d.read(2, batch_with(2))  # while step 1 is being computed
   d.count(1)
-  assert [line["index"] for line in d.settle(1)] == [1]
+  assert [line["index"] for line in d.flush(1)] == [1]
   d.count(1)
-  assert [line["index"] for line in d.settle(2)] == [2]
+  assert [line["index"] for line in d.flush(2)] == [2]
 
 
 def test_few_end_no_run_but_too_large_a_share_does(tmp_path):
-  d = ledger(tmp_path, allowed=0.5)
+  d = tracker(tmp_path, allowed=0.5)
   d.start(0)
   feed(d, 1, *range(10))  # all that was seen: still only ten
   with pytest.raises(UserError) as caught:
     feed(d, 2, 10)
   assert str(caught.value) == (
     f"11 of the data's records cannot be used, 55.00% of what was seen, more than config.data.damaged=0.5 allows; the "
-    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/damage.jsonl")
+    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/bad_records.jsonl")
   assert len(lines(tmp_path)) == 11
-  again = ledger(tmp_path, allowed=0.6)
+  again = tracker(tmp_path, allowed=0.6)
   again.start(2)
   assert len(feed(again, 3, 11)) == 1  # 12 of 30
 
 
 def test_none_is_allowed_where_the_share_is_0(tmp_path):
-  d = ledger(tmp_path, allowed=0.0)
+  d = tracker(tmp_path, allowed=0.0)
   d.start(0)
   with pytest.raises(UserError, match=r"^1 of .*damaged=0\.0 allows; the first: data\.tsv: record 4 \(n4\): torn"):
     feed(d, 1, 4)
   with pytest.raises(UserError, match="damaged=2: wanted a share"):
-    ledger(tmp_path, allowed=2)
+    tracker(tmp_path, allowed=2)
 
 
 def test_after_an_epoch_the_share_is_that_of_all_records(tmp_path):
-  d = ledger(tmp_path, records=50, allowed=0.4)
+  d = tracker(tmp_path, records=50, allowed=0.4)
   d.start(0)
   for step in range(1, 21):  # four epochs, a tenth of the records damaged
     feed(d, step, *[i for i in (5, 15, 25, 35, 45) if i // 10 == (step - 1) % 5])
@@ -233,18 +234,18 @@ def test_after_an_epoch_the_share_is_that_of_all_records(tmp_path):
 
 def test_what_the_source_found_at_its_opening_is_named_first_and_counts(tmp_path):
   found = [{"file": "00000.tar", "id": f"k{i}", "reason": "no image"} for i in range(11)]
-  d = ledger(tmp_path, records=1089, allowed=0.01, found=found)
+  d = tracker(tmp_path, records=1089, allowed=0.01, found=found)
   d.start(0)
   wanted = [{"step": 0, "file": "00000.tar", "index": None, "id": f"k{i}", "reason": "no image"} for i in range(11)]
   assert lines(tmp_path) == wanted and d.share(0) == 0.01
   with pytest.raises(UserError, match=r"^12 of .* first: 00000\.tar: k0: no image; all are in"):
     feed(d, 1, 3)
   assert len(lines(tmp_path)) == 12
-  again = ledger(tmp_path, records=1089, allowed=0.2, found=found)
+  again = tracker(tmp_path, records=1089, allowed=0.2, found=found)
   again.start(1)
   assert len(lines(tmp_path)) == 12
   with pytest.raises(UserError, match=r"11 of .*, 1\.01% .* first: 00000\.tar: k0: no image$"):
-    ledger(tmp_path, records=1080, allowed=0.01, found=found)
+    tracker(tmp_path, records=1080, allowed=0.01, found=found)
 
 
 # The run

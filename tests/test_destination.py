@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 def run(tmp_path):
   """A workdir with all that a run keeps, and one file that is the user's own."""
   workdir = tmp_path / "run"
-  for name in ("config.json", "run.json", "results.json", "metrics.jsonl", "scores.json", "damage.jsonl",
+  for name in ("config.json", "run.json", "results.json", "metrics.jsonl", "scores.json", "bad_records.jsonl",
                "goodput.json", "checkpoints/20/manifest.json", "evaluation/a.jsonl", "frozen/image/d", "mine.jsonl"):
     (workdir / name).parent.mkdir(parents=True, exist_ok=True)
     (workdir / name).write_text(to_json(runs.tiny()) if name == "config.json" else "{}")
@@ -42,7 +42,7 @@ def refused(path, match, **options):
 def test_no_file_of_a_run_is_replaced_and_others_beside_it_may_be(run, tmp_path):
   before = sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file())
   (tmp_path / "link").symlink_to(run)
-  for name in ("config.json", "run.json", "results.json", "metrics.jsonl", "scores.json", "damage.jsonl", ".lock",
+  for name in ("config.json", "run.json", "results.json", "metrics.jsonl", "scores.json", "bad_records.jsonl", ".lock",
                "goodput.json", "checkpoints/20/manifest.json", "checkpoints/20/new", "evaluation/a.jsonl",
                "frozen/image/d"):
     for path in (run / name, tmp_path / "link" / name):

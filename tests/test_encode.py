@@ -26,11 +26,11 @@ from limber_jax.data.sources.digits import Digits
 from limber_jax.encode import encode
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
-from limber_jax.models.limber import LimberSize, Map
+from limber_jax.models.limber import LimberConfig, Map
 from limber_jax.runtime import parallel
 from limber_jax.runtime.lock import Lock
 from limber_jax.training.loop import train
-from limber_jax.training.setup import cached, setup
+from limber_jax.training.setup import feature_specs, setup
 
 
 def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", others=None, dtype="float32", crop="own", split="test", seed=0,
@@ -41,8 +41,9 @@ def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", others=None, dtype="float32
               threads=2)
   defaults = {
     "name": "tiny", "task": "captioning", "trainable": ("prompt", *(f"prompt@{name}" for name in others or {})),
-    "model": LimberSize(image=encoders.encoder_size(encoder), lm=lm, others=others or {}), "batch_size": 16, "steps": 4,
-    "data": data, "optim": Optim(lr=1e-2, warmup_steps=1), "compute": Compute(dtype=dtype), "mesh": Mesh(*mesh),
+    "model": LimberConfig(image=encoders.encoder_size(encoder), lm=lm, others=others or {}),
+    "batch_size": 16, "steps": 4, "data": data,
+    "optim": Optim(lr=1e-2, warmup_steps=1), "compute": Compute(dtype=dtype), "mesh": Mesh(*mesh),
     "checkpoint": Checkpoint(every=100), "seed": seed, "log_every": 1}
   return Config(**(defaults | changes))
 
@@ -85,7 +86,7 @@ class TestWhatIsWritten:
 
   def test_features_stand_at_the_number_of_their_record_and_are_the_encoders_own(self, written):
     s = setup(limber())
-    source, specs = Digits(Source(split="test")), cached(s)
+    source, specs = Digits(Source(split="test")), feature_specs(s)
     stored = features.FeatureSource(source, str(written), specs)
     assert len(stored) == len(source) == 360 and stored.classes == source.classes
     assert stored.fingerprint() == source.fingerprint()
@@ -112,7 +113,7 @@ class TestWhatIsWritten:
 
   def test_a_source_survives_pickling_and_threads_and_many_shards(self, written, monkeypatch):
     monkeypatch.setattr(features, "OPEN", 2)
-    stored = features.FeatureSource(Digits(Source(split="test")), str(written), cached(setup(limber())))
+    stored = features.FeatureSource(Digits(Source(split="test")), str(written), feature_specs(setup(limber())))
     expected = [stored[i]["features"] for i in range(360)]
     copy = pickle.loads(pickle.dumps(stored))
     wrong = []
@@ -161,7 +162,7 @@ class TestTraining:
     assert done and list(manifest["encoders"]) == ["image", "image@pooled"]
     assert {e["dtype"] for e in manifest["encoders"].values()} == {"bfloat16"}
     s, source = setup(config), Digits(Source(split="test"))
-    stored = features.FeatureSource(source, str(tmp_path / "features"), cached(s))
+    stored = features.FeatureSource(source, str(tmp_path / "features"), feature_specs(s))
     transform = {on: s.task.transform(s.tokenizer, dataclasses.replace(config.data, features=on), train=True)
                  for on in ("", "x")}
     rows = {on: [transform[on](records[i], None) for i in range(16)] for on, records in (("", source), ("x", stored))}
@@ -275,7 +276,8 @@ class TestWhatIsRefused:
   def test_features_of_something_else(self, written, config, message):
     s = setup(config(), only="image")
     source = Digits(s.config.data.source)
-    for call in (lambda: features.FeatureSource(source, str(written), cached(s)), lambda: quiet(config(), written)):
+    for call in (lambda: features.FeatureSource(source, str(written), feature_specs(s)),
+                 lambda: quiet(config(), written)):
       with pytest.raises(UserError, match=message) as caught:
         call()
       assert "\n" not in str(caught.value) and str(written) in str(caught.value)
@@ -293,7 +295,7 @@ class TestWhatIsRefused:
   def test_damaged_shards_when_they_are_opened(self, written, tmp_path, damage, message):
     for name, data in contents(written).items():
       (tmp_path / name).write_bytes(data)
-    specs = cached(setup(limber(), only="image"))
+    specs = feature_specs(setup(limber(), only="image"))
     damage(tmp_path / "features-00001-of-00004.array_record")
     with pytest.raises(UserError, match=message):
       features.FeatureSource(Digits(Source(split="test")), str(tmp_path), specs)
@@ -305,7 +307,8 @@ class TestWhatIsRefused:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    stored = features.FeatureSource(Digits(Source(split="test")), str(tmp_path), cached(setup(limber(), only="image")))
+    specs = feature_specs(setup(limber(), only="image"))
+    stored = features.FeatureSource(Digits(Source(split="test")), str(tmp_path), specs)
     with pytest.raises(UserError, match="cannot be read"):
       [stored[i] for i in range(96, 192)]
     # As long as the manifest says, but empty: this is how ArrayRecord opens a file cut short.

@@ -18,7 +18,7 @@ from limber_jax.models.beit import BeitSize
 from limber_jax.models.encoders import Encoder
 from limber_jax.models.nfnet import NfResNetSize
 from limber_jax.models.resnet import ResNetSize
-from limber_jax.models.spec import EncoderSize
+from limber_jax.models.spec import EncoderConfig
 from limber_jax.models.vit import ViTSize
 from limber_jax.runtime.parallel import make_mesh, shardings
 from limber_jax.weights import convert
@@ -60,7 +60,7 @@ def randomise(model):
 @functools.cache
 def built(name):
   """Returns (encoder, shapes of its params, shapes of its stats): tracing takes most of the time of a test."""
-  encoder = Encoder.of(encoders.encoder_size(name), FP32)
+  encoder = Encoder.from_config(encoders.encoder_size(name), FP32)
   return encoder, *encoder.shapes()
 
 
@@ -150,7 +150,7 @@ def test_beit_has_the_features_and_gradients_of_transformers(transformers, tmp_p
   import torch
 
   model = randomise(beit_of_transformers(transformers, kind, tower)).eval()
-  encoder = Encoder.of(EncoderSize(tower), FP32)
+  encoder = Encoder.from_config(EncoderConfig(tower), FP32)
   params, _ = from_torch(encoder, on_disk(model, tmp_path / "weights"))
   images = random_images(32)
   w_tokens, w_pooled = weights_like((2, 16, 48), (2, 48))
@@ -190,7 +190,7 @@ def test_layer_norms_of_a_beit_have_its_epsilon(transformers, tmp_path):
 @pytest.mark.parametrize("kind,tower", PUBLISHED_BEIT, ids=["pt22k", "ft22k"])
 def test_beit_is_read_with_and_without_its_head(transformers, tmp_path, kind, tower):
   model = randomise(beit_of_transformers(transformers, kind, tower))
-  encoder = Encoder.of(EncoderSize(tower), FP32)
+  encoder = Encoder.from_config(EncoderConfig(tower), FP32)
   headed = on_disk(model, tmp_path / "headed")
   base = transformers.BeitModel(model.config)  # with a pooler, although pt22k has none to give
   base.load_state_dict(model.beit.state_dict(), strict=tower.pooler)
@@ -204,7 +204,7 @@ def test_beit_is_read_with_and_without_its_head(transformers, tmp_path, kind, to
 
 def test_a_pooler_that_the_weights_lack_is_named(transformers, tmp_path):
   source = on_disk(beit_of_transformers(transformers, "BeitForMaskedImageModeling", BeitSize(**BEIT)), tmp_path)
-  encoder = Encoder.of(EncoderSize(BeitSize(**BEIT, pooler=True)), FP32)
+  encoder = Encoder.from_config(EncoderConfig(BeitSize(**BEIT, pooler=True)), FP32)
   with pytest.raises(UserError, match=r"pooler/(scale|bias): no tensor 'beit.pooler.layernorm"):
     from_torch(encoder, source)
 
@@ -266,8 +266,8 @@ def test_a_random_beit_does_not_know_where_a_patch_is():
 
 def test_drop_path_skips_whole_branches_of_samples_and_keeps_their_mean():
   """Rates 0 and 0.5 in two blocks: each sample has the branches of the last at twice their size, or not at all."""
-  size = EncoderSize(BeitSize(**(BEIT | {"layers": 2}), drop_path=0.5))
-  encoder = Encoder.of(size, FP32)
+  size = EncoderConfig(BeitSize(**(BEIT | {"layers": 2}), drop_path=0.5))
+  encoder = Encoder.from_config(size, FP32)
   params, _ = random_variables(encoder)
   n = 64
   images = np.repeat(random_images(32, 1), n, axis=0)
@@ -289,7 +289,7 @@ def test_drop_path_skips_whole_branches_of_samples_and_keeps_their_mean():
 
   with pytest.raises(ValueError, match="rng"):
     encoder.encode(params, {}, images, train=True)
-  plain = Encoder.of(EncoderSize(dataclasses.replace(size.tower, drop_path=0.0)), FP32)
+  plain = Encoder.from_config(EncoderConfig(dataclasses.replace(size.tower, drop_path=0.0)), FP32)
   programs = {str(jax.make_jaxpr(lambda x, e=e, train=train: e.encode(params, {}, x, train=train, rng=KEY)[0])(images))
               for e, train in ((plain, False), (plain, True), (encoder, False), (encoder, True))}
   assert len(programs) == 2  # without a rate, or without train, nothing is dropped
@@ -326,7 +326,7 @@ def test_nf_resnet_has_the_features_and_gradients_of_timm(open_clip):
   import torch
 
   model = randomise(small_nf_resnet(NF)).eval()
-  encoder = Encoder.of(EncoderSize(NF), FP32)
+  encoder = Encoder.from_config(EncoderConfig(NF), FP32)
   params, _ = from_torch(encoder, state(model))
   images = random_images(33)
   w_tokens, w_pooled = weights_like((2, 1, 256), (2, 256))
@@ -347,7 +347,7 @@ def test_nf_resnet_takes_images_of_any_size(open_clip, image_size):
   import torch
 
   model = randomise(small_nf_resnet(NF)).eval()
-  encoder = Encoder.of(EncoderSize(dataclasses.replace(NF, image_size=image_size)), FP32)
+  encoder = Encoder.from_config(EncoderConfig(dataclasses.replace(NF, image_size=image_size)), FP32)
   params, _ = from_torch(encoder, state(model))
   images = random_images(image_size)
   with torch.no_grad():
@@ -360,7 +360,7 @@ def test_nf_resnet50_is_timms(open_clip):
 
   model = randomise(timm.create_model("nf_resnet50")).eval()
   size = encoders.encoder_size("nf_resnet50")
-  encoder = Encoder.of(dataclasses.replace(size, tower=dataclasses.replace(size.tower, image_size=40)), FP32)
+  encoder = Encoder.from_config(dataclasses.replace(size, tower=dataclasses.replace(size.tower, image_size=40)), FP32)
   params, _ = from_torch(encoder, state(model))
   images = random_images(40, 1)
   with torch.no_grad():
@@ -442,7 +442,7 @@ def test_clips_grid_and_patches_are_those_of_open_clip(open_clip, tower):
                                open_clip.model.CLIPTextCfg(context_length=8, vocab_size=32, width=16, heads=1,
                                                            layers=1), quick_gelu=True)
   model = randomise(model).eval()
-  encoder = Encoder.of(EncoderSize(tower, embed_dim=32), FP32)
+  encoder = Encoder.from_config(EncoderConfig(tower, embed_dim=32), FP32)
   params, stats = from_torch(encoder, state(model))  # the text tower's tensors are ignored
   images = random_images(tower.image_size)
   features = features_of(encoder, params, stats, images)
@@ -466,8 +466,8 @@ def test_a_vits_patches_are_those_of_transformers(transformers):
   model = randomise(transformers.CLIPModel(transformers.CLIPConfig(
     text_config=both | {"vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 19},
     vision_config=both | {"image_size": 32, "patch_size": 8}, projection_dim=32))).eval()
-  encoder = Encoder.of(
-    EncoderSize(ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2), embed_dim=32), FP32)
+  encoder = Encoder.from_config(
+    EncoderConfig(ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2), embed_dim=32), FP32)
   params, _ = from_torch(encoder, state(model))
   images = random_images(32)
   features = features_of(encoder, params, {}, images)
@@ -486,7 +486,7 @@ def test_an_encoder_returns_the_tokens_that_it_promises(name):
   images = jax.ShapeDtypeStruct((2, side, side, 3), np.uint8)
   frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
   for features, given in (("tokens", params), ("pooled", frozen)):
-    encoder = Encoder.of(dataclasses.replace(encoders.encoder_size(name), features=features), Compute())
+    encoder = Encoder.from_config(dataclasses.replace(encoders.encoder_size(name), features=features), Compute())
     out, after = jax.eval_shape(encoder.encode, given, stats, images)
     assert out.tokens.shape == (2, encoder.num_tokens, encoder.feature_dim)
     assert out.tokens.dtype == out.pooled.dtype == jnp.bfloat16
@@ -529,7 +529,7 @@ def test_published_encoders_have_the_published_shapes_and_parameters(name, token
 @pytest.mark.parametrize("name", ["clip_vit_b32_mu", "beit_l16_ft_mu"])
 def test_uint8_images_are_normalised_and_pooled_features_are_one_token(name):
   size = dataclasses.replace(encoders.encoder_size(name), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-  encoder, pooled = (Encoder.of(dataclasses.replace(size, features=f), FP32) for f in ("tokens", "pooled"))
+  encoder, pooled = (Encoder.from_config(dataclasses.replace(size, features=f), FP32) for f in ("tokens", "pooled"))
   params, _ = random_variables(encoder)
   side = encoder.image_size
   images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
@@ -555,7 +555,7 @@ def test_remat_and_unrolling_change_neither_features_nor_gradients_of_a_beit():
   params, _ = random_variables(encoder)
   images, w = random_images(32), weights_like((2, 16, 64), (2, 64))
   want, want_grads = by_jax(encoder, params, {}, images, *w)
-  other = Encoder.of(encoder.size, dataclasses.replace(FP32, remat="full", unroll=2))
+  other = Encoder.from_config(encoder.size, dataclasses.replace(FP32, remat="full", unroll=2))
   got, grads = by_jax(other, params, {}, images, *w)
   assert error(got.tokens, want.tokens) <= FEATURE
   assert_same_gradients(grads, want_grads)
@@ -574,7 +574,7 @@ def test_devices_and_bfloat16_change_features_by_rounding_only(name):
   assert error(got.tokens, want.tokens) <= FEATURE
 
   # bfloat16 keeps 8 bits: each of some ten roundings in a row moves a value by up to 2⁻⁹ of itself.
-  got = features_of(Encoder.of(encoder.size, Compute(dtype="bfloat16")), params, {}, images)
+  got = features_of(Encoder.from_config(encoder.size, Compute(dtype="bfloat16")), params, {}, images)
   assert error(got.tokens, want.tokens) < 10 * 2**-9
 
 
@@ -589,7 +589,7 @@ def test_devices_and_bfloat16_change_features_by_rounding_only(name):
 ])
 def test_sizes_that_do_not_fit_together_are_refused(change, message):
   with pytest.raises(UserError, match=message):
-    Encoder.of(EncoderSize(**change), FP32)
+    Encoder.from_config(EncoderConfig(**change), FP32)
 
 
 def test_names_images_and_weights_that_do_not_fit_are_refused():

@@ -20,7 +20,7 @@ from limber_jax.evals.captions import NO_SCORER, Captions
 from limber_jax.metrics import captions as metric
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
-from limber_jax.models.limber import LimberSize
+from limber_jax.models.limber import LimberConfig
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training.setup import evaluate, make_context, make_eval, setup
 from limber_jax.weights import export, load
@@ -229,7 +229,7 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
   files = write_nocaps(tmp_path / "nocaps", hostile=True)
   source = Source(name="coco", path=files.path, split="")
   evals = {"nocaps": Evaluation(name="captions", source=source, batch_size=8, damaged=0.4, scorer=scorer)}
-  size = LimberSize(image=encoders.encoder_size("clip_vit_b32_mu"),
+  size = LimberConfig(image=encoders.encoder_size("clip_vit_b32_mu"),
                     lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16))
   s = setup(tiny_limber(evals=evals, model=size, trainable=("prompt",)))
   state = s.init()

@@ -28,7 +28,7 @@ from standins import (
 from limber_jax import cli, evaluate
 from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
-from limber_jax.models.clip import OPENAI_WEIGHTS as WEIGHTS
+from limber_jax.models.clip import openai_weights
 from limber_jax.runtime.lock import Lock
 from limber_jax.weights import convert, load
 
@@ -242,7 +242,7 @@ def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_pa
   assert {k: found["weights"][k] for k in ("image", "text")} == {k: trained["weights"][k] for k in ("image", "text")}
   loaded = load.load(str(workdir))
   file = str(tmp_path / "x.safetensors")
-  save_file(convert.export(WEIGHTS[loaded.size.image.kind], loaded.params), file)
+  save_file(convert.export(openai_weights(loaded.size.image.kind), loaded.params), file)
   with pytest.raises(UserError, match=r"says neither how many heads nor which activation .* --model="):
     evaluate.results(config, str(tmp_path / "alone"), weights=file, data=str(data))
   config.model = None  # what the experiment says of a model is not looked at
@@ -281,7 +281,7 @@ def test_results_of_something_else_are_refused_before_anything_is_measured(clip,
   file = str(tmp_path / "x.safetensors")
   loaded = load.load(str(workdir))
   other = jax.tree.map(lambda x: x + 1, loaded.params)
-  save_file(convert.export(WEIGHTS[loaded.size.image.kind], other), file)
+  save_file(convert.export(openai_weights(loaded.size.image.kind), other), file)
   measured = []
   real = evaluate._one
   monkeypatch.setattr(evaluate, "_one", lambda *args: measured.append(1) or real(*args))

@@ -49,7 +49,8 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
   assert config.name == path.stem
   mesh = parallel.make_mesh(axes)
   parallel.local_rows(config.batch_size, mesh)
-  task, tx = registry.lookup("task", registry.TASKS, config.task).of(config), optimizer.make(config.optim, config.steps)
+  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
+  tx = optimizer.make(config.optim, config.steps)
   rng = jax.random.key(0)
 
   state, frozen = jax.eval_shape(make_init(task, tx, config.trainable), rng)
@@ -75,7 +76,7 @@ def whole(tree, layout) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_leaf_of_an_experiment_is_split_on_4_8_and_64_devices(path):
   config = get(path)
-  task = registry.lookup("task", registry.TASKS, config.task).of(config)
+  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
   like = jax.eval_shape(task.init, jax.random.key(0))
   for sizes in ((1, 4, 1), (2, 2, 1), (1, 8, 1), (2, 2, 2), (8, 8, 1), (8, 4, 2)):
     layout = parallel.shardings(like, task.sharding, jax.sharding.AbstractMesh(sizes, parallel.AXES))
@@ -95,7 +96,7 @@ def test_every_leaf_of_an_experiment_is_split_on_4_8_and_64_devices(path):
 
 def test_a_frozen_network_of_convolutions_is_whole_on_every_device():
   for stem, is_split in (("limber_clip", False), ("limber_nfrn50", False), ("limber_nfrn50_tuned", True)):
-    task = registry.lookup("task", registry.TASKS, "captioning").of(get(ROOT / "experiments" / f"{stem}.py"))
+    task = registry.lookup("task", registry.TASKS, "captioning").from_config(get(ROOT / "experiments" / f"{stem}.py"))
     like = jax.eval_shape(task.init, jax.random.key(0))[0]["image"]
     layout = parallel.shardings({"image": like}, task.sharding, jax.sharding.AbstractMesh((1, 8, 1), parallel.AXES))
     assert any(s.spec != jax.P() for s in jax.tree.leaves(layout)) == is_split, stem
@@ -103,7 +104,7 @@ def test_a_frozen_network_of_convolutions_is_whole_on_every_device():
 
 def test_lit_trains_no_image_tower():
   config = get(ROOT / "experiments" / "lit_vitb.py")
-  trained, frozen = split(jax.eval_shape(Contrastive.of(config).init, jax.random.key(0))[0], config.trainable)
+  trained, frozen = split(jax.eval_shape(Contrastive.from_config(config).init, jax.random.key(0))[0], config.trainable)
   assert set(trained) == {"text", "logit_scale"} and set(frozen) == {"image"}
 
 
@@ -166,4 +167,4 @@ def test_a_loss_that_cannot_be_is_refused(field, value):
   config = get(ROOT / "experiments" / "quickstart.py")
   config.loss = Loss(**{field: value})
   with pytest.raises(UserError, match=field):
-    Contrastive.of(config)
+    Contrastive.from_config(config)

@@ -26,7 +26,7 @@ from limber_jax.config import Checkpoint, Optim, Spike
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.writer import Log
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training import optimizer
@@ -189,7 +189,7 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
     monkeypatch.setattr(Checkpoints, "save", lambda self, state, *a, **k: (save(self, state, *a, **k), send()))
   elif moment in ("data", "evaluation's data"):
     phase, size, first = ("data", 1437, 5 * 16) if moment == "data" else ("evaluation", 360, 64)
-    read, make, calls, ledgers = Digits.__getitem__, Ledger.__init__, itertools.count(), []
+    read, make, calls, ledgers = Digits.__getitem__, TimeTracker.__init__, itertools.count(), []
 
     def stuck(self, index):
       last = first // jax.process_count()  # of the first batches of this split, which come
@@ -209,7 +209,7 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
       released.wait(wait)
       released.set()
 
-    monkeypatch.setattr(Ledger, "__init__", lambda self, *a, **k: (ledgers.append(self), make(self, *a, **k))[1])
+    monkeypatch.setattr(TimeTracker, "__init__", lambda self, *a, **k: (ledgers.append(self), make(self, *a, **k))[1])
     monkeypatch.setattr(Digits, "__getitem__", stuck)
   elif moment == "start":
     make = optimizer.make
@@ -415,12 +415,12 @@ def test_a_process_that_fails_does_not_wait_for_the_others(error, code, says, to
   pair = together(2, tmp_path / "run", steps=100_000, code=f"""
 from limber_jax.data import bad_records
 from limber_jax.errors import UserError
-read = bad_records.Damage.read
+read = bad_records.BadRecords.read
 def fails(self, step, batch):
   if PROCESS == 1 and step == 5:
     raise {error}("of its own")
   return read(self, step, batch)
-bad_records.Damage.read = fails
+bad_records.BadRecords.read = fails
 """)
   outputs = end(pair)
   assert [p.returncode for p in pair] == [code, code] and outputs[1].splitlines()[-1] == says
@@ -473,14 +473,14 @@ def test_a_process_that_is_stuck_ends_and_all_say_where_they_are(together, tmp_p
   file = tmp_path / "stuck"
   pair = together(2, tmp_path / "run", steps=100_000, watchdog=3, code=f"""
 from limber_jax.data import bad_records
-read = bad_records.Damage.read
+read = bad_records.BadRecords.read
 def is_stuck(self, step, batch):
   if PROCESS == 1 and step == 5:
     with open({str(file)!r}, "w") as file:
       file.write(str(time.time()))
     time.sleep(1000)
   return read(self, step, batch)
-bad_records.Damage.read = is_stuck
+bad_records.BadRecords.read = is_stuck
 """)
   outputs = end(pair)
   took = time.time() - float(file.read_text())
@@ -496,14 +496,14 @@ bad_records.Damage.read = is_stuck
 TOLD = """
 import json, signal
 from limber_jax.data import bad_records
-read = bad_records.Damage.read
+read = bad_records.BadRecords.read
 def told(self, step, batch):
   if PROCESS == 1 and step == 8 and {dies}:
     os.kill(os.getpid(), signal.SIGKILL)
   with open({file!r} + str(PROCESS), "a") as file:
     file.write(json.dumps([step, batch["index"].tolist()]) + "\\n")
   return read(self, step, batch)
-bad_records.Damage.read = told
+bad_records.BadRecords.read = told
 """
 
 

@@ -124,7 +124,7 @@ def test_training_replaces_each_and_names_it(photos, cache, tmp_path):
         f"--workdir={tmp_path}/warm", cache=cache, warm=True)
   done = start(*command, "--config.data.source.split=", "--config.steps=6", f"--workdir={tmp_path}/run", cache=cache)
   assert done.returncode == 0
-  lines = [json.loads(line) for line in (tmp_path / "run" / "damage.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
   named = {line["id"] for line in lines}
   assert {f"dog/{name}" for name in BAD[:-1]} <= named, named
 

@@ -58,7 +58,7 @@ R = 5  # slots of a prefix
 @functools.cache
 def with_prefix(settings, tokens=N):
   def run(params, before, x, positions, mask, keys):
-    prefix = generate.read(MODEL, params, *before)
+    prefix = generate.prefill(MODEL, params, *before)
     return generate.generate(MODEL, params, x, positions, mask, max_new_tokens=tokens, eos=EOS, settings=settings,
                              keys=keys, prefix=prefix)
   return jax.jit(run)

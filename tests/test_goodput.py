@@ -1,4 +1,4 @@
-"""The ledger of wall time: what counts as what, over any number of starts and kills."""
+"""The tracker of wall time: what counts as what, over any number of starts and kills."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from runs import tiny, zeroshot
 
 from limber_jax.config import Checkpoint
 from limber_jax.runtime import goodput, parallel
-from limber_jax.runtime.goodput import PHASES, Ledger, process_began
+from limber_jax.runtime.goodput import PHASES, TimeTracker, process_began
 from limber_jax.runtime.writer import Log
 from limber_jax.training.loop import train
 
@@ -36,81 +36,89 @@ def account(path):
 
 def test_a_phase_within_another_counts_as_the_inner_one(tmp_path):
   clock = Clock()
-  ledger = Ledger(str(tmp_path), clock=clock, began=90.0)
+  tracker = TimeTracker(str(tmp_path), clock=clock, began=90.0)
   clock.passes(5)
-  with ledger("step"):
+  with tracker("step"):
     clock.passes(2)
-    with ledger("data") as wait:
+    with tracker("data") as wait:
       clock.passes(3)
     clock.passes(4)
-    with pytest.raises(KeyError), ledger("save"):
+    with pytest.raises(KeyError), tracker("save"):
       clock.passes(1)
       raise KeyError
     clock.passes(0.5)
   clock.passes(0.25)
-  ledger.write()
+  tracker.write()
   assert wait.seconds == 3
   assert account(tmp_path) == {"start": 15.25, "step": 6.5, "data": 3, "save": 1}
-  assert ledger.summary() == "goodput 25.2% of 0m 25s; the rest: start 59.2%, data 11.7%, save 3.9%"
+  assert tracker.summary() == "goodput 25.2% of 0m 25s; the rest: start 59.2%, data 11.7%, save 3.9%"
 
 
-def test_steps_done_again_after_a_kill_are_lost(tmp_path):
+def test_steps_done_again_after_a_kill_count_as_recomputed(tmp_path):
   def run(start, stop, clock):
-    ledger = Ledger(str(tmp_path), clock=clock)
-    with ledger("restore"):
+    tracker = TimeTracker(str(tmp_path), clock=clock)
+    with tracker("restore"):
       clock.passes(1)
-    ledger.at(start)
-    with ledger("step"):
+    tracker.at(start)
+    with tracker("step"):
       for step in range(start, stop):
-        with ledger("data"):
+        with tracker("data"):
           clock.passes(0.25)
-        ledger.at(step + 1)
+        tracker.at(step + 1)
         clock.passes(0.75)  # the step itself goes on beside the loop, which has counted it
-    ledger.write()  # and then a kill
+    tracker.write()  # and then a kill
 
   run(0, 10, Clock())
   assert account(tmp_path) == {"restore": 1, "data": 2.5, "step": 7.5}
   run(6, 12, Clock())
   account_ = account(tmp_path)
   # Steps 7 to 10 again: four waits for data, and three steps, for the first time of step 10 had not passed.
-  assert account_ == {"restore": 2, "data": 3, "step": 9.75, "lost": 3.25}
+  assert account_ == {"restore": 2, "data": 3, "step": 9.75, "recomputed": 3.25}
   assert sum(account_.values()) == 18
   with open(tmp_path / goodput.FILE, encoding="utf-8") as file:
     values = json.load(file)
-  assert (values["starts"], values["reached"], values["wall_seconds"]) == (2, 12, 18)
+  assert (values["starts"], values["max_step"], values["wall_seconds"]) == (2, 12, 18)
   assert values["goodput"] == round(9.75 / 18, 4)
 
 
+def test_a_run_of_before_phases_had_their_names_keeps_its_account(tmp_path):
+  seconds = dict.fromkeys(PHASES, 1.0)
+  seconds["lost"] = seconds.pop("recomputed") + 4
+  (tmp_path / goodput.FILE).write_text(json.dumps({"seconds": seconds, "starts": 2, "reached": 7}))
+  tracker = TimeTracker(str(tmp_path))
+  assert tracker.seconds["recomputed"] == 5 and tracker.max_step == 7
+
+
 @pytest.mark.parametrize("text", [
-  "", "{", "[]", "null", '{"seconds": {}, "starts": 1, "reached": 1}', "[" * 100_000,
-  json.dumps({"seconds": dict.fromkeys(PHASES, -1), "starts": 1, "reached": 1}),
-  json.dumps({"seconds": dict.fromkeys(PHASES, float("nan")), "starts": 1, "reached": 1}),
-  json.dumps({"seconds": dict.fromkeys(PHASES, 1e999), "starts": 1, "reached": 1}),
-  json.dumps({"seconds": dict.fromkeys(PHASES, 1), "starts": 1e999, "reached": 1})],
+  "", "{", "[]", "null", '{"seconds": {}, "starts": 1, "max_step": 1}', "[" * 100_000,
+  json.dumps({"seconds": dict.fromkeys(PHASES, -1), "starts": 1, "max_step": 1}),
+  json.dumps({"seconds": dict.fromkeys(PHASES, float("nan")), "starts": 1, "max_step": 1}),
+  json.dumps({"seconds": dict.fromkeys(PHASES, 1e999), "starts": 1, "max_step": 1}),
+  json.dumps({"seconds": dict.fromkeys(PHASES, 1), "starts": 1e999, "max_step": 1})],
   ids=lambda text: text[:12])
 def test_a_damaged_ledger_begins_anew(text, tmp_path):
   (tmp_path / goodput.FILE).write_text(text)
   clock = Clock()
-  ledger = Ledger(str(tmp_path), clock=clock)
+  tracker = TimeTracker(str(tmp_path), clock=clock)
   clock.passes(2)
-  ledger.write()
+  tracker.write()
   assert account(tmp_path) == {"start": 2}
 
 
 def test_a_ledger_that_cannot_be_written_ends_nothing(tmp_path):
-  with Ledger(str(tmp_path / "missing")) as ledger:
-    ledger.write()
+  with TimeTracker(str(tmp_path / "missing")) as tracker:
+    tracker.write()
   assert list(tmp_path.iterdir()) == []
 
 
 def test_only_process_0_writes(tmp_path):
-  with Ledger(str(tmp_path), active=False):
+  with TimeTracker(str(tmp_path), active=False):
     pass
   assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_written_while_nothing_else_happens(tmp_path):
-  with Ledger(str(tmp_path)) as ledger, ledger("compile"):
+  with TimeTracker(str(tmp_path)) as tracker, tracker("compile"):
     end = time.monotonic() + 10
     while not (tmp_path / goodput.FILE).exists():
       assert time.monotonic() < end
@@ -128,7 +136,7 @@ def test_a_process_knows_when_it_began():
 
 @pytest.mark.long  # the start and end of the process are 1 % of so short a run where other tests run beside it
 def test_a_run_accounts_for_all_of_its_time(tmp_path, monkeypatch):
-  """And shows it; what it does again after it was cut short is lost."""
+  """And shows it; what it does again after it was cut short is recomputed."""
   make = parallel.make_mesh
   monkeypatch.setattr(parallel, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
 
@@ -155,6 +163,6 @@ def test_a_run_accounts_for_all_of_its_time(tmp_path, monkeypatch):
   print({k: round(v, 2) for k, v in seconds.items()}, f"of {wall:.2f} s")
   assert sum(seconds.values()) == pytest.approx(wall, rel=0.01)
   assert seconds.keys() == set(PHASES)
-  assert seconds["lost"] >= 2 * 0.2  # steps 4 and 5, which the checkpoint of step 3 did not hold
+  assert seconds["recomputed"] >= 2 * 0.2  # steps 4 and 5, which the checkpoint of step 3 did not hold
   assert seconds["step"] >= 6 * 0.2
   assert said[-1].startswith("goodput ") and "in 2 starts; the rest: " in said[-1]

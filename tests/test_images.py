@@ -24,7 +24,7 @@ from limber_jax.data.transforms import Decode, ResizeCrop, decode
 from limber_jax.errors import UserError
 from limber_jax.inference.images import find
 from limber_jax.pack import pack
-from limber_jax.training.setup import cached, make_context
+from limber_jax.training.setup import feature_specs, make_context
 from tests import layouts
 from tests.runs import tiny, tiny_limber
 
@@ -142,7 +142,7 @@ def decoders(transform):
 
 def made(config):
   """Returns what `train.setup` does, without weights."""
-  task = registry.lookup("task", registry.TASKS, config.task).of(config)
+  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
   return types.SimpleNamespace(config=config, task=task, tokenizer=ByteTokenizer(), mesh=None,
                                digests=collections.defaultdict(str))
 
@@ -151,12 +151,12 @@ def test_the_settings_reach_what_is_trained_on_and_evaluated_and_cached(tmp_path
   wanted = ImageOptions(("gif",), True)
   for config in (tiny(), tiny_limber()):
     config.data.crop, s = "own" if config.task == "captioning" else "random", made(config)
-    assert config.task == "contrastive" or all("images" not in what for what in cached(s).values())
+    assert config.task == "contrastive" or all("images" not in what for what in feature_specs(s).values())
     config.data.formats, config.data.exif = ("gif",), True
     assert [d.options for d in decoders(make_context(s, str(tmp_path)).transform)] == [wanted]
     trained = transforms.with_options(s.task.transform(s.tokenizer, config.data, train=True), wanted)
     assert [d.options for d in decoders(trained)] == [wanted]
-  assert all(what["images"] == {"formats": ["gif"], "exif": True} for what in cached(s).values())
+  assert all(what["images"] == {"formats": ["gif"], "exif": True} for what in feature_specs(s).values())
 
 
 def test_the_data_fingerprint_knows_them_and_is_what_it_was_without():
@@ -167,7 +167,7 @@ def test_the_data_fingerprint_knows_them_and_is_what_it_was_without():
 
 
 def test_options_change_nothing_of_a_draft():
-  chain = transforms.Chain((Decode(64), ResizeCrop(8, "center")))
+  chain = transforms.Compose((Decode(64), ResizeCrop(8, "center")))
   assert transforms.with_options(chain, ImageOptions(exif=True)).steps[0] == Decode(64, ImageOptions(exif=True))
 
 

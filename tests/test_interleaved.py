@@ -67,7 +67,7 @@ SETTINGS = (Decoding(max_new_tokens=6), Decoding("sample", temperature=0.8, max_
 def model():
   """(a tiny LiMBeR, its parameters, large enough that what is far away counts, prompt tokens of two images)."""
   config = runs.tiny_limber()
-  limber = Limber.of(config.model, config.compute)
+  limber = Limber.from_config(config.model, config.compute)
   shapes = jax.eval_shape(limber.init, jax.random.key(0))[0]
   rng = np.random.default_rng(0)
   lm = jax.tree.map(lambda x: jnp.asarray(0.15 * rng.normal(size=x.shape), x.dtype), shapes["lm"])
@@ -90,11 +90,11 @@ def test_rows_that_go_on_from_what_was_read_once_write_what_whole_ones_do(model,
 
   @jax.jit
   def write(batch, prefix):
-    return interleaved.write(limber, params, batch | keys, shared, own, eos=EOT, settings=settings, prefix=prefix)
+    return interleaved.decode(limber, params, batch | keys, shared, own, eos=EOT, settings=settings, prefix=prefix)
 
   # Neighbouring texts are encoded as one, so the rows are cut out of the wholes.
   rests = [Layout(whole.ids[start:], whole.source[start:]) for whole in wholes]
-  prefix = jax.jit(lambda batch: interleaved.read(limber, params, batch, shared))(
+  prefix = jax.jit(lambda batch: interleaved.prefill(limber, params, batch, shared))(
     interleaved.stack([layout(*begin)], 1, start + padding, EOT))
   got = write(interleaved.stack(rests, 4, length - start, EOT), prefix)
   want = write(interleaved.stack(wholes, 4, length, EOT), None)

@@ -13,7 +13,7 @@ from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner, Stopped
-from limber_jax.evals.items import Items
+from limber_jax.evals.result_store import ResultStore
 from limber_jax.runtime import parallel
 
 BAD = (3, 70, 359)  # records that cannot be read, of 360
@@ -198,16 +198,16 @@ def test_evaluations_of_the_same_data_share_results_where_they_may(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=re.escape(f"{tmp_path}/file")):
-    Items(str(tmp_path / "file/x/look.jsonl"), {}, 1, 1)
+    ResultStore(str(tmp_path / "file/x/look.jsonl"), {}, 1, 1)
 
 
 def test_results_that_evaluations_share_are_written_by_one_command_at_a_time(tmp_path):
   path = str(tmp_path / "shared" / "embed.jsonl")
-  first = Items(path, {"a": 1}, 8, 16, shared=True)
+  first = ResultStore(path, {"a": 1}, 8, 16, shared=True)
   first.append([{"index": i, "id": str(i)} for i in range(8)], {})
   with pytest.raises(UserError, match=r"embed.jsonl is in use by process \d+ on host"):
-    Items(path, {"a": 1}, 8, 16, shared=True)
+    ResultStore(path, {"a": 1}, 8, 16, shared=True)
   first.close()
-  second = Items(path, {"a": 1}, 8, 16, shared=True)
+  second = ResultStore(path, {"a": 1}, 8, 16, shared=True)
   assert second.done == 8
   second.close()

@@ -11,7 +11,7 @@ from runs import tiny
 
 from limber_jax.config import Checkpoint, Optim
 from limber_jax.errors import UserError
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.signals import Interrupted, StopRequest
 from limber_jax.training.feed import Feed
 from limber_jax.training.flops import model_flops, peak_flops
@@ -44,7 +44,7 @@ def given(**changes):
 
 
 def step_log(**changes):
-  out, damage = Recorder(), Recorder(settle=[])
+  out, damage = Recorder(), Recorder(flush=[])
   return StepLog(tiny(log_every=2, **changes), out, damage, 0, lambda: 7), out, damage
 
 
@@ -89,7 +89,7 @@ def test_processes_that_read_other_records_for_the_same_rows_end_the_run():
 
 def test_a_process_alone_stops_while_it_waits_and_says_why(tmp_path):
   request = StopRequest()
-  stopping = Stopping(request, Ledger(str(tmp_path)))
+  stopping = Stopping(request, TimeTracker(str(tmp_path)))
   assert not stopping.alone() and not stopping.together() and str(stopping) == "another process"
   request.set("SIGTERM")
   assert stopping.alone() and stopping.together() and str(stopping) == "SIGTERM"
@@ -103,7 +103,7 @@ def test_a_run_claims_its_workdir_with_its_first_checkpoint_only(tmp_path, monke
   setup = Recorder()
   setup.config, setup.drawn, setup.digests = tiny(checkpoint=Checkpoint(every=4), steps=10), (), {"lm": "d"}
   checkpoints, held = Recorder(), Recorder()
-  saver = Saver(checkpoints, setup, str(tmp_path), held, Ledger(str(tmp_path)), start=3, fingerprint="f")
+  saver = Saver(checkpoints, setup, str(tmp_path), held, TimeTracker(str(tmp_path)), start=3, fingerprint="f")
   assert saver.last == 3 and not claims and [step for step in range(11) if saver.due(step)] == [0, 4, 8, 10]
   for step in (4, 8):
     saver.save(step, "state")

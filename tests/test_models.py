@@ -12,7 +12,7 @@ from limber_jax import losses
 from limber_jax.config import Compute, flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, spec
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
@@ -21,13 +21,13 @@ from limber_jax.weights import convert, load
 FP32 = Compute(dtype="float32")
 EMBEDDING, GRADIENT = 1e-5, 1e-4  # relative errors of float32 here against float64 in PyTorch
 SIZES = {
-  "vit": ClipSize(32, ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2),
+  "vit": ClipConfig(32, ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2),
                   TextSize(context=12, vocab=99, width=64, layers=2, heads=2)),
-  "vit_gelu": ClipSize(24, ViTSize(image_size=42, patch=14, width=48, layers=3, heads=3),
+  "vit_gelu": ClipConfig(24, ViTSize(image_size=42, patch=14, width=48, layers=3, heads=3),
                        TextSize(context=20, vocab=300, width=32, layers=1, heads=4), "gelu"),
-  "resnet": ClipSize(32, ResNetSize(image_size=64, layers=(1, 2, 1, 1), width=16, heads=8),
+  "resnet": ClipConfig(32, ResNetSize(image_size=64, layers=(1, 2, 1, 1), width=16, heads=8),
                      TextSize(context=12, vocab=99, width=64, layers=2, heads=2)),
-  "resnet_gelu": ClipSize(16, ResNetSize(image_size=96, layers=(2, 1, 1, 3), width=8, heads=4),
+  "resnet_gelu": ClipConfig(16, ResNetSize(image_size=96, layers=(2, 1, 1, 3), width=8, heads=4),
                           TextSize(context=9, vocab=50, width=32, layers=1, heads=1), "gelu"),
 }
 
@@ -223,8 +223,8 @@ def test_features_and_gradients_are_those_of_transformers(transformers, name):
 
 
 @pytest.mark.parametrize("size", [
-  ClipSize(128, ViTSize(image_size=64, patch=8, width=128, layers=2, heads=2), TextSize(40, 512, 128, 3, 2)),
-  ClipSize(128, ResNetSize(image_size=96, layers=(2, 2, 1, 1), width=16, heads=8), TextSize(40, 512, 128, 3, 2)),
+  ClipConfig(128, ViTSize(image_size=64, patch=8, width=128, layers=2, heads=2), TextSize(40, 512, 128, 3, 2)),
+  ClipConfig(128, ResNetSize(image_size=96, layers=(2, 2, 1, 1), width=16, heads=8), TextSize(40, 512, 128, 3, 2)),
 ], ids=["vit", "resnet"])
 def test_initialisation_is_open_clips(open_clip, size):
   import torch

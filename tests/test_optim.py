@@ -57,8 +57,8 @@ def test_steps_equal_adamw_of_pytorch():
 def test_decay_spares_exactly_gains_biases_and_temperature(size):
   """open_clip's rule: what has fewer than two dimensions is not decayed (here, apart from the stacking of blocks)."""
   from runs import tiny
-  params, _ = jax.eval_shape(Contrastive.of(tiny(size)).init, jax.random.key(0))
-  assert isinstance(clip.SIZES[size](), clip.ClipSize)
+  params, _ = jax.eval_shape(Contrastive.from_config(tiny(size)).init, jax.random.key(0))
+  assert isinstance(clip.SIZES[size](), clip.ClipConfig)
   mask = optimizer.decay_mask(params)
   for (path, leaf), decayed in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(mask), strict=True):
     name = "/".join(str(k.key) for k in path)
@@ -79,13 +79,13 @@ def window(*values):
 ])
 def test_the_limit_of_what_is_usual(values, limit):
   with jax.debug_nans(False):
-    assert optimizer.limit(window(*values), 10.0) == pytest.approx(limit, rel=1e-6)
+    assert optimizer.outlier_threshold(window(*values), 10.0) == pytest.approx(limit, rel=1e-6)
 
 
 def test_a_window_takes_the_newest_in_the_place_of_the_oldest():
   seen = window()
   for value in range(10):
-    seen = optimizer.remember(seen, jnp.float32(value), jnp.bool_(value != 5))
+    seen = optimizer.push(seen, jnp.float32(value), jnp.bool_(value != 5))
   np.testing.assert_array_equal(seen, [1, 2, 3, 4, 6, 7, 8, 9])
 
 

@@ -93,10 +93,10 @@ def wrong():
   raise UserError("no such file")
 
 parallel.start()
-assert parallel.from_first(slow) == {{"x": [1.5, None]}}
-assert parallel.from_each({{"me": jax.process_index()}}) == [{{"me": 0}}, {{"me": 1}}]
+assert parallel.broadcast_from_process_0(slow) == {{"x": [1.5, None]}}
+assert parallel.allgather_objects({{"me": jax.process_index()}}) == [{{"me": 0}}, {{"me": 1}}]
 try:
-  parallel.from_first(wrong)
+  parallel.broadcast_from_process_0(wrong)
 except UserError as error:
   assert str(error) == "no such file"
 else:

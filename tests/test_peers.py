@@ -43,7 +43,7 @@ HARMLESS = b"W1124 22:40:30.870892   24376 preemption_sync_manager.cc:147] Faile
   (WORKER, "processes 1, 12 are gone"), (COORDINATOR, "process 0 is gone"), (SILENT, "process 0 is gone"),
   (BARRIER, None), (HARMLESS, None)])
 def test_the_line_names_who_is_gone(text, names):
-  line = peers.verdict(text)
+  line = peers.parse_jax_failure(text)
   if names is None:
     assert line is None
   else:
@@ -59,7 +59,7 @@ def stderr_of(code: str) -> str:
 @pytest.mark.parametrize("text", [WORKER, COORDINATOR, SILENT])
 def test_a_process_that_jax_aborts_leaves_one_line(text):
   said = stderr_of(f"peers.watch_stderr()\nos.write(2, b'before\\n')\nos.write(2, {text!r})\nos.abort()")
-  assert said == "before\n" + peers.verdict(text)
+  assert said == "before\n" + peers.parse_jax_failure(text)
 
 
 @pytest.mark.parametrize("ends", ["", "os.abort()", "os._exit(4)", "os.kill(os.getpid(), 9)"])
@@ -79,11 +79,11 @@ def test_an_error_of_a_broken_collective_waits_for_the_name(monkeypatch):
   waits = []
   monkeypatch.setattr(peers.time, "sleep", waits.append)
   broken = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:49354")
-  with pytest.raises(ValueError, match="Gloo"), peers.named():
+  with pytest.raises(ValueError, match="Gloo"), peers.explain_failures():
     raise broken
-  with pytest.raises(RuntimeError), peers.named():
+  with pytest.raises(RuntimeError), peers.explain_failures():
     raise RuntimeError("step 3 could not be saved") from broken
   assert waits == [1.5 * peers.HEARTBEAT] * 2
-  with pytest.raises(ValueError, match="own"), peers.named():
+  with pytest.raises(ValueError, match="own"), peers.explain_failures():
     raise ValueError("an error of its own")
   assert len(waits) == 2

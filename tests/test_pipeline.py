@@ -12,7 +12,7 @@ import pytest
 from limber_jax.config import Data, Source
 from limber_jax.config import Tokenizer as TokenizerConfig
 from limber_jax.data import transforms
-from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, order, train_batches
+from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, shuffled_index, train_batches
 from limber_jax.data.shared_memory import Receiver
 from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer
@@ -74,14 +74,15 @@ class TestOrder:
   @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 63, 64, 65, 100, 1797])
   def test_every_epoch_is_a_permutation(self, n):
     for epoch in (0, 1, 1000):
-      assert sorted(order(n, 7, epoch * n + i) for i in range(n)) == list(range(n))
+      assert sorted(shuffled_index(n, 7, epoch * n + i) for i in range(n)) == list(range(n))
 
   def test_epochs_and_seeds_differ(self):
-    orders = {tuple(order(50, seed, epoch * 50 + i) for i in range(50)) for seed in range(5) for epoch in range(5)}
+    orders = {tuple(shuffled_index(50, seed, epoch * 50 + i) for i in range(50))
+              for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
   def test_all_orders_of_four_are_equally_likely(self):
-    counts = Counter(tuple(order(4, 1, 4 * epoch + i) for i in range(4)) for epoch in range(4800))
+    counts = Counter(tuple(shuffled_index(4, 1, 4 * epoch + i) for i in range(4)) for epoch in range(4800))
     assert len(counts) == 24
     assert sum((c - 200) ** 2 / 200 for c in counts.values()) < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
 
@@ -89,24 +90,24 @@ class TestOrder:
     counts = np.zeros((40, 40))
     for epoch in range(2000):
       for i in range(40):
-        counts[i, order(40, 3, 40 * epoch + i)] += 1
+        counts[i, shuffled_index(40, 3, 40 * epoch + i)] += 1
     assert ((counts - 50) ** 2 / 50).sum() < 1697  # 39² degrees of freedom, p = 0.001
 
   def test_neighbours_are_torn_apart(self):
-    steps = Counter((order(1000, 0, p + 1) - order(1000, 0, p)) % 1000 for p in range(20_000))
+    steps = Counter((shuffled_index(1000, 0, p + 1) - shuffled_index(1000, 0, p)) % 1000 for p in range(20_000))
     assert max(steps.values()) < 60  # of 20 expected
 
   def test_billions_of_records_need_neither_time_nor_memory(self):
     n = 5 * 10**9
     start = time.perf_counter()
-    seen = {order(n, 0, 10**14 + p) for p in range(1000)}
+    seen = {shuffled_index(n, 0, 10**14 + p) for p in range(1000)}
     assert len(seen) == 1000 and all(0 <= i < n for i in seen)
     assert time.perf_counter() - start < 2
 
   def test_the_order_is_the_one_that_earlier_runs_had(self):
     # Runs in progress go on with these numbers: another order needs another name in data_fingerprint.
-    assert [order(10, 0, p) for p in range(20)] == [2, 1, 5, 4, 6, 3, 7, 9, 0, 8, 3, 6, 7, 5, 2, 8, 1, 4, 9, 0]
-    assert [order(10**9, 42, p) for p in (0, 1, 10**9, 10**12)] == [643260314, 483047882, 966318656, 716926954]
+    assert [shuffled_index(10, 0, p) for p in range(20)] == [2, 1, 5, 4, 6, 3, 7, 9, 0, 8, 3, 6, 7, 5, 2, 8, 1, 4, 9, 0]
+    assert [shuffled_index(10**9, 42, p) for p in (0, 1, 10**9, 10**12)] == [643260314, 483047882, 966318656, 716926954]
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
@@ -120,7 +121,7 @@ def test_each_record_comes_once_an_epoch_whatever_reads_it(processes, prefetch):
   flat = np.concatenate(stream)
   for epoch in range(4):
     assert sorted(flat[epoch * n : (epoch + 1) * n]) == list(range(n))
-  assert flat.tolist() == [order(n, 3, p) for p in range(size * steps)]
+  assert flat.tolist() == [shuffled_index(n, 3, p) for p in range(size * steps)]
   draws = np.concatenate([np.concatenate([s[step]["draw"] for s in streams]) for step in range(steps)])
   np.testing.assert_array_equal(draws, [np.random.default_rng((3, p)).random(2) for p in range(size * steps)])
 
@@ -128,7 +129,7 @@ def test_each_record_comes_once_an_epoch_whatever_reads_it(processes, prefetch):
 def exactly_once(n, batch_size, hosts, workers, seeks):
   """Reads an epoch of n records on several hosts, and after each seek a batch; each must be what `order` says."""
   size, steps = batch_size // hosts, -(-n // batch_size)
-  wanted = np.array([order(n, 11, p) for p in range(steps * batch_size)]).reshape(steps, hosts, size)
+  wanted = np.array([shuffled_index(n, 11, p) for p in range(steps * batch_size)]).reshape(steps, hosts, size)
   assert sorted(wanted.reshape(-1)[:n].tolist()) == list(range(n))
   slowest = 0.0
   for host in range(hosts):
@@ -145,7 +146,7 @@ def exactly_once(n, batch_size, hosts, workers, seeks):
         batch = next(batches)
         slowest = max(slowest, (time.process_time() - before) / max(1, size / 1000))
       first = start * batch_size + host * size
-      assert batch["index"].tolist() == [order(n, 11, first + i) for i in range(size)]
+      assert batch["index"].tolist() == [shuffled_index(n, 11, first + i) for i in range(size)]
   assert slowest < 1  # of a thousand records
   return slowest
 
@@ -183,7 +184,7 @@ def test_rows_of_any_number_are_those_of_the_global_batch(rows):
 def test_a_later_start_gives_the_same_stream(start):
   batches = train_batches(Numbers(30), Draw(), batch_size=8, rows=np.arange(0, 8), seed=1, start_step=start)
   [first] = take(batches, 1)
-  assert first["index"].tolist() == [order(30, 1, 8 * start + row) for row in range(8)]
+  assert first["index"].tolist() == [shuffled_index(30, 1, 8 * start + row) for row in range(8)]
   if start < 100:
     whole = take(train_batches(Numbers(30), Draw(), batch_size=8, rows=np.arange(0, 8), seed=1), start + 5)
     resumed = train_batches(Numbers(30), Draw(), batch_size=8, rows=np.arange(0, 8), seed=1, start_step=start)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from limber_jax.errors import UserError
-from limber_jax.models.clip import ClipSize
-from limber_jax.models.spec import EncoderSize
+from limber_jax.models.clip import ClipConfig
+from limber_jax.models.spec import EncoderConfig
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import export, load, positions
@@ -44,7 +44,7 @@ def test_resampled_positions_equal_open_clips(open_clip, old, new):
 def test_a_run_of_another_image_size_and_context_asks_for_resampled_positions(tmp_path, open_clip):
   rng = np.random.default_rng(0)
   text = TextSize(context=12, vocab=50, width=32, layers=1, heads=1)
-  small = ClipSize(16, ViTSize(image_size=24, patch=8, width=32, layers=1, heads=1), text)
+  small = ClipConfig(16, ViTSize(image_size=24, patch=8, width=32, layers=1, heads=1), text)
   large = dataclasses.replace(small, image=dataclasses.replace(small.image, image_size=40),
                               text=dataclasses.replace(text, context=9))
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), load.shapes(small))
@@ -60,7 +60,7 @@ def test_a_run_of_another_image_size_and_context_asks_for_resampled_positions(tm
     assert np.abs(got.pop("position") - theirs).max() <= 1e-6 * np.abs(theirs).max()
     rest = {name: leaf for name, leaf in params[part].items() if name != "position"}
     jax.tree.map(np.testing.assert_array_equal, got, rest)
-  size = EncoderSize(large.image, embed_dim=16)
+  size = EncoderConfig(large.image, embed_dim=16)
   got, _ = load.load_part(path, "image", size, like["image"], resample=True)
   assert np.abs(got["position"] - want[0]).max() <= 1e-6 * np.abs(want[0]).max()
   with pytest.raises(UserError, match=r"another image size; --config\.init\.resample_positions=True resamples"):

@@ -12,7 +12,7 @@ from PIL import Image
 from limber_jax.data.transforms import RESAMPLES, own_rule
 from limber_jax.errors import UserError
 from limber_jax.models import spec
-from limber_jax.models.clip import ClipSize, normalise
+from limber_jax.models.clip import ClipConfig, normalise
 from limber_jax.models.vit import ViTSize
 from limber_jax.weights import configs, preprocessing
 from limber_jax.weights.preprocessing import FILTERS, PROCESSORS, from_hf, from_open_clip, from_timm
@@ -32,7 +32,7 @@ def image(width, height):
 
 def sized(said):
   """Returns the size of a CLIP for SIDE pixels with this preprocessing."""
-  return ClipSize(image=ViTSize(image_size=SIDE, patch=8), **dataclasses.asdict(said))
+  return ClipConfig(image=ViTSize(image_size=SIDE, patch=8), **dataclasses.asdict(said))
 
 
 def pixels(size, picture):
@@ -220,5 +220,5 @@ def test_the_words_of_the_sizes_are_those_of_the_transforms():
   assert set(spec.RESAMPLES) == set(RESAMPLES) == set(FILTERS)
   for resize in spec.RESIZES:
     for rounding in spec.ROUNDINGS:
-      own_rule(dataclasses.replace(ClipSize(), resize=resize, crop_rounding=rounding), SIDE)
+      own_rule(dataclasses.replace(ClipConfig(), resize=resize, crop_rounding=rounding), SIDE)
   assert [f.name for f in dataclasses.fields(preprocessing.Preprocessing)] == list(spec.PIXELS)

@@ -91,7 +91,7 @@ def test_paths_shapes_and_types_are_part_of_a_digest():
 # The file
 
 
-def card(**changes):
+def metadata(**changes):
   return {"encoder": "clip_rn50x16", "lm": "gptj_6b", "digests": {"image": digest(tree(0)), "lm": digest(tree(1))},
           "config": {"optim.lr": 8e-4, "model": {"k": 1}}, "step": 15_000, "version": "0.1"} | changes
 
@@ -104,10 +104,10 @@ def params(seed=0):
 def test_a_projection_comes_back_bit_for_bit_with_its_card(tmp_path):
   path = str(tmp_path / "limber.safetensors")
   for value in (params(), jax.tree.map(jnp.asarray, params())):
-    projection.save(path, value, card())
+    projection.save(path, value, metadata())
     got, got_card = projection.load(path)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), got, params())
-    assert got_card == card()
+    assert got_card == metadata()
   assert [f.name for f in tmp_path.iterdir()] == ["limber.safetensors"]
   with safe_open(path, framework="np") as file:
     assert json.loads(file.metadata()["card"])["step"] == 15_000
@@ -117,14 +117,14 @@ def test_a_projection_comes_back_bit_for_bit_with_its_card(tmp_path):
 def test_half_precision_is_written_as_float32(tmp_path):
   path = str(tmp_path / "limber.safetensors")
   half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params())
-  projection.save(path, half, card())
+  projection.save(path, half, metadata())
   got, _ = projection.load(path)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float32), strict=True), got, half)
 
 
 def test_frozen_weights_other_than_it_was_trained_between_are_refused(tmp_path):
   path = str(tmp_path / "limber.safetensors")
-  projection.save(path, params(), card())
+  projection.save(path, params(), metadata())
   _, c = projection.load(path)
   right = {"image": digest(tree(0)), "lm": digest(tree(1))}
   projection.check(c, right, path)
@@ -145,36 +145,36 @@ def test_what_is_no_projection_is_refused(tmp_path):
   with pytest.raises(UserError, match=f"{path}: no projection can be read there"):
     projection.load(path)
   save_file({"w": np.zeros(2, np.float32)}, path)
-  with pytest.raises(UserError, match="a safetensors file, but not a projection: it has no card"):
+  with pytest.raises(UserError, match="a safetensors file, but not a projection: it has no metadata"):
     projection.load(path)
   for text, reason in (("[", "no projection can be read there"), ("[" * 100_000, "no projection can be read there"),
-                       ("{}", "its card has no 'encoder'"), ("[1]", "its card has no 'encoder'"),
-                       (json.dumps(card(digests={"image": "0"})), "digests are not those of image and lm"),
-                       (json.dumps(card(digests={"image": "0", "lm": 1})), "digests are not those of image and lm")):
+                       ("{}", "its metadata have no 'encoder'"), ("[1]", "its metadata have no 'encoder'"),
+                       (json.dumps(metadata(digests={"image": "0"})), "digests are not those of image and lm"),
+                       (json.dumps(metadata(digests={"image": "0", "lm": 1})), "digests are not those of image")):
     save_file({"w": np.zeros(2, np.float32)}, path, metadata={"card": text})
     with pytest.raises(UserError, match=reason) as error:
       projection.load(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
-  save_file({"w": np.zeros(2, np.float16)}, path, metadata={"card": json.dumps(card())})
+  save_file({"w": np.zeros(2, np.float16)}, path, metadata={"card": json.dumps(metadata())})
   with pytest.raises(UserError, match="w: expected float32, got float16"):
     projection.load(path)
 
 
 def test_a_card_that_is_not_one_is_not_written(tmp_path):
   path = str(tmp_path / "x.safetensors")
-  for wrong, reason in ((card(config=object()), "not plain JSON"), (card(step=float("nan")), "not plain JSON"),
-                        ({"step": 1}, "its card has no 'encoder'"), (card(digests={}), "digests are not those")):
+  for wrong, reason in ((metadata(config=object()), "not plain JSON"), (metadata(step=float("nan")), "not plain JSON"),
+                        ({"step": 1}, "its metadata have no 'encoder'"), (metadata(digests={}), "digests are not th")):
     with pytest.raises(UserError, match=reason):
       projection.save(path, params(), wrong)
   with pytest.raises(UserError, match="cannot be written"):
-    projection.save(str(tmp_path / "no" / "x.safetensors"), params(), card())
+    projection.save(str(tmp_path / "no" / "x.safetensors"), params(), metadata())
   assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_loads_from_a_projection_and_from_the_references_file(tmp_path):
   torch = pytest.importorskip("torch")
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params())
-  projection.save(str(tmp_path / "ours"), params(), card())
+  projection.save(str(tmp_path / "ours"), params(), metadata())
   linear = torch.nn.Linear(4, 6)
   with torch.no_grad():
     linear.weight[:] = torch.tensor(params()["linear"]["kernel"].T.copy())

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import environment, losses
 
-from limber_jax.data.pipeline import order
+from limber_jax.data.pipeline import shuffled_index
 from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
 
@@ -113,7 +113,7 @@ from limber_jax.training import loop
 from limber_jax import encode
 from limber_jax.runtime import parallel
 from limber_jax.config import Checkpoint, Evaluation, Source
-from limber_jax.data.bad_records import Damage
+from limber_jax.data.bad_records import BadRecords
 from runs import tiny, tiny_limber
 
 workdir, mesh, processes, what = sys.argv[1:]
@@ -135,11 +135,11 @@ if what == "encode":
   encode.encode(limber, workdir, batch_size=32, shard_mb=0.5)
 else:
   rows = parallel.local_rows(config.batch_size, parallel.make_mesh(dict(zip(parallel.AXES, mesh))))
-  log, read = open(f"{{workdir}}.rows{{jax.process_index()}}", "a", 1), Damage.read
+  log, read = open(f"{{workdir}}.rows{{jax.process_index()}}", "a", 1), BadRecords.read
   def logged(self, step, batch):
     log.write(json.dumps([step, rows.tolist(), batch["index"].tolist()]) + "\\n")
     return read(self, step, batch)
-  Damage.read = logged
+  BadRecords.read = logged
   loop.train(config, workdir, log=lambda line: print(line, flush=True))
 """
 
@@ -206,7 +206,7 @@ def check(workdir, alone):
 
 def test_rows_that_do_not_adjoin_or_are_shared_train_as_one_process_does_after_a_kill(start, alone, tmp_path):
   steps = alone[0]
-  assert steps == {s: [order(1437, 0, 32 * (s - 1) + row) for row in range(32)] for s in range(1, 11)}
+  assert steps == {s: [shuffled_index(1437, 0, 32 * (s - 1) + row) for row in range(32)] for s in range(1, 11)}
   pair = start(tmp_path / "run", "8x1x1", "v4-16")  # every other row
   for line in pair[0].stdout:
     if re.match("step 5 ", line):

@@ -9,7 +9,7 @@ import pytest
 
 from limber_jax.config import Source
 from limber_jax.data.pipeline import train_batches
-from limber_jax.data.shared_memory import Parcel, Receiver, Sender
+from limber_jax.data.shared_memory import Receiver, Sender, SharedArray
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 
@@ -23,7 +23,7 @@ def piece(seed, rows=4):
 def sent(sender, arrays):
   """Returns what a sender made of arrays, as it arrives, and the names of what lies in slots."""
   out = pickle.loads(pickle.dumps(sender(arrays)))
-  return out, {k for k, v in out.items() if isinstance(v, Parcel)}
+  return out, {k for k, v in out.items() if isinstance(v, SharedArray)}
 
 
 @pytest.fixture

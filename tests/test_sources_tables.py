@@ -461,7 +461,7 @@ def test_shares_are_exact_in_every_window_and_members_are_permuted_each_on_its_o
   sizes, weights = {"a": 50, "b": 7, "c": 7}, (6, 2, 4)
   source = mixture(tmp_path, *(lines(n, s) | {"weight": w} for (n, s), w in zip(sizes.items(), weights, strict=True)))
   assert len(source) == 64 and len({source[i]["id"] for i in range(64)}) == 64
-  stream = [source.annotation(source.order(5, p))["text"] for p in range(1200)]
+  stream = [source.annotation(source.shuffled_index(5, p))["text"] for p in range(1200)]
   for start in range(300):
     for rounds in (1, 3):
       window = stream[start : start + 6 * rounds]
@@ -475,16 +475,16 @@ def test_shares_are_exact_in_every_window_and_members_are_permuted_each_on_its_o
     assert epochs[name][0] != epochs[name][1]
   assert epochs["b"] != epochs["c"]
   start = time.perf_counter()
-  source.order(5, 10**15)
+  source.shuffled_index(5, 10**15)
   assert time.perf_counter() - start < 1
-  assert stream != [source.annotation(source.order(6, p))["text"] for p in range(1200)]
+  assert stream != [source.annotation(source.shuffled_index(6, p))["text"] for p in range(1200)]
 
 
 @pytest.mark.long
 def test_a_million_positions_of_a_mixture_have_exact_shares_and_each_record_once_an_epoch(tmp_path, lines):
   sizes, weights = (300_000, 20_011, 7), (13, 6, 1)
   source = mixture(tmp_path, *(lines(n, s) | {"weight": w} for n, s, w in zip("abc", sizes, weights, strict=True)))
-  starts, stream = np.cumsum([0, *sizes]), np.array([source.order(9, p) for p in range(1_000_000)])
+  starts, stream = np.cumsum([0, *sizes]), np.array([source.shuffled_index(9, p) for p in range(1_000_000)])
   member = np.searchsorted(starts, stream, "right") - 1
   for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
     assert (np.add.reduceat(member == number, np.arange(0, 1_000_000, 20)) == weight).all()
@@ -507,7 +507,7 @@ def test_batches_of_a_mixture_keep_its_shares_on_any_hosts(tmp_path, lines):
 
   whole = batches(np.arange(8))
   assert all((b < 50).sum() == 6 for b in whole)
-  assert np.concatenate(whole).tolist() == [source.order(3, p) for p in range(80)]
+  assert np.concatenate(whole).tolist() == [source.shuffled_index(3, p) for p in range(80)]
   halves = zip(batches(np.arange(4)), batches(np.arange(4, 8)), strict=True)
   assert [np.concatenate(h).tolist() for h in halves] == [b.tolist() for b in whole]
   np.testing.assert_array_equal(batches(np.arange(8), start=4)[:6], whole[4:])

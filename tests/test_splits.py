@@ -110,7 +110,7 @@ def test_the_documentations_own_example_reads_class_folders_and_asks_which_of_se
   config = tiny(evals={"pets": evaluation})
   seen = []
   monkeypatch.setattr("limber_jax.evals.zeroshot.ZeroShot.__init__", lambda self, config, context: seen.append(config))
-  setup = types.SimpleNamespace(config=config, task=Contrastive.of(config))
+  setup = types.SimpleNamespace(config=config, task=Contrastive.from_config(config))
   context = made.context()
   make_eval(setup, "pets", context)
   assert seen[0].source.split == "" and evaluation.source.split == "train"

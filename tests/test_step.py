@@ -70,10 +70,10 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
   config = tiny()
   batch = {k: jax.numpy.asarray(v) for k, v in batches(config, 1)[0].items()}
   rng = jax.random.key(0)
-  params, stats = Contrastive.of(config).init(rng)
+  params, stats = Contrastive.from_config(config).init(rng)
 
   def gradient(config):
-    task = Contrastive.of(config)
+    task = Contrastive.from_config(config)
     return jax.jit(jax.grad(lambda p: task.loss(p, stats, batch, rng)[0]))(params)
 
   whole, pieces = gradient(config), gradient(tiny(loss=Loss(accumulate=8)))
@@ -84,7 +84,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
 def test_accumulation_keeps_one_piece_of_activations_at_a_time():
   def peak(accumulate):
     config = tiny(batch_size=128, loss=Loss(accumulate=accumulate))
-    task = Contrastive.of(config)
+    task = Contrastive.from_config(config)
     params, stats = jax.eval_shape(task.init, jax.random.key(0))
     loss = jax.jit(jax.grad(lambda p, b: task.loss(p, stats, b, None)[0]))
     return loss.lower(params, batches(config, 1)[0]).compile().memory_analysis().temp_size_in_bytes
@@ -102,8 +102,8 @@ def test_accumulation_and_chunks_hold_on_a_mesh():
 
 def test_batchnorm_refuses_accumulation_with_a_reason():
   with pytest.raises(UserError, match="BatchNorm"):
-    Contrastive.of(tiny("clip_rn50_mu", loss=Loss(accumulate=2)))
-  Contrastive.of(tiny("clip_rn50_mu", loss=Loss(accumulate=2), trainable=("text", "logit_scale")))
+    Contrastive.from_config(tiny("clip_rn50_mu", loss=Loss(accumulate=2)))
+  Contrastive.from_config(tiny("clip_rn50_mu", loss=Loss(accumulate=2), trainable=("text", "logit_scale")))
 
 
 @pytest.mark.parametrize(("size", "bad"), [("clip_vit_b32_mu", 0), ("clip_vit_b32_mu", 1), ("clip_vit_b32_mu", 10),
@@ -211,7 +211,7 @@ def test_after_a_spike_the_loss_is_that_of_the_clean_run():
   # (before, the loss falls by 1 % a step; a spike at step 1 leaves 3 %).
   config = tiny(**WITH_SPIKES | {"batch_size": 128})
   size = config.batch_size
-  transform = Contrastive.of(config).transform(tokenizers.load(config.data.tokenizer), config.data, train=True)
+  transform = Contrastive.from_config(config).transform(tokenizers.load(config.data.tokenizer), config.data, train=True)
   with pipeline.train_batches(Digits(config.data.source), transform, batch_size=size, rows=np.arange(0, size), seed=0,
                               threads=0) as digits:
     data = [{"image": b["image"], "tokens": b["tokens"], "poison": np.zeros(size, np.float32)}
@@ -237,7 +237,7 @@ def test_the_temperature_never_passes_100():
   config = tiny(optim=Optim(lr=2.0, warmup_steps=0, weight_decay=0.0), trainable=("logit_scale",))
   data = batches(config, 1)
   data[0]["tokens"][:] = data[0]["tokens"][0]
-  task = Contrastive.of(config)
+  task = Contrastive.from_config(config)
   assert task.project({"logit_scale": jax.numpy.float32(9)})["logit_scale"] == np.float32(MAX_LOG_SCALE)
   metrics, _ = run(config, data * 6)
   assert max(m["scale"] for m in metrics) <= 100

@@ -111,7 +111,7 @@ def test_a_setting_passes_and_comes_back_from_its_json_or_is_one_line():
     values = [v for x in flatten(c).values() for v in (x if isinstance(x, list) else [x]) if isinstance(v, float)]
     assert all(map(math.isfinite, values)), (name, text)
     try:
-      registry.lookup("task", registry.TASKS, task).of(c)
+      registry.lookup("task", registry.TASKS, task).from_config(c)
       optimizer.make(c.optim, c.steps)
     except UserError as error:
       assert "\n" not in str(error), (name, text, error)

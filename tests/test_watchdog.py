@@ -7,26 +7,26 @@ import time
 import pytest
 
 from limber_jax.runtime import watchdog
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.watchdog import EXIT_CODE, Watchdog
 
 
 @pytest.fixture
 def guarded(tmp_path, capfd):
-  """Returns a function that gives (Ledger, Watchdog, exit codes) with a limit."""
+  """Returns a function that gives (TimeTracker, Watchdog, exit codes) with a limit."""
 
   def make(seconds):
     codes = []
-    ledger = Ledger(str(tmp_path))
-    return ledger, Watchdog(ledger, seconds, end=codes.append), codes
+    tracker = TimeTracker(str(tmp_path))
+    return tracker, Watchdog(tracker, seconds, end=codes.append), codes
 
   return make
 
 
 def test_it_ends_what_makes_no_progress_and_names_the_phase(guarded, capfd):
-  ledger, dog, codes = guarded(0.6)
+  tracker, dog, codes = guarded(0.6)
   began = time.monotonic()
-  with dog, ledger("data"):
+  with dog, tracker("data"):
     while not codes and time.monotonic() < began + 10:
       time.sleep(0.05)
   assert codes == [EXIT_CODE]
@@ -38,27 +38,27 @@ def test_it_ends_what_makes_no_progress_and_names_the_phase(guarded, capfd):
 
 @pytest.mark.parametrize("how", ["steps", "batches of an evaluation"])
 def test_progress_is_not_ended(how, guarded):
-  ledger, dog, codes = guarded(1.2)
-  with dog, ledger("step"):
+  tracker, dog, codes = guarded(1.2)
+  with dog, tracker("step"):
     for _ in range(10):
       if how == "steps":
-        with ledger("data"):
+        with tracker("data"):
           pass
       else:
-        ledger.alive()
+        tracker.alive()
       time.sleep(0.25)
   assert codes == []
 
 
 def test_a_compiler_has_more_patience(guarded):
-  ledger, dog, codes = guarded(0.6)
-  with dog, ledger("compile"):
+  tracker, dog, codes = guarded(0.6)
+  with dog, tracker("compile"):
     time.sleep(2)
   assert codes == []
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(guarded, monkeypatch):
-  ledger, dog, codes = guarded(30)
+  tracker, dog, codes = guarded(30)
 
   class Time:
     jumps = 0.0
@@ -68,14 +68,14 @@ def test_time_in_which_the_process_was_stopped_does_not_count(guarded, monkeypat
       return time.monotonic() + self.jumps
 
   monkeypatch.setattr(watchdog, "time", Time())
-  with dog, ledger("step"):
+  with dog, tracker("step"):
     time.sleep(1.6)
   assert codes == []
 
 
 def test_zero_waits_for_ever(guarded):
-  ledger, dog, codes = guarded(0)
-  with dog, ledger("step"):
+  tracker, dog, codes = guarded(0)
+  with dog, tracker("step"):
     time.sleep(1.2)
   assert codes == []
 
@@ -83,12 +83,12 @@ def test_zero_waits_for_ever(guarded):
 def test_the_process_ends_with_all_stacks_on_stderr(tmp_path):
   code = """if True:
     import sys, threading, time
-    from limber_jax.runtime.goodput import Ledger
+    from limber_jax.runtime.goodput import TimeTracker
     from limber_jax.runtime.watchdog import Watchdog
     def waits_in_a_thread(): time.sleep(1000)
     def waits_in_the_main_thread(): threading.Lock().acquire() and threading.Event().wait()
     threading.Thread(target=waits_in_a_thread).start()
-    with Ledger(sys.argv[1]) as ledger, Watchdog(ledger, 1.0, name="process 3"), ledger("step"):
+    with TimeTracker(sys.argv[1]) as tracker, Watchdog(tracker, 1.0, name="process 3"), tracker("step"):
       waits_in_the_main_thread()
   """
   began = time.monotonic()

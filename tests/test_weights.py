@@ -24,11 +24,11 @@ from limber_jax.config import Checkpoint, Compute, Config, Init
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import beit, clip, encoders, gptj, nfnet
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.encoders import Encoder
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.resnet import ResNetSize
-from limber_jax.models.spec import EncoderSize
+from limber_jax.models.spec import EncoderConfig
 from limber_jax.models.text import TextSize, check_end
 from limber_jax.models.vit import ViTSize
 from limber_jax.runtime import parallel
@@ -36,8 +36,8 @@ from limber_jax.weights import adopt, beside, convert, export, files, load
 
 TEXT = TextSize(context=12, vocab=99, width=64, layers=2, heads=1)
 SIZES = {  # heads 64 wide, as OpenAI's have them
-  "vit": ClipSize(32, ViTSize(image_size=32, patch=8, width=128, layers=3, heads=2), TEXT),
-  "resnet": ClipSize(32, ResNetSize(image_size=64, layers=(1, 2, 1, 3), width=16, heads=8), TEXT),
+  "vit": ClipConfig(32, ViTSize(image_size=32, patch=8, width=128, layers=3, heads=2), TEXT),
+  "resnet": ClipConfig(32, ResNetSize(image_size=64, layers=(1, 2, 1, 3), width=16, heads=8), TEXT),
 }
 
 
@@ -71,7 +71,7 @@ def said(tmp_path, size):
 def own(size):
   """Returns `size` with heads, activation, mean and std that only a configuration can tell."""
   image, text = (type(x)(**{**vars(x), "heads": 2 * x.heads}) for x in (size.image, size.text))
-  return ClipSize(size.embed_dim, image, text, "gelu", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+  return ClipConfig(size.embed_dim, image, text, "gelu", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 def assert_equal(got, want):
@@ -263,7 +263,7 @@ def test_what_the_libraries_save_themselves_loads(tmp_path, open_clip, transform
   model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
   assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
   loaded = load.load(str(tmp_path / "hf"))
-  assert loaded.size == ClipSize(32, ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2),
+  assert loaded.size == ClipConfig(32, ViTSize(image_size=32, patch=8, width=64, layers=2, heads=2),
                                  TextSize(context=12, vocab=99, width=64, layers=2, heads=2), crop_rounding="down")
   np.testing.assert_array_equal(loaded.params["text"]["blocks"]["attn"]["v"]["kernel"][1],
                                 model.text_model.encoder.layers[1].self_attn.v_proj.weight.detach().numpy().T)
@@ -345,10 +345,10 @@ def test_one_part_loads_into_a_model_of_other_sizes_elsewhere(tmp_path, name, pa
 
 def test_a_part_of_another_build_is_refused_by_name(saved):
   path, _, size, params = saved
-  shallower = ClipSize(32, ViTSize(image_size=32, patch=8, width=128, layers=2, heads=2), TEXT)
+  shallower = ClipConfig(32, ViTSize(image_size=32, patch=8, width=128, layers=2, heads=2), TEXT)
   with pytest.raises(UserError, match=r"nothing here reads 'visual.transformer.resblocks.2\..*, nor 11 other tensors"):
     load.load_into(path, "image", shallower, load.shapes(shallower)["image"])
-  wider = ClipSize(32, ViTSize(image_size=32, patch=8, width=192, layers=3, heads=3), TEXT)
+  wider = ClipConfig(32, ViTSize(image_size=32, patch=8, width=192, layers=3, heads=3), TEXT)
   with pytest.raises(UserError, match=r"image/blocks/attn/k/bias: expected \(3, 192\), got \(3, 128\) from visual"):
     load.load_into(path, "image", wider, load.shapes(wider)["image"])
   with pytest.raises(UserError, match=r"activation='quick_gelu', but .* 'gelu'; set --config.model.activation=quick"):
@@ -627,7 +627,7 @@ def test_a_gptj_is_exported_in_half_precision_and_over_nothing(tmp_path):
 
 
 def encoder_like(size):
-  params, stats = Encoder.of(size, Compute(dtype="float32", attention="xla")).shapes()
+  params, stats = Encoder.from_config(size, Compute(dtype="float32", attention="xla")).shapes()
   return params, stats
 
 
@@ -730,7 +730,7 @@ def test_the_references_nf_resnet_ignores_its_classifier_and_refuses_other_netwo
 
 
 def clip_encoder(size):
-  return EncoderSize(size.image, size.mean, size.std, embed_dim=size.embed_dim, activation=size.activation)
+  return EncoderConfig(size.image, size.mean, size.std, embed_dim=size.embed_dim, activation=size.activation)
 
 
 @pytest.mark.parametrize("name,to", [("vit", "hf"), ("resnet", "open_clip"), ("resnet", "limber")])
@@ -762,7 +762,7 @@ def test_an_image_tower_alone_is_an_encoder_and_no_clip(tmp_path, transformers, 
   for parameter in model.parameters():
     parameter.data += 0.1 * torch.randn(parameter.shape)
   model.save_pretrained(tmp_path / "tower")
-  size = EncoderSize(ViTSize(image_size=32, patch=8, width=64, layers=2, heads=4), activation="gelu", embed_dim=24)
+  size = EncoderConfig(ViTSize(image_size=32, patch=8, width=64, layers=2, heads=4), activation="gelu", embed_dim=24)
   if name == "CLIPVisionModel":
     size.embed_dim = 64
   images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -771,11 +771,12 @@ def test_an_image_tower_alone_is_an_encoder_and_no_clip(tmp_path, transformers, 
   want = (out.last_hidden_state[:, 1:], out.pooler_output if name == "CLIPVisionModel" else out.image_embeds)
   for source in ("tower", "tower/model.safetensors"):
     params, _ = load.load_part(str(tmp_path / source), "image", size, encoder_like(size)[0])
-    got, _ = jax.jit(lambda params: Encoder.of(size, Compute(dtype="float32")).encode(params, {}, images))(params)
+    encoder = Encoder.from_config(size, Compute(dtype="float32"))
+    got, _ = jax.jit(lambda params, encoder=encoder: encoder.encode(params, {}, images))(params)
     for ours, theirs in zip(got[:2], want, strict=True):
       assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * np.abs(theirs.numpy()).max()
     with pytest.raises(UserError, match="only the image tower of a CLIP, but the text tower is needed here"):
-      load.load(str(tmp_path / source), "" if source == "tower" else said(tmp_path, ClipSize(
+      load.load(str(tmp_path / source), "" if source == "tower" else said(tmp_path, ClipConfig(
         24, size.tower, TextSize(), "gelu")))
   if name == "CLIPVisionModel":
     size.embed_dim, size.features = 512, "pooled"

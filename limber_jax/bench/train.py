@@ -26,7 +26,7 @@ from limber_jax.config import Config
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, encoders, gptj
-from limber_jax.models.limber import Limber, LimberSize
+from limber_jax.models.limber import Limber, LimberConfig
 from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
 from limber_jax.training import optimizer
@@ -110,7 +110,7 @@ def resize(config: Config, name: str) -> None:
     config.data = dataclasses.replace(config.data, length=min(config.data.length, free))
 
 
-def limber_mu(size: LimberSize) -> LimberSize:
+def limber_mu(size: LimberConfig) -> LimberConfig:
   """Returns the smallest LiMBeR of the same build: its maps, between the smallest encoders and language model."""
   others = {name: dataclasses.replace(m, image=m.image and encoders.mu(m.image)) for name, m in size.others.items()}
   return dataclasses.replace(size, image=encoders.mu(size.image), lm=gptj.SIZES["gptj_mu"](), others=others)
@@ -118,13 +118,13 @@ def limber_mu(size: LimberSize) -> LimberSize:
 
 def text_room(config: Config) -> int:
   """Returns the tokens that the language model's context leaves beside the longest prompt, at least 1."""
-  model = Limber.of(config.model, config.compute)
+  model = Limber.from_config(config.model, config.compute)
   return max(1, config.model.lm.context - max(map(model.prompt_length, model.maps)))
 
 
 def task_of(config: Config) -> Task:
   """Returns the task of an experiment; raises UserError if its settings cannot go together."""
-  return registry.lookup("task", registry.TASKS, config.task).of(config)
+  return registry.lookup("task", registry.TASKS, config.task).from_config(config)
 
 
 def random_batch(task: Task, config: Config) -> dict[str, np.ndarray]:
@@ -135,7 +135,7 @@ def random_batch(task: Task, config: Config) -> dict[str, np.ndarray]:
   record = {"id": "", "image": np.zeros((9, 9, 3), np.uint8), "text": "a caption"}
   if config.data.features:  # in place of images
     record |= {part.replace("image", "features", 1): np.zeros(of["shape"], jnp.dtype(of["dtype"]))
-               for part, of in task.cached(config.data).items()}
+               for part, of in task.feature_specs(config.data).items()}
   row = task.transform(ByteTokenizer(), config.data, train=True)(record, np.random.default_rng(0))
   rng, n = np.random.default_rng(0), config.batch_size
   length = row["tokens"].shape[0]

@@ -7,7 +7,7 @@ restoring reads (limber_jax.checkpoints.manifest). Process 0 writes it once all 
 file system that they share anyway. A step's directory appears by a rename once all of that is there, so a killed save
 leaves nothing that counts.
 
-A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
+A checkpoint is compared with its manifest before it is read. BadRecords is told in one line, and the newest checkpoint
 before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
 damaged to workdir/damaged/<step>. One that trains beside may delete the checkpoint that is being read: then another is
 chosen, see `Checkpoints.read`. Checkpoints of before there were manifests are used unchecked, and one line says so.
@@ -77,8 +77,8 @@ class Checkpoints:
     self._whole: set[int] = set()  # what was compared with its manifest
     self._manager, self._saving, self._step, self._broken = None, None, -1, False
     if write:
-      self.run = parallel.from_first(lambda: self.run or uuid.uuid4().hex)
-      parallel.from_first(self._recover)
+      self.run = parallel.broadcast_from_process_0(lambda: self.run or uuid.uuid4().hex)
+      parallel.broadcast_from_process_0(self._recover)
       self._quiet = contextlib.ExitStack()
       self._quiet.enter_context(_one_line_a_failure())
       # Two, because one may turn out to be damaged; the older goes only after the newer was committed.
@@ -95,7 +95,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Returns the newest step that is whole, or None."""
-    return parallel.from_first(lambda: self._newest_whole()[0])
+    return parallel.broadcast_from_process_0(lambda: self._newest_whole()[0])
 
   def find(self, which: str) -> int:
     """Returns the step that `which` names: "latest", "best", a number or "".
@@ -106,7 +106,7 @@ class Checkpoints:
     Raises:
       UserError: there is none, or the best or the number's is gone or damaged, or nothing says which is the best.
     """
-    return parallel.from_first(lambda: self._find(which))
+    return parallel.broadcast_from_process_0(lambda: self._find(which))
 
   def read(self, which: str, reader: Callable[[int], T]) -> T:
     """Returns reader(step) of the step that `which` names, as `find` has it.
@@ -126,7 +126,7 @@ class Checkpoints:
       try:
         return reader(step)
       except Exception as error:
-        if not parallel.from_first(lambda step=step: self._is_gone(step)):
+        if not parallel.broadcast_from_process_0(lambda step=step: self._is_gone(step)):
           raise
         if which.isdigit():
           raise self._deleted(step) from error
@@ -319,7 +319,7 @@ class Checkpoints:
       if (damage := self._damage(step)) is not None:
         raise UserError(f"{path} is damaged: {damage}")
 
-    parallel.from_first(check)
+    parallel.broadcast_from_process_0(check)
     where = f"{path} does not fit this config: "
     args = {item: ocp.args.StandardRestore(want) for item, want in like.items()}
     items, problem = {}, None
@@ -426,7 +426,7 @@ def keep_frozen(workdir: str, part: str, tree: dict[str, Any]) -> None:
   path = _frozen(workdir, part)
   with ocp.StandardCheckpointer() as writer:
     writer.save(path, tree, force=True)
-  parallel.from_first(lambda: manifest.write(path))
+  parallel.broadcast_from_process_0(lambda: manifest.write(path))
 
 
 def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any] | None:
@@ -438,7 +438,7 @@ def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any]
   path = _frozen(workdir, part)
   if not os.path.isdir(path):
     return None
-  if (damage := parallel.from_first(lambda: manifest.compare(path))) is not None:
+  if (damage := parallel.broadcast_from_process_0(lambda: manifest.compare(path))) is not None:
     raise UserError(f"{path} is damaged: {damage}; the run cannot go on without a copy of it")
   where = f"{path} does not fit this config: "
   _check_fits(path, like, where, cast=True)

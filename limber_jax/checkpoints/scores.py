@@ -47,7 +47,7 @@ class Scores:
         os.replace(self._path, f"{self._path}.damaged")
         return {}
 
-    found = parallel.from_first(look)  # by way of JSON, whose keys are text
+    found = parallel.broadcast_from_process_0(look)  # by way of JSON, whose keys are text
     self._steps = {int(step): entry for step, entry in found.items() if int(step) <= start}
 
   def figures(self, step: int) -> dict[str, float]:

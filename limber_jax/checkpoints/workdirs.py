@@ -24,7 +24,7 @@ from limber_jax.errors import UserError
 from limber_jax.runtime import atomic, inputs
 
 CONFIG, RUN, CHECKPOINTS = "config.json", "run.json", "checkpoints"
-WRITTEN = (CONFIG, RUN, "metrics.jsonl", "scores.json", "damage.jsonl")  # files of every run
+WRITTEN = (CONFIG, RUN, "metrics.jsonl", "scores.json", "bad_records.jsonl")  # files of every run
 
 
 def begun(workdir: str) -> bool:

@@ -1,4 +1,4 @@
-"""What of its data a run could not read: named in damage.jsonl, counted, and past a share the end of the run."""
+"""What of its data a run could not read: named in bad_records.jsonl, counted, and past a share the end of the run."""
 
 import contextlib
 import json
@@ -14,20 +14,21 @@ from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
 from limber_jax.runtime.atomic import atomic_write, refusal
 
-FILE = "damage.jsonl"
+FILE = "bad_records.jsonl"
+_EARLIER = "damage.jsonl"  # its name in runs of before
 FEW = 10  # records for which no run ends, unless none at all is allowed: one bad of the first ten says little
 
 Line = dict[str, Any]
 
 
-class Damage:
+class BadRecords:
   """The damage of a run, each record named once however often it comes.
 
   FILE has a line {"step", "file", "index", "id", "reason"} for each: "step" is the first whose batch wanted the record,
   and "file" what the source was opened from. Lines of step 0 are what the source found when it was opened and what is
   no record: their index is null.
 
-  A process knows what it read itself. Every so often `settle` puts together what all have read; process 0 writes it,
+  A process knows what it read itself. Every so often `flush` puts together what all have read; process 0 writes it,
   sorted by step and record. So there is one file, the same for any number of processes and workers, and all processes
   end the run at the same step.
 
@@ -65,12 +66,15 @@ class Damage:
     """Goes on with what the file says up to `step`; what a killed run found after it will be found again."""
 
     def kept() -> tuple[list[int], list[Line]]:
+      earlier = os.path.join(os.path.dirname(self._path), _EARLIER)
+      if os.path.isfile(earlier) and not os.path.exists(self._path):
+        os.rename(earlier, self._path)
       lines = [line for line in _lines(self._path) if 0 < line["step"] <= step]
       if self.found or os.path.exists(self._path):
         self._write(self.found + lines)
       return [line["index"] for line in lines], lines[:1]
 
-    named, first = parallel.from_first(kept)
+    named, first = parallel.broadcast_from_process_0(kept)
     self._named = set(named)
     self._example = self._example or first
 
@@ -90,7 +94,7 @@ class Damage:
     """Adds how many records could not be read for a batch, in all processes."""
     self._news += damaged
 
-  def settle(self, step: int, due: bool = True) -> list[Line]:
+  def flush(self, step: int, due: bool = True) -> list[Line]:
     """Writes what batches up to `step` wanted and could not have; all processes call it at the same step.
 
     Args:
@@ -107,7 +111,8 @@ class Damage:
       return []
     now = [line for line in self._read if line["step"] <= step]
     self._read, self._news = [line for line in self._read if line["step"] > step], 0
-    lines = sorted((line for part in parallel.from_each(now) for line in part), key=lambda d: (d["step"], d["index"]))
+    read = (line for part in parallel.allgather_objects(now) for line in part)
+    lines = sorted(read, key=lambda d: (d["step"], d["index"]))
     new = []
     for line in lines:
       if line["index"] not in self._named:
@@ -129,7 +134,7 @@ class Damage:
     if total > (FEW if self._allowed else 0) and (share := self.share(step)) > self._allowed:
       where = f"; all are in {self._path}" if self._named else ""
       raise UserError(f"{total:,} of the data's records cannot be used, {share:.2%} of what was seen, more than "
-                      f"config.data.damaged={self._allowed} allows; the first: {told(self._example[0])}{where}")
+                      f"config.data.damaged={self._allowed} allows; the first: {describe(self._example[0])}{where}")
 
   def _write(self, lines: list[Line], append: bool = False) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -144,7 +149,7 @@ class Damage:
       raise refusal(self._path, error) from error
 
 
-def told(line: Line) -> str:
+def describe(line: Line) -> str:
   """Returns a line of the file as a person reads it."""
   number = "" if line["index"] is None else f"record {line['index']}"
   name = f"({line['id']})" if number and line["id"] else line["id"]

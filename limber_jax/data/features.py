@@ -121,7 +121,7 @@ class ShardWriter:
 
     self._try(end)
 
-  def abandon(self) -> None:
+  def detach(self) -> None:
     """Leaves nothing behind."""
     self._try(lambda: (self._writer.close(), os.remove(f"{self._path}.tmp")))
 

@@ -47,7 +47,7 @@ class ImageOptions:
         raise UserError(f"config.data.formats={self.formats!r}: no format {name!r}{did_you_mean(name, MORE)}")
 
   @classmethod
-  def of(cls, data: _Data) -> "ImageOptions":
+  def from_config(cls, data: _Data) -> "ImageOptions":
     """Returns those of `config.Data`, a flag's "gif,bmp" as two; raises UserError if there is no such format."""
     return cls(tuple(name.strip() for given in data.formats for name in given.split(",")), data.exif)
 
@@ -133,5 +133,5 @@ def sniff(data: bytes) -> tuple[str, Image.Transpose | None]:
     bounds.check_parts(data)
     with Image.open(io.BytesIO(data), formats=[*FORMATS, *(name.upper() for name in MORE)]) as image:
       return {"MPO": "JPEG"}.get(image.format, image.format), turned(image)  # JPEG files that hold several images
-  except Exception:  # as in transforms.opened
+  except Exception:  # as in transforms.decode_image
     return "", None

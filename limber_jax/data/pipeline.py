@@ -45,7 +45,7 @@ _ROUNDS = 6
 _64 = (1 << 64) - 1
 
 
-def order(n: int, seed: int, position: int) -> int:
+def shuffled_index(n: int, seed: int, position: int) -> int:
   """Returns the index of the record at a position of the endless training stream.
 
   Each epoch of n positions visits every record once, in a permutation of its own: a Feistel network over the least
@@ -109,7 +109,7 @@ class Batches(Iterator[Batch]):
       raise UserError(f"{self._watch.told() or f'a data worker failed: {_told(error)}'}; the same command goes on from "
                       "what was saved last") from error
 
-  def abandon(self) -> None:
+  def detach(self) -> None:
     """Gives them up without waiting for what is being read, which may never come: that ends with the process."""
     self.close.detach()
     _ABANDONED.append(self._held)
@@ -268,7 +268,7 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   for name in ("workers", "threads", "prefetch", "features", "damaged", "repeat"):
     del settings[name]
   del settings["formats"], settings["exif"]
-  settings |= ImageOptions.of(data).changes()
+  settings |= ImageOptions.from_config(data).changes()
   if not data.draft:
     del settings["draft"]  # of runs from before there was any
   for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
@@ -328,15 +328,15 @@ class _Examples:
     return _stack([self._example(step * self.batch_size + row) for row in rows.tolist()])
 
   def _example(self, position: int) -> dict[str, Any]:
-    return self._listed(position) if self.seed is None else self._drawn(position)
+    return self._eval_example(position) if self.seed is None else self._train_example(position)
 
-  def _drawn(self, position: int) -> dict[str, Any]:
+  def _train_example(self, position: int) -> dict[str, Any]:
     """Returns what stands at a position in training, or what stands in for it."""
-    n, own = len(self.source), getattr(self.source, "order", None)  # a mixture's, which keeps shares
+    n, own = len(self.source), getattr(self.source, "shuffled_index", None)  # a mixture's, which keeps shares
     damage: dict[int, Unreadable] = {}
     for turn in range(TRIES):
       seed = _seed_in_turn(self.seed, turn)
-      index = own(seed, position) if own else order(n, seed, position)
+      index = own(seed, position) if own else shuffled_index(n, seed, position)
       if index in damage:
         continue
       found = self._read(index, np.random.default_rng((self.seed, position)))
@@ -345,7 +345,7 @@ class _Examples:
       damage[index] = found
     raise UserError(f"none of {TRIES} tries gave a record that can be read; {self._line(next(iter(damage.values())))}")
 
-  def _listed(self, position: int) -> dict[str, Any]:
+  def _eval_example(self, position: int) -> dict[str, Any]:
     """Returns what stands at a position of a pass in order."""
     n = len(self.source) if self.indices is None else len(self.indices)
     index = min(position, n - 1)
@@ -393,7 +393,7 @@ def _stack(examples: Sequence[dict[str, Any]]) -> Batch:
   return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def _sent(piece: Batch) -> dict[str, np.ndarray | shared_memory.Parcel]:
+def _sent(piece: Batch) -> dict[str, np.ndarray | shared_memory.SharedArray]:
   return _sender(piece) if _sender else piece
 
 

@@ -20,7 +20,7 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True)
-class Parcel:
+class SharedArray:
   """Where an array lies, in place of it."""
 
   name: str  # of the shared memory
@@ -41,7 +41,7 @@ class Sender:
     self._slots, self._size, self._memory = slots, 0, None
     self._lock = threading.Lock()
 
-  def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | Parcel]:
+  def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | SharedArray]:
     large = {k: v for k, v in arrays.items() if v.nbytes >= LEAST and not v.dtype.hasobject}
     size = sum(_aligned(v.nbytes) for v in large.values())
     slot = self._take(size) if large else None
@@ -50,7 +50,7 @@ class Sender:
     out, offset = dict(arrays), _aligned(self._slots) + slot * self._size
     for name, array in large.items():
       np.ndarray(array.shape, array.dtype, self._memory.buf, offset)[...] = array
-      out[name] = Parcel(self._memory.name, slot, offset, array.shape, array.dtype)
+      out[name] = SharedArray(self._memory.name, slot, offset, array.shape, array.dtype)
       offset += _aligned(array.nbytes)
     return out
 
@@ -67,15 +67,15 @@ class Sender:
 
 
 class Receiver:
-  """Joins pieces of a batch, {name: array or Parcel} each, along their first axis; copies all and gives slots back."""
+  """Joins pieces of a batch, {name: array or SharedArray}, along their first axis; copies all and gives slots back."""
 
   def __init__(self):
     self._memory: dict[str, SharedMemory] = {}
 
-  def __call__(self, pieces: Sequence[dict[str, np.ndarray | Parcel]]) -> dict[str, np.ndarray]:
+  def __call__(self, pieces: Sequence[dict[str, np.ndarray | SharedArray]]) -> dict[str, np.ndarray]:
     out = {k: np.concatenate([self._view(piece[k]) for piece in pieces]) for k in pieces[0]}
     # Each slot once, whatever lies in it: its sender may take it again at once.
-    for name, slot in {(v.name, v.slot) for piece in pieces for v in piece.values() if isinstance(v, Parcel)}:
+    for name, slot in {(v.name, v.slot) for piece in pieces for v in piece.values() if isinstance(v, SharedArray)}:
       self._memory[name].buf[slot] = 0
     return out
 
@@ -84,8 +84,8 @@ class Receiver:
     while self._memory:
       self._memory.popitem()[1].close()
 
-  def _view(self, value: np.ndarray | Parcel) -> np.ndarray:
-    if not isinstance(value, Parcel):
+  def _view(self, value: np.ndarray | SharedArray) -> np.ndarray:
+    if not isinstance(value, SharedArray):
       return value
     if value.name not in self._memory:
       self._memory[value.name] = memory = SharedMemory(value.name)

@@ -50,7 +50,7 @@ def evaluation(image_size: int, tokenizer: Tokenizer, context: int) -> Transform
 def pairs(rule: "ResizeCrop", tokenizer: Tokenizer, context: int, kept: Sequence[str], draft: bool = False
           ) -> Transform:
   """Returns (record, rng) -> what of {"image": uint8 [H, W, 3] by `rule`, "tokens": int32 [context], …} is `kept`."""
-  return Chain((*images({"image": rule}, draft), Tokenize(tokenizer, context), Keep(tuple(kept))))
+  return Compose((*images({"image": rule}, draft), Tokenize(tokenizer, context), Select(tuple(kept))))
 
 
 def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int, start: bool = False,
@@ -64,7 +64,7 @@ def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int
     draft: see `config.Data`.
   """
   kept = (*rules, "tokens", "mask", "label")
-  return Chain((*images(rules, draft), TokenizeCaption(tokenizer, length, start), Keep(kept)))
+  return Compose((*images(rules, draft), TokenizeCaption(tokenizer, length, start), Select(kept)))
 
 
 def images(rules: dict[str, "ResizeCrop"], draft: bool = False) -> tuple[Transform, ...]:
@@ -75,7 +75,7 @@ def images(rules: dict[str, "ResizeCrop"], draft: bool = False) -> tuple[Transfo
 
 
 @dataclass(frozen=True)
-class Chain:
+class Compose:
   """One transform after the other."""
 
   steps: tuple[Transform, ...]
@@ -102,22 +102,24 @@ class Decode:
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     if "image" not in record:
       raise UserError("a text without an image, where images are wanted")
-    return record | {"image": opened(record["image"], self.least, self.options)}
+    return record | {"image": decode_image(record["image"], self.least, self.options)}
 
 
 def with_options(transform: Transform, options: ImageOptions) -> Transform:
   """Returns a transform that reads image files by these options, where it reads any."""
   if isinstance(transform, Decode):
     return replace(transform, options=options)
-  return Chain(tuple(with_options(t, options) for t in transform.steps)) if isinstance(transform, Chain) else transform
+  if isinstance(transform, Compose):
+    return Compose(tuple(with_options(t, options) for t in transform.steps))
+  return transform
 
 
 def decode(image: bytes | np.ndarray, options: ImageOptions = PLAIN) -> np.ndarray:
   """Returns uint8 [h, w, 3]; see `opened`."""
-  return np.asarray(opened(image, 0, options))
+  return np.asarray(decode_image(image, 0, options))
 
 
-def opened(image: bytes | np.ndarray, least: int = 0, options: ImageOptions = PLAIN) -> Image.Image:
+def decode_image(image: bytes | np.ndarray, least: int = 0, options: ImageOptions = PLAIN) -> Image.Image:
   """Returns an image in RGB, decoded; raises UserError for what is not a whole JPEG, PNG or WEBP, or of `options`.
 
   More than `inputs.IMAGE` has, or MAX_PIXELS by its header, or what `bounds` does not allow, are refused
@@ -247,7 +249,7 @@ class ResizeCrop:
       return image.size
     if self.crop == "squash":
       return side, side
-    return longest(image, side) if self.crop == "longest" else shortest(image, side)
+    return longest(image, side) if self.crop == "longest" else resize_shortest_edge(image, side)
 
   def _start(self, slack: int, rng: np.random.Generator | None) -> int:
     """Returns where the result begins in an image that has `slack` more pixels in a row or column, below 0 fewer."""
@@ -259,12 +261,12 @@ class ResizeCrop:
 
 
 def own_rule(size: Any, image_size: int) -> ResizeCrop:
-  """Returns the preprocessing that a models.clip.ClipSize or models.spec.EncoderSize says."""
+  """Returns the preprocessing that a models.clip.ClipConfig or models.spec.EncoderConfig says."""
   return ResizeCrop(image_size, {"shortest": "center"}.get(size.resize, size.resize), resample=size.resample,
                     resize_to=size.resize_to, crop_rounding=size.crop_rounding, fill_color=size.fill_color)
 
 
-def shortest(image: Image.Image, size: int) -> tuple[int, int]:
+def resize_shortest_edge(image: Image.Image, size: int) -> tuple[int, int]:
   """Returns (width, height) with the shortest side `size` pixels; raises UserError if the other is beyond measure."""
   width, height = image.size
   short = min(width, height)
@@ -358,7 +360,7 @@ class TokenizeCaption:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Select:
   """Only these entries, those that are there; whole numbers as int32."""
 
   names: tuple[str, ...]

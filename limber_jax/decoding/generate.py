@@ -74,7 +74,7 @@ def to_draw_from(logits: jax.Array, settings: Decoding) -> jax.Array:
   return keep_top_p(logits, settings.top_p) if settings.top_p < 1 else logits
 
 
-def read(model: Any, params: dict, x: jax.Array, positions: jax.Array, mask: jax.Array) -> Cache:
+def prefill(model: Any, params: dict, x: jax.Array, positions: jax.Array, mask: jax.Array) -> Cache:
   """Returns a cache of what prompts begin with, read once: `generate` goes on from it, for many rows from one.
 
   Args:

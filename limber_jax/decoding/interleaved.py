@@ -107,13 +107,13 @@ def embed(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax.
   return x
 
 
-def read(model: Limber, params: dict, batch: dict, shared: jax.Array) -> Cache:
+def prefill(model: Limber, params: dict, batch: dict, shared: jax.Array) -> Cache:
   """Returns the cache of what rows begin with, for `write`; the arguments are as of `embed`, and "mask" bool [B, L]."""
   x, mask = embed(model, params, batch, shared), batch["mask"]
-  return generate.read(model.lm, model.lm_params(params)["params"], x, counted(mask), mask)
+  return generate.prefill(model.lm, model.lm_params(params)["params"], x, counted(mask), mask)
 
 
-def write(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax.Array | None, *, eos: int,
+def decode(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax.Array | None, *, eos: int,
           settings: Decoding, prefix: Cache | None = None) -> Generated:
   """Returns what the language model writes after each row.
 

@@ -25,9 +25,16 @@ from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
 from limber_jax.evals.grouped import by_image
-from limber_jax.evals.items import Collected, Items
+from limber_jax.evals.result_store import Results, ResultStore
 from limber_jax.registry import SOURCES, lookup
-from limber_jax.runtime.parallel import from_each, from_first, global_batch, global_flags, local_rows, replicated
+from limber_jax.runtime.parallel import (
+  allgather_objects,
+  broadcast_from_process_0,
+  global_batch,
+  global_flags,
+  local_rows,
+  replicated,
+)
 from limber_jax.runtime.signals import Interrupted
 
 CHUNK = 2**24  # scores held at a time: 64 MB
@@ -93,7 +100,7 @@ class Runner:
     self.config, self.context = config, context
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
     # Looked at when the data are opened, and not when results are kept: what is changed in between shows next time.
-    self.contents = from_first(partial(contents_of, self.source, config.source)) if context.items else ""
+    self.contents = broadcast_from_process_0(partial(contents_of, self.source, config.source)) if context.items else ""
     self._lists = {name: found for name in ("classes", "templates") if (found := of_list(getattr(config, name)))}
     self.source = by_image(self.source) if grouped else self.source
     for note in getattr(self.source, "notes", ()):
@@ -114,7 +121,7 @@ class Runner:
 
   def collect(self, name: str, function: Callable[..., dict], params: dict, stats: dict, *,
               record: Callable[[dict[str, np.ndarray]], dict[str, Any]] = lambda row: {},
-              keep: Sequence[str] = (), shared: bool = False, program: str = "") -> Collected:
+              keep: Sequence[str] = (), shared: bool = False, program: str = "") -> Results:
     """Returns what a function gives of each record, in order; what was found before a kill is not computed again.
 
     Args:
@@ -133,7 +140,7 @@ class Runner:
     """
     n, size, context = len(self.source), self._batch_size, self.context
     key = self._key(name, shared)
-    items = Items(self._path(name, key, shared), key, size, n, keep, shared=shared)
+    items = ResultStore(self._path(name, key, shared), key, size, n, keep, shared=shared)
     self._recheck(items)
 
     def run(params, stats, batch):
@@ -152,7 +159,7 @@ class Runner:
           first, count = items.done, min(size, n - items.done)
           lines = {}
           if not real[:count].all():
-            for part in from_each([[i, reason] for i, reason in local.items() if reason]):
+            for part in allgather_objects([[i, reason] for i, reason in local.items() if reason]):
               lines |= {i: {"index": i, "id": self._id(i), "reason": reason} for i, reason in part}
           for row in np.flatnonzero(real[:count]).tolist():
             found = record({k: v[row] for k, v in out.items()})
@@ -173,7 +180,7 @@ class Runner:
             "items": total, "covered": total - damaged, "damaged": damaged,
             "damage": self._damage[:NAMED]}
 
-  def _recheck(self, items: Items) -> None:
+  def _recheck(self, items: ResultStore) -> None:
     """Takes results that were kept for what they are: what could not be read then may be there by now."""
     if items.flaw:
       self._say(items.flaw)
@@ -198,7 +205,7 @@ class Runner:
           raise Stopped
         batch = self._next(batches)
         own = [int(i) for i, reason in zip(batch["index"], batch["damage"], strict=True) if reason]
-        broken.update(i for part in from_each(own) for i in part)
+        broken.update(i for part in allgather_objects(own) for i in part)
     return min(set(indices) - broken, default=None)
 
   def _id(self, index: int) -> str:
@@ -274,7 +281,7 @@ class Runner:
       with self.context.waiting():
         return next(batches)
     except Interrupted:
-      batches.abandon()
+      batches.detach()
       if jax.process_count() > 1:  # the others wait in a collective, and cannot be asked
         raise
       raise Stopped from None

@@ -16,16 +16,16 @@ from limber_jax.config import Compute, Evaluation, choose
 from limber_jax.data import tokenizers, transforms
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.generation import Writer
-from limber_jax.evals.items import Collected
+from limber_jax.evals.generation import CaptionGenerator
 from limber_jax.evals.naming import SHEET, draw
+from limber_jax.evals.result_store import Results
 from limber_jax.evals.words import references_of
 from limber_jax.metrics import captions as metric
 from limber_jax.metrics.clipscore import PREFIX, clip_score, ref_clip_score
 from limber_jax.models import clip, spec
 from limber_jax.models.text import check_end
 from limber_jax.runtime.atomic import atomic_write
-from limber_jax.runtime.parallel import from_first, place, replicated
+from limber_jax.runtime.parallel import broadcast_from_process_0, place, replicated
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.weights import load
 from limber_jax.weights.digest import digest
@@ -69,7 +69,7 @@ class Captions:
       sees = transforms.with_options(self._scorer.transform, context.images)
       context = dataclasses.replace(context, transform=WithScorer(context.transform, sees))
     self._runner = Runner(config, context, grouped=True)
-    self._write = Writer(self._runner)
+    self._write = CaptionGenerator(self._runner)
     self._facts: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
@@ -87,7 +87,7 @@ class Captions:
       references = [list(references_of(r)) for r in records]
       domains = [DOMAINS[r["domain"]] if "domain" in r else "" for r in records]
       map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
-      scored = from_first(partial(self._score, captions, references, domains))
+      scored = broadcast_from_process_0(partial(self._score, captions, references, domains))
       items = scored["items"]
       if self._scorer:
         judge = judge or self._scorer.judge(self._runner, found.index, references)
@@ -133,7 +133,7 @@ class Captions:
     return {"figures": figures, "items": list(whole.items.values()), "tokenizer": whole.tokenizer,
             "skipped": whole.skipped}
 
-  def _save(self, found: Collected, items: Sequence[dict[str, float]], map_: str) -> None:
+  def _save(self, found: Results, items: Sequence[dict[str, float]], map_: str) -> None:
     """Writes the scores of each image beside its other results, and of the first map the picture."""
     context = self._runner.context
     if context.items:
@@ -179,10 +179,10 @@ class Scorer:
       raise UserError(f"scorer {weights}: its tokenizer {settings.name!r} has {self._tokenizer.vocab_size} ids, the "
                       f"model only {size.text.vocab}")
     check_end(size.text, self._tokenizer.eot, f"scorer {weights}: its tokenizer {settings.name!r}")
-    self.transform = transforms.Chain((transforms.Decode(), transforms.own_rule(size, size.image.image_size)))
+    self.transform = transforms.Compose((transforms.Decode(), transforms.own_rule(size, size.image.image_size)))
     self.digest = digest((loaded.params, loaded.stats))
     # What is kept of images depends on their preprocessing too; CLIP's own, as ever, has no name there.
-    pixels = {name: value for name in spec.PIXELS if (value := getattr(size, name)) != getattr(clip.ClipSize, name)}
+    pixels = {name: value for name in spec.PIXELS if (value := getattr(size, name)) != getattr(clip.ClipConfig, name)}
     self._pixels = f"_{hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:8]}" if pixels else ""
     self._predict = Contrastive(clip.build(size, Compute(dtype="float32")), "softmax", 0, 1, ()).predict()
     whole = replicated(context.mesh)

@@ -9,10 +9,10 @@ import numpy as np
 
 from limber_jax.decoding.generate import row_keys
 from limber_jax.evals.base import Runner
-from limber_jax.evals.items import Collected
+from limber_jax.evals.result_store import Results
 
 
-class Writer:
+class CaptionGenerator:
   """Writes a caption for every image of a runner's source, as its context's decoding says."""
 
   def __init__(self, runner: Runner):
@@ -20,7 +20,7 @@ class Writer:
     tokenizer, decoding = runner.context.tokenizer, runner.context.decoding
     self._before = tokenizer.encode(decoding.prompt) if decoding.prompt else []
 
-  def __call__(self, name: str, function: Callable[..., Any], params: dict, stats: dict) -> Collected:
+  def __call__(self, name: str, function: Callable[..., Any], params: dict, stats: dict) -> Results:
     """Returns records {"index", "id", "caption", "ended"}, "label" too where there are labels.
 
     "ended" says whether the model ended the caption by itself.

@@ -12,7 +12,7 @@ from limber_jax.config import Evaluation, choose
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.generation import Writer
+from limber_jax.evals.generation import CaptionGenerator
 from limber_jax.evals.words import references_of
 from limber_jax.metrics.chair import OBJECTS, Chair, chair, first_sentence, shown
 from limber_jax.metrics.words import tokens
@@ -48,7 +48,7 @@ class Hallucination:
 
   def __init__(self, config: Evaluation, context: Context):
     self._runner = Runner(config, context)
-    self._write = Writer(self._runner)
+    self._write = CaptionGenerator(self._runner)
     for metric in config.metrics:
       choose("evals.….metrics", metric, METRICS)
     self._metrics = config.metrics or METRICS

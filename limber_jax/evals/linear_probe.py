@@ -15,7 +15,7 @@ from limber_jax.data.sources import Source
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context
 from limber_jax.evals.datasets import SETS, open_runner
-from limber_jax.evals.items import Collected
+from limber_jax.evals.result_store import Results
 from limber_jax.evals.zeroshot import (
   OF_SEVERAL,
   by_class,
@@ -30,7 +30,7 @@ from limber_jax.evals.zeroshot import (
 from limber_jax.metrics import classification
 from limber_jax.metrics.logistic import GRID, Fits, fit, fit_each, search
 from limber_jax.runtime.atomic import save_figure
-from limber_jax.runtime.parallel import from_first
+from limber_jax.runtime.parallel import broadcast_from_process_0
 
 METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
 FIFTH = 5  # of the training set, where there is no validation set
@@ -109,7 +109,7 @@ class LinearProbe:
       found[part] = runner.collect(f"features {part}", partial(run, embedded), params, stats,
                                    record=partial(self._record, part),
                                    keep=("feature", "embedding") if embedded else ("feature",))
-    figures, self._facts = from_first(lambda: self._probe(found, weights))
+    figures, self._facts = broadcast_from_process_0(lambda: self._probe(found, weights))
     if jax.process_index() == 0 and any(self._config.shots):
       self._draw(figures)
     return figures
@@ -128,7 +128,7 @@ class LinearProbe:
     others = {part: runner.facts() for part, runner in self._runners.items() if part != "test"}
     return {**self._runners["test"].facts(), **others, "metrics": list(self._metrics), **self._facts}
 
-  def _probe(self, found: dict[str, Collected], weights: np.ndarray | None) -> tuple[dict[str, float], dict[str, Any]]:
+  def _probe(self, found: dict[str, Results], weights: np.ndarray | None) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns (figures, facts)."""
     x = {part: f.arrays["feature"] for part, f in found.items()}
     if self._several:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.generation import Writer
-from limber_jax.evals.items import Collected
+from limber_jax.evals.generation import CaptionGenerator
+from limber_jax.evals.result_store import Results
 from limber_jax.evals.zeroshot import check_labels, class_names
 from limber_jax.metrics.words import WORDNET_FROM, WordNet, singular
 from limber_jax.runtime.atomic import save_figure
@@ -43,7 +43,7 @@ class Naming:
 
   def __init__(self, config: Evaluation, context: Context):
     self._runner = Runner(config, context)
-    self._write = Writer(self._runner)
+    self._write = CaptionGenerator(self._runner)
     self._where = f"evaluation 'naming' on data source {config.source.name!r}"
     source = self._runner.source
     if "label" not in source.annotation(0):
@@ -94,7 +94,7 @@ class Naming:
               f"{name}_chance": float(np.mean([others[label] for label, _ in wrong]))}
     return out
 
-  def _draw(self, found: Collected, right: Sequence[bool]) -> None:
+  def _draw(self, found: Results, right: Sequence[bool]) -> None:
     source, workdir = self._runner.source, self._runner.context.workdir
     name = self._runner.context.name or "naming"
     shown = found.records[: SHEET[0] * SHEET[1]]

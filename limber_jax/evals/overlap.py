@@ -26,7 +26,7 @@ from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, ch
 from limber_jax.evals.zeroshot import scorer as scores_by
 from limber_jax.metrics.statistics import at_least, bonferroni, interval
 from limber_jax.runtime.atomic import atomic_write, save_figure
-from limber_jax.runtime.parallel import from_each, from_first, place, replicated
+from limber_jax.runtime.parallel import allgather_objects, broadcast_from_process_0, place, replicated
 
 SAVE = 200          # batches of training data between two savings
 SHEET = 12          # pairs in each of the three rows of the picture
@@ -143,7 +143,7 @@ class Nearest(Runner):
     context, total, size = self.context, len(self.source), self._batch_size
     path = os.path.join(context.items, "nearest.json") if context.items else ""
     key = self._key("nearest", True) | {"of": of, "known": len(known)}
-    state, flaw = from_first(partial(_load, path, key, len(known)))
+    state, flaw = broadcast_from_process_0(partial(_load, path, key, len(known)))
     if not flaw and (back := self.readable([line["index"] for line in state["damage"]])) is not None:
       flaw = f"record {back} of the training data can be read now; all of them are read again"
     if flaw:
@@ -178,7 +178,7 @@ class Nearest(Runner):
           out = self._call("nearest", run, values, stats, batch)
           lines = []
           if not out["real"][:count].all():
-            parts = from_each([[int(i), str(reason)] for i, reason in zip(own, reasons, strict=True) if reason])
+            parts = allgather_objects([[int(i), str(reason)] for i, reason in zip(own, reasons, strict=True) if reason])
             found = {i: reason for part in parts for i, reason in part}
             lines = [{"index": i, "id": self._id(i), "reason": found[i]} for i in sorted(found)]
           better = out["cosine"] > cosine

@@ -4,6 +4,7 @@ Source: the probing of LiMBeR (arXiv 2209.15162), appendix, whose protocol is no
 """
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
@@ -22,13 +23,13 @@ from sklearn.linear_model import LogisticRegression
 from limber_jax.config import Evaluation, choose
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.items import Collected
+from limber_jax.evals.result_store import Results
 from limber_jax.evals.words import references_of
 from limber_jax.metrics import logistic
 from limber_jax.metrics.classification import roc_auc
 from limber_jax.metrics.words import FUNCTION_WORDS, tokens, word_list
 from limber_jax.runtime.atomic import atomic_write, save_figure
-from limber_jax.runtime.parallel import from_first
+from limber_jax.runtime.parallel import broadcast_from_process_0
 
 METRICS = ("category", "attributes", "nearest", "length", "picture")
 LENGTHS = (1, 4, 16, 64)  # prompt tokens that are left
@@ -110,7 +111,7 @@ class Probing:
       if {"category", "attributes"} & set(self._metrics):
         learnt = self._train and self._train.collect(f"probe train{map_}", _looker(parts, map_, wide, None, 0), params,
                                                      stats, record=_record, keep=kept)
-        figures |= from_first(lambda found=found, learnt=learnt, kept=kept: self._probes(found, learnt, kept))
+        figures |= broadcast_from_process_0(functools.partial(self._probes, found, learnt, kept))
       name = map_.removeprefix("@")
       spread |= {f"features {name}": found.arrays["features"], f"prompts {name}": found.arrays["prompt"]}
       out |= {f"{key}{map_}": value for key, value in figures.items()}
@@ -127,7 +128,7 @@ class Probing:
     os.makedirs(context.workdir, exist_ok=True)
     return os.path.join(context.workdir, f"{context.name or 'probing'}.{end}")
 
-  def _probes(self, found: Collected, learnt: Collected | None, kept: Sequence[str]) -> dict[str, float]:
+  def _probes(self, found: Results, learnt: Results | None, kept: Sequence[str]) -> dict[str, float]:
     """Returns the figures of category and attributes."""
     labels = np.array([r["label"] for r in found.records])
     if learnt is None:
@@ -152,7 +153,7 @@ class Probing:
           out[f"attributes_{name}"] = float(np.mean(areas))
     return out
 
-  def _hits(self, found: Collected, map_: str) -> dict[str, float]:
+  def _hits(self, found: Results, map_: str) -> dict[str, float]:
     """Returns the figures of the nearest vocabulary tokens, and writes the tables of the first map."""
     tokenizer, source = self._runner.context.tokenizer, self._runner.source
     texts = [references_of(source.annotation(i)) for i in found.index.tolist()]
@@ -177,7 +178,7 @@ class Probing:
           file.write(text)
     return out
 
-  def _draw(self, spread: dict[str, np.ndarray], found: Collected) -> None:
+  def _draw(self, spread: dict[str, np.ndarray], found: Results) -> None:
     labels = np.array([r["label"] for r in found.records]) if self._labels else np.zeros(len(found.records), int)
     names = self._runner.source.classes or ()
     draw({name: plane(x) for name, x in spread.items()}, labels, names, self._path("pca.png"))
@@ -223,7 +224,7 @@ def _record(row: dict[str, np.ndarray]) -> dict[str, Any]:
   return {k: v.tolist() for k, v in row.items() if k in ("label", "nearest", "tokens") or k.startswith("nll")}
 
 
-def _nats(found: Collected) -> dict[str, float]:
+def _nats(found: Results) -> dict[str, float]:
   """Returns nats a token, over all captions together."""
   tokens_ = sum(r["tokens"] for r in found.records)
   return {k: sum(r[k] for r in found.records) / tokens_ for k in found.records[0] if k.startswith("nll")}

@@ -25,7 +25,7 @@ from limber_jax.metrics import vqa
 from limber_jax.models.gptj import Cache
 from limber_jax.models.limber import part
 from limber_jax.registry import SOURCES, lookup
-from limber_jax.runtime.parallel import from_first, replicated
+from limber_jax.runtime.parallel import broadcast_from_process_0, replicated
 
 METRICS = ("accuracy", "truncated", "blind_text", "blind_zeros")
 
@@ -73,7 +73,7 @@ class Vqa:
       self._train = lookup("data source", SOURCES, config.train.name)(config.train)
       key["train"] = self._train.fingerprint()
       if context.items:
-        key["train_contents"] = from_first(lambda: contents(self._train, config.train))
+        key["train_contents"] = broadcast_from_process_0(lambda: contents(self._train, config.train))
     transform = Ask(context.transform, context.tokenizer, context.length)
     self._runner = Runner(config, dataclasses.replace(context, transform=transform, key={**context.key, **key}))
     source = self._runner.source

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.generation import Writer
+from limber_jax.evals.generation import CaptionGenerator
 from limber_jax.evals.zeroshot import lines
 from limber_jax.metrics import words as metric
 from limber_jax.metrics.words import Word
 from limber_jax.runtime.atomic import atomic_write, save_figure
-from limber_jax.runtime.parallel import from_first
+from limber_jax.runtime.parallel import broadcast_from_process_0
 
 
 class Words:
@@ -40,7 +40,7 @@ class Words:
 
   def __init__(self, config: Evaluation, context: Context):
     self._runner = Runner(config, context)
-    self._write = Writer(self._runner)
+    self._write = CaptionGenerator(self._runner)
     self._nouns = lines(config.classes, "classes") if config.classes else []
     self._facts: dict[str, Any] = {}
 
@@ -61,7 +61,7 @@ class Words:
           rows = metric.transfer(references, captions, tagger, wordnet.similarity if wordnet else None)
           return [dataclasses.asdict(row) for row in rows]
 
-        words = [Word(**row) for row in from_first(score)]
+        words = [Word(**row) for row in broadcast_from_process_0(score)]
         map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
         if not words:
           raise UserError(f"evaluation 'words' on data source {self._runner.config.source.name!r}: its texts hold no "

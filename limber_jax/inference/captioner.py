@@ -61,11 +61,11 @@ class Captioner:
     self._params = {**setup.frozen.params, **params}
     self._stats = {**setup.frozen.stats, **stats}
     self._preprocess = transforms.with_options(
-      transforms.Chain((transforms.Decode(), task.rule(encoder))), ImageOptions.of(setup.config.data))
+      transforms.Compose((transforms.Decode(), task.rule(encoder))), ImageOptions.from_config(setup.config.data))
     self._prompts = jax.jit(lambda params, stats, images: model.prompt(
       params, model.encode(params, stats, images, encoder)[0], name), out_shardings=parallel.batch_sharding(self._mesh))
     whole = parallel.replicated(self._mesh)
-    self._read = jax.jit(functools.partial(interleaved.read, model), out_shardings=whole)
+    self._read = jax.jit(functools.partial(interleaved.prefill, model), out_shardings=whole)
     self._continue = jax.jit(self._generate, out_shardings=whole)
 
   def read(self, path: str) -> np.ndarray:
@@ -79,7 +79,7 @@ class Captioner:
     trained = {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
     return {"weights": self._setup.digests | trained, "model": config_lib.flatten(config.model, known=True),
             "decoding": dataclasses.asdict(self.decoding), "map": self._name, "blind": self._blind,
-            "images": ImageOptions.of(config.data).changes(), "tokenizer": self._tokenizer.fingerprint(),
+            "images": ImageOptions.from_config(config.data).changes(), "tokenizer": self._tokenizer.fingerprint(),
             "dtype": config.compute.dtype, "batch_size": self.batch_size, "version": limber_jax.__version__}
 
   def write(self, requests: Sequence[tuple[str, Segments]], shots: Sequence[np.ndarray] = (), *,
@@ -161,5 +161,5 @@ class Captioner:
   def _generate(self, params, prompts, own, batch, prefix):
     if self.decoding.method == "sample":
       batch = batch | {"key": row_keys(jax.random.key(self.decoding.seed), batch["number"])}
-    return interleaved.write(self._model, params, batch, prompts, own, eos=self._tokenizer.eot, settings=self.decoding,
+    return interleaved.decode(self._model, params, batch, prompts, own, eos=self._tokenizer.eot, settings=self.decoding,
                              prefix=prefix)

@@ -83,7 +83,7 @@ class Flags:
                         "--map are for --workdir")
     else:
       config, name = read_run(self._workdir.value), self._map.value
-    images = self._images.options(ImageOptions.of(config.data))
+    images = self._images.options(ImageOptions.from_config(config.data))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, formats=images.formats, exif=images.exif)
                                ), name
 

@@ -55,4 +55,4 @@ def own_images(weights: str) -> ImageOptions:
     return ImageOptions()
   with naming(path):
     text = inputs.text(path, inputs.CONFIG)
-  return ImageOptions.of(config.from_json(text, path).data)
+  return ImageOptions.from_config(config.from_json(text, path).data)

@@ -70,9 +70,9 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
 
 def read_projection(path: str) -> tuple[Config, str]:
   """Returns (the experiment, the map's name) of a projection's file; raises UserError if it is none."""
-  card = projection.load(path)[1]
-  config = _captioning(config_lib.from_json(json.dumps(card["config"]), f"{path}, config of its card"), path)
-  return config, str(card.get("map", ""))
+  metadata = projection.load(path)[1]
+  config = _captioning(config_lib.from_json(json.dumps(metadata["config"]), f"{path}, config of its metadata"), path)
+  return config, str(metadata.get("map", ""))
 
 
 def open_projection(path: str, config: Config, name: str, *, blind: bool = False) -> Captioner:
@@ -111,7 +111,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
   """
   config = read_run(workdir)
   check_map(config, name)
-  task = Captioning.of(to_use(config))
+  task = Captioning.from_config(to_use(config))
   here, image = part("prompt", name), part("image", task.model.encoder_of(name))
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   if here not in config.trainable:

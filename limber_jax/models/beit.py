@@ -18,7 +18,7 @@ from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models.layers import ACTIVATIONS, BLOCK_SHARDING, Features, LayerNorm, Rows, scan, under
 from limber_jax.models.linear import Conv, Dense, broadcast
-from limber_jax.models.spec import EncoderSize, EncoderSpec, patches_fit, same
+from limber_jax.models.spec import EncoderConfig, EncoderSpec, patches_fit, same
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import BATCH, constrain
 
@@ -231,9 +231,9 @@ def _shown(tower: BeitSize) -> dict[str, tuple[Any, Any]]:
   return {"hidden_size": (tower.width, 768), "num_hidden_layers": (tower.layers, 12), "patch_size": (tower.patch, 16)}
 
 
-def _named(**form: Any) -> Callable[[], EncoderSize]:
+def _named(**form: Any) -> Callable[[], EncoderConfig]:
   # resample: its preprocessor_config.json says 2, PIL's bilinear filter.
-  return lambda: EncoderSize(BeitSize(**form), (0.5,) * 3, (0.5,) * 3, "squash", "bilinear")
+  return lambda: EncoderConfig(BeitSize(**form), (0.5,) * 3, (0.5,) * 3, "squash", "bilinear")
 
 
 ENCODER = EncoderSpec(

@@ -15,7 +15,7 @@ from limber_jax.errors import UserError
 from limber_jax.models import text
 from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
 from limber_jax.models.resnet import ResNetSize
-from limber_jax.models.spec import MEAN, RESAMPLES, RESIZES, ROUNDINGS, STD, EncoderSize, checked, spec_of
+from limber_jax.models.spec import MEAN, RESAMPLES, RESIZES, ROUNDINGS, STD, EncoderConfig, checked, spec_of
 from limber_jax.models.text import TextSize, TextTransformer
 from limber_jax.models.vit import ViTSize
 from limber_jax.ranges import ranged
@@ -23,7 +23,7 @@ from limber_jax.runtime.parallel import Rules
 
 
 @dataclass
-class ClipSize:
+class ClipConfig:
   """Everything that defines a CLIP but its weights."""
 
   embed_dim: int = ranged(512, at_least=1, at_most=10**6)
@@ -40,11 +40,11 @@ class ClipSize:
   crop_rounding: str = ranged("even", choices=ROUNDINGS, later=True)  # even: torchvision's | down: transformers'
   fill_color: int = ranged(0, at_least=0, at_most=255, later=True)  # grey beside images that are smaller than the crop
 
-  def encoders(self) -> dict[str, "ClipSize"]:
+  def encoders(self) -> dict[str, "ClipConfig"]:
     """Returns what says how images become pixels, by part."""
     return {"image": self}
 
-  def with_encoder(self, part: str, size: "ClipSize") -> "ClipSize":
+  def with_encoder(self, part: str, size: "ClipConfig") -> "ClipConfig":
     """Returns this size with another of what `encoders` gives."""
     return size
 
@@ -52,14 +52,14 @@ class ClipSize:
     """Returns where that stands in config.model, with its dot."""
     return ""
 
-  def plain(self) -> "ClipSize":
+  def plain(self) -> "ClipConfig":
     """Returns a size with the preprocessing that a CLIP has where nobody says anything."""
-    return ClipSize()
+    return ClipConfig()
 
 
-def _size(embed_dim, image, text_width) -> Callable[[], ClipSize]:
+def _size(embed_dim, image, text_width) -> Callable[[], ClipConfig]:
   def make():
-    return ClipSize(embed_dim, dataclasses.replace(image), TextSize(width=text_width, heads=text_width // 64))
+    return ClipConfig(embed_dim, dataclasses.replace(image), TextSize(width=text_width, heads=text_width // 64))
   return make
 
 
@@ -76,7 +76,7 @@ PUBLISHED = {
 }
 
 
-def mu(size: ClipSize) -> ClipSize:
+def mu(size: ClipConfig) -> ClipConfig:
   """Returns the smallest model of the same build, for tests: the same kinds of layer, two of each at most.
 
   Widths divide by 8, and heads by 2, so that the sharding rows of the full size hold on small meshes.
@@ -86,15 +86,15 @@ def mu(size: ClipSize) -> ClipSize:
                              text=TextSize(context=32, vocab=512, width=64, layers=2, heads=2))
 
 
-def _mu_of(make: Callable[[], ClipSize]) -> Callable[[], ClipSize]:
+def _mu_of(make: Callable[[], ClipConfig]) -> Callable[[], ClipConfig]:
   return lambda: mu(make())
 
 
-SIZES: dict[str, Callable[[], ClipSize]] = {
+SIZES: dict[str, Callable[[], ClipConfig]] = {
   **PUBLISHED,
   **{f"{name}_mu": _mu_of(make) for name, make in PUBLISHED.items()},
   # For 1,797 digits on a laptop: 32 × 32 pixels, captions in bytes.
-  "clip_vit_digits": lambda: ClipSize(64, ViTSize(image_size=32, patch=8, width=128, layers=3, heads=4),
+  "clip_vit_digits": lambda: ClipConfig(64, ViTSize(image_size=32, patch=8, width=128, layers=3, heads=4),
                                       TextSize(context=32, vocab=259, width=64, layers=2, heads=2)),
 }
 
@@ -103,7 +103,7 @@ SIZES: dict[str, Callable[[], ClipSize]] = {
 class Clip:
   """The two towers, as pure functions of their parameters and statistics."""
 
-  size: ClipSize
+  size: ClipConfig
   image: nn.Module
   text: TextTransformer
 
@@ -155,11 +155,11 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
   return (images.astype(jnp.float32) / 255 - m) / s
 
 
-def build(size: ClipSize, compute: Compute) -> Clip:
+def build(size: ClipConfig, compute: Compute) -> Clip:
   """Returns the towers of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
   ranges.check(size, "config.model.")
   ranges.check(compute, "config.compute.")
-  tower = EncoderSize(size.image, embed_dim=size.embed_dim, activation=size.activation)
+  tower = EncoderConfig(size.image, embed_dim=size.embed_dim, activation=size.activation)
   spec = checked(tower, "model.image")
   if size.text.width % size.text.heads:
     raise UserError(f"model.text: {size.text.heads} heads do not divide a width of {size.text.width}")
@@ -169,7 +169,7 @@ def build(size: ClipSize, compute: Compute) -> Clip:
               TextTransformer(size.text, size.embed_dim, size.activation, compute))
 
 
-def sharding(size: ClipSize) -> Rules:
+def sharding(size: ClipConfig) -> Rules:
   """Returns the rows of the sharding table for both towers."""
   return (*spec_of(size.image.kind).sharding, *text.SHARDING)
 
@@ -195,6 +195,6 @@ def _whole(image: Rows, text_rows: Rows) -> Rows:
           ("logit_scale", "logit_scale", "scalar"), ("logit_bias", "logit_bias", "scalar"))
 
 
-def size_from_dict(values: dict[str, Any]) -> ClipSize:
+def size_from_dict(values: dict[str, Any]) -> ClipConfig:
   """Returns the size whose `config.flatten` gave `values`; raises UserError as `config.unflatten` does."""
-  return unflatten(ClipSize, values)
+  return unflatten(ClipConfig, values)

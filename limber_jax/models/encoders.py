@@ -16,21 +16,21 @@ from limber_jax import ranges, registry
 from limber_jax.config import Compute
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
-from limber_jax.models.clip import ClipSize, normalise
+from limber_jax.models.clip import ClipConfig, normalise
 from limber_jax.models.layers import Features, Rows
-from limber_jax.models.spec import PIXELS, EncoderSize, EncoderSpec, checked, spec_of
+from limber_jax.models.spec import PIXELS, EncoderConfig, EncoderSpec, checked, spec_of
 
 
 @dataclass(frozen=True)
 class Encoder:
   """An image encoder, as pure functions of its parameters and statistics."""
 
-  size: EncoderSize
+  size: EncoderConfig
   spec: EncoderSpec
   tower: nn.Module
 
   @classmethod
-  def of(cls, size: EncoderSize, compute: Compute) -> "Encoder":
+  def from_config(cls, size: EncoderConfig, compute: Compute) -> "Encoder":
     """Returns the encoder of `size`, computing as `compute` says; raises UserError if its sizes do not fit together."""
     spec = checked(size)
     ranges.check(compute, "config.compute.")
@@ -106,42 +106,42 @@ class Encoder:
     return features, stats
 
 
-def mu(size: EncoderSize) -> EncoderSize:
+def mu(size: EncoderConfig) -> EncoderConfig:
   """Returns the smallest encoder of the same build, for tests; widths and heads as `clip.mu` has them."""
   spec = spec_of(size.tower.kind)
   return dataclasses.replace(size, tower=spec.mu(size.tower), **({"embed_dim": 32} if spec.clip else {}))
 
 
-def known() -> dict[str, Callable[[], EncoderSize]]:
+def known() -> dict[str, Callable[[], EncoderConfig]]:
   """Returns all encoders by name: the image towers of CLIPs, what the registered ones name, and each's "…_mu"."""
-  named: dict[str, Callable[[], EncoderSize]] = {}
+  named: dict[str, Callable[[], EncoderConfig]] = {}
   for kind in registry.ENCODERS:
     named |= spec_of(kind).named
   small = {f"{name}_mu": _mu_of(make) for name, make in named.items()}
   return {name: _of_clip(make) for name, make in clip.SIZES.items()} | named | small
 
 
-def encoder_size(name: str) -> EncoderSize:
+def encoder_size(name: str) -> EncoderConfig:
   """Returns the size of this name; raises UserError with the nearest one if there is none."""
   if name not in (encoders := known()):
     raise UserError(f"no encoder {name!r}{did_you_mean(name, encoders)}")
   return encoders[name]()
 
 
-def as_clip(size: ClipSize | EncoderSize) -> ClipSize | None:
+def as_clip(size: ClipConfig | EncoderConfig) -> ClipConfig | None:
   """Returns the CLIP that a size's image tower may be of, its text tower any; None where it is of none."""
-  if isinstance(size, ClipSize) or not spec_of(size.tower.kind).clip:
-    return size if isinstance(size, ClipSize) else None
+  if isinstance(size, ClipConfig) or not spec_of(size.tower.kind).clip:
+    return size if isinstance(size, ClipConfig) else None
   pixels = {name: getattr(size, name) for name in PIXELS}
-  return ClipSize(size.embed_dim, size.tower, activation=size.activation, **pixels)
+  return ClipConfig(size.embed_dim, size.tower, activation=size.activation, **pixels)
 
 
-def _of_clip(make: Callable[[], ClipSize]) -> Callable[[], EncoderSize]:
+def _of_clip(make: Callable[[], ClipConfig]) -> Callable[[], EncoderConfig]:
   def encoder():
     size = make()
-    return EncoderSize(size.image, size.mean, size.std, embed_dim=size.embed_dim, activation=size.activation)
+    return EncoderConfig(size.image, size.mean, size.std, embed_dim=size.embed_dim, activation=size.activation)
   return encoder
 
 
-def _mu_of(make: Callable[[], EncoderSize]) -> Callable[[], EncoderSize]:
+def _mu_of(make: Callable[[], EncoderConfig]) -> Callable[[], EncoderConfig]:
   return lambda: mu(make())

@@ -18,7 +18,7 @@ from limber_jax.models.adapters import AdapterSize
 from limber_jax.models.encoders import Encoder
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
-from limber_jax.models.spec import EncoderSize
+from limber_jax.models.spec import EncoderConfig
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import Rules, within
 
@@ -36,25 +36,25 @@ class PromptSize:
 class Map:
   """A further linear map, trained beside the first on the same captions: parts "image@name" and "prompt@name"."""
 
-  image: EncoderSize | None = None  # None: on the features of the first map's encoder, from another seed
+  image: EncoderConfig | None = None  # None: on the features of the first map's encoder, from another seed
   prompt: PromptSize = field(default_factory=PromptSize)
 
 
 @dataclass
-class LimberSize:
+class LimberConfig:
   """Everything that defines a LiMBeR but its weights."""
 
-  image: EncoderSize = field(default_factory=EncoderSize)
+  image: EncoderConfig = field(default_factory=EncoderConfig)
   prompt: PromptSize = field(default_factory=PromptSize)
   lm: GPTJSize = field(default_factory=GPTJSize)
   adapters: AdapterSize = field(default_factory=AdapterSize)
   others: dict[str, Map] = field(default_factory=dict)
 
-  def encoders(self) -> dict[str, EncoderSize]:
+  def encoders(self) -> dict[str, EncoderConfig]:
     """Returns the image encoders, by part."""
     return {"image": self.image} | {part("image", name): m.image for name, m in self.others.items() if m.image}
 
-  def with_encoder(self, part: str, size: EncoderSize) -> "LimberSize":
+  def with_encoder(self, part: str, size: EncoderConfig) -> "LimberConfig":
     """Returns this size with another of what `encoders` gives."""
     if part == "image":
       return dataclasses.replace(self, image=size)
@@ -75,20 +75,20 @@ def part(kind: str, name: str) -> str:
 class Limber:
   """The encoders, the maps and the language model, as pure functions of their parameters and statistics."""
 
-  size: LimberSize
+  size: LimberConfig
   encoders: dict[str, Encoder]     # by the name of the map; maps that share the first one's encoder are not in it
   prompts: dict[str, LinearPrompt]
   lm: GPTJ
 
   @classmethod
-  def of(cls, size: LimberSize, compute: Compute) -> "Limber":
+  def from_config(cls, size: LimberConfig, compute: Compute) -> "Limber":
     """Returns the models of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
     ranges.check(size, "config.model.")
     has_adapters = size.adapters.mlp or size.adapters.attention
     lm = GPTJ(size.lm, compute, size.adapters if has_adapters else None)
     gptj.check(size.lm, lm.adapters)
     maps = {"": Map(size.image, size.prompt), **size.others}
-    encoders = {name: Encoder.of(m.image, compute) for name, m in maps.items() if m.image is not None}
+    encoders = {name: Encoder.from_config(m.image, compute) for name, m in maps.items() if m.image is not None}
     prompts = {name: LinearPrompt(size.lm.width, m.prompt.per_feature, m.prompt.dropout, m.prompt.layer_norm, compute)
                for name, m in maps.items()}
     return cls(size, encoders, prompts, lm)
@@ -151,15 +151,16 @@ class Limber:
     return {"params": adapters.merge_adapters(params["lm"], params.get("adapters", {}))}
 
   def hidden(self, params: dict, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the hidden states [B, T, D] that predict tokens [B, T]; see `predicting`."""
-    return predicting(self.lm, self.lm_params(params), prompt, tokens, mask)
+    """Returns the hidden states [B, T, D] that predict tokens [B, T]; see `target_hidden`."""
+    return target_hidden(self.lm, self.lm_params(params), prompt, tokens, mask)
 
   def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
     """Returns float32 [..., V] of hidden states [..., D]."""
     return self.lm.apply(self.lm_params(params), hidden, method="logits")
 
 
-def predicting(lm: GPTJ, variables: dict[str, Any], prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def target_hidden(lm: GPTJ, variables: dict[str, Any], prompt: jax.Array, tokens: jax.Array, mask: jax.Array
+                  ) -> jax.Array:
   """Returns the hidden states [B, T, D] that predict tokens, each from the prompt and the tokens before it.
 
   Args:

@@ -18,7 +18,7 @@ import numpy as np
 from limber_jax.config import Compute
 from limber_jax.models.layers import Features, Rows, scan, under
 from limber_jax.models.linear import broadcast, conv
-from limber_jax.models.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSize, EncoderSpec
+from limber_jax.models.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, EncoderSpec
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import BATCH, constrain
 
@@ -161,8 +161,8 @@ def _describes(values: dict[str, Any]) -> bool:
   return not values.get("model_type") and str(values.get("architecture", "")).startswith("nf_resnet")
 
 
-def _named(**changes: Any) -> Callable[[], EncoderSize]:
-  return lambda: replace(EncoderSize(NfResNetSize(), IMAGENET_MEAN, IMAGENET_STD, features="pooled"), **changes)
+def _named(**changes: Any) -> Callable[[], EncoderConfig]:
+  return lambda: replace(EncoderConfig(NfResNetSize(), IMAGENET_MEAN, IMAGENET_STD, features="pooled"), **changes)
 
 
 ENCODER = EncoderSpec(

@@ -40,7 +40,7 @@ NOT_IMAGE = (
 
 
 @dataclass
-class EncoderSize:
+class EncoderConfig:
   """Everything that defines an image encoder but its weights."""
 
   tower: Any = ranged(factory=lambda: spec_of("vit").size(), registered="ENCODERS")
@@ -60,10 +60,10 @@ class EncoderSize:
   crop_rounding: str = ranged("even", choices=ROUNDINGS, later=True)  # even: torchvision's | down: transformers'
   fill_color: int = ranged(0, at_least=0, at_most=255, later=True)  # grey beside images that are smaller than the crop
 
-  def plain(self) -> "EncoderSize":
+  def plain(self) -> "EncoderConfig":
     """Returns a size with the preprocessing that such an encoder has where nobody says anything."""
     spec = spec_of(self.tower.kind)
-    return next(iter(spec.named.values()))() if spec.named else EncoderSize(self.tower)
+    return next(iter(spec.named.values()))() if spec.named else EncoderConfig(self.tower)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class EncoderSpec:
   # A dataclass of the tower's sizes: its `kind` is the name in registry.ENCODERS, `image_size` the pixels a side,
   # `num_tokens` the S of its tokens.
   size: type
-  module: Callable[[EncoderSize, Compute], nn.Module]  # images [B, H, W, 3], normalised -> layers.Features
+  module: Callable[[EncoderConfig, Compute], nn.Module]  # images [B, H, W, 3], normalised -> layers.Features
   check: Callable[[Any], str]                          # tower -> what does not fit together, "" if all does
   mu: Callable[[Any], Any]                             # tower -> the smallest of the same build, for tests
   width: Callable[[Any], int]                          # tower -> F of its tokens
@@ -92,7 +92,7 @@ class EncoderSpec:
   sharding: Rules                # of parameters and statistics
   title: str                     # "a BEiT", for messages
   ignored: tuple[str, ...] = ()  # patterns of whole names of tensors that are no part of it, in any of the formats
-  named: dict[str, Callable[[], EncoderSize]] = dataclasses.field(default_factory=dict)
+  named: dict[str, Callable[[], EncoderConfig]] = dataclasses.field(default_factory=dict)
   convolutional: bool = False
   batch_norm: bool = False       # it has running statistics, and its training sees the whole batch
   clip: ClipTower | None = None  # its weights come in files of CLIPs; pooled it is embed_dim wide
@@ -110,7 +110,7 @@ def spec_of(kind: str) -> EncoderSpec:
   return registry.lookup("encoder", registry.ENCODERS, kind)
 
 
-def checked(size: EncoderSize, where: str = "model.tower") -> EncoderSpec:
+def checked(size: EncoderConfig, where: str = "model.tower") -> EncoderSpec:
   """Returns the spec of a size; raises UserError if a field is out of its range, or they do not fit together."""
   ranges.check(size, "config.model.")
   spec = spec_of(size.tower.kind)

@@ -1,6 +1,6 @@
 """Where the wall time of a run goes: goodput.json in the workdir, added up over all of its starts.
 
-    {"goodput": 0.93, "wall_seconds": 3600.0, "seconds": {"start": 30.1, …}, "starts": 3, "reached": 4000}
+    {"goodput": 0.93, "wall_seconds": 3600.0, "seconds": {"start": 30.1, …}, "starts": 3, "max_step": 4000}
 
 `seconds` splits the time in which a process of the run lived, up to the last time that the file was written:
 
@@ -11,7 +11,7 @@
     step         steps, and what is written of them
     save         waiting for a checkpoint
     evaluation   evaluations, their programs compiled
-    lost         data, step, save and evaluation of steps that had been done before: since the last checkpoint, as of
+    recomputed   data, step, save and evaluation of steps that had been done before: since the last checkpoint, as of
                  which a kill makes a run start again
 """
 
@@ -27,9 +27,9 @@ from limber_jax.errors import UserError
 from limber_jax.runtime.atomic import atomic_write
 from limber_jax.runtime.writer import duration
 
-PHASES = ("start", "restore", "compile", "data", "step", "save", "evaluation", "lost")
+PHASES = ("start", "restore", "compile", "data", "step", "save", "evaluation", "recomputed")
 FILE = "goodput.json"
-_REDONE = ("data", "step", "save", "evaluation")  # what is lost where it is done again
+_REDONE = ("data", "step", "save", "evaluation")  # what counts as recomputed where it is done again
 
 
 def process_began() -> float:
@@ -49,17 +49,17 @@ class Span:
   seconds = 0.0
 
 
-class Ledger:
-  """Splits time into phases: `with ledger("save"):`; one within another counts as the inner one.
+class TimeTracker:
+  """Splits time into phases: `with tracker("save"):`; one within another counts as the inner one.
 
   While entered, process 0 writes the file every so often and once more at the end: a kill takes a second out of the
-  account, or a hundredth of the time since the start where that is more, up to ten seconds. A ledger that cannot be
-  read or written is never a reason to end a run.
+  account, or a hundredth of the time since the start where that is more, up to ten seconds. A file that cannot be read
+  or written is never a reason to end a run.
   """
 
   def __init__(self, workdir: str, *, active: bool = True, began: float | None = None,
                clock: Callable[[], float] = time.monotonic):
-    """Goes on with the ledger in `workdir`.
+    """Goes on with the tracker in `workdir`.
 
     Args:
       workdir: of the run.
@@ -68,7 +68,7 @@ class Ledger:
       clock: seconds.
     """
     self._path, self._active, self._clock = os.path.join(workdir, FILE), active, clock
-    self.seconds, self._starts, self.reached = _read(self._path)
+    self.seconds, self._starts, self.max_step = _read(self._path)
     self._starts += 1
     self.phase, self.turns = "start", 0  # what the watchdog looks at
     self._redo = False
@@ -96,8 +96,8 @@ class Ledger:
     """Says that the run is past `step`: the first time for where it starts, then after each step."""
     self._turn(self.phase)
     with self._lock:
-      self._redo = step < self.reached
-      self.reached = max(self.reached, step)
+      self._redo = step < self.max_step
+      self.max_step = max(self.max_step, step)
 
   def summary(self) -> str:
     """Returns one line on all of the time so far."""
@@ -115,14 +115,14 @@ class Ledger:
       wall = sum(self.seconds.values())
       values = {"goodput": round(self.seconds["step"] / max(wall, 1e-9), 4), "wall_seconds": round(wall, 3),
                 "seconds": {p: round(s, 3) for p, s in self.seconds.items()}, "starts": self._starts,
-                "reached": self.reached}
+                "max_step": self.max_step}
     if not self._active:
       return
     # A full disk is told of by the next checkpoint.
     with contextlib.suppress(UserError), atomic_write(self._path) as file:
       json.dump(values, file, indent=1)
 
-  def __enter__(self) -> "Ledger":
+  def __enter__(self) -> "TimeTracker":
     self._writer.start()
     return self
 
@@ -135,7 +135,7 @@ class Ledger:
     """Counts the time until now, and goes on with `phase`."""
     with self._lock:
       now = self._clock()
-      self.seconds["lost" if self._redo and self.phase in _REDONE else self.phase] += now - self._mark
+      self.seconds["recomputed" if self._redo and self.phase in _REDONE else self.phase] += now - self._mark
       if phase != self.phase:
         self.turns += 1
       self.phase, self._mark = phase, now
@@ -146,14 +146,16 @@ class Ledger:
 
 
 def _read(path: str) -> tuple[dict[str, float], int, int]:
-  """Returns (seconds, starts, reached) of a file; zeros of one that is not there or cannot be read."""
+  """Returns (seconds, starts, max_step) of a file; zeros of one that is not there or cannot be read."""
   try:
     with open(path, encoding="utf-8") as file:
       values = json.load(file)
-    seconds = {phase: float(values["seconds"][phase]) for phase in PHASES}
-    starts, reached = int(values["starts"]), int(values["reached"])
-    if all(math.isfinite(s) and s >= 0 for s in seconds.values()) and min(starts, reached) >= 0:
-      return seconds, starts, reached
-  except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    now = {"lost": "recomputed", "reached": "max_step"}  # names in runs of before
+    values, spent = ({now.get(k, k): v for k, v in found.items()} for found in (values, values["seconds"]))
+    seconds = {phase: float(spent[phase]) for phase in PHASES}
+    starts, max_step = int(values["starts"]), int(values["max_step"])
+    if all(math.isfinite(s) and s >= 0 for s in seconds.values()) and min(starts, max_step) >= 0:
+      return seconds, starts, max_step
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
     pass  # as the docstring says
   return dict.fromkeys(PHASES, 0.0), 0, 0

@@ -52,7 +52,7 @@ class Lock:
       what: is held, for messages, such as "runs/a"; each path without its ".lock" if "".
       otherwise: what else a user may do where it is in use, such as "choose another --workdir".
       wait: seconds to wait for others, who hold it for a moment.
-      first: calls a function in process 0 of several, and raises its UserError in all; `parallel.from_first`.
+      first: `parallel.broadcast_from_process_0`: calls a function in process 0 of several, raises its UserError in all.
       log: prints a line; to stderr if None.
     """
     self._paths, self._what, self._otherwise, self._wait, self._first = paths, what, otherwise, wait, first

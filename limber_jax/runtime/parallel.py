@@ -67,7 +67,7 @@ def start() -> None:
     peers.listen()
 
 
-def leave() -> NoReturn:
+def shutdown() -> NoReturn:
   """Ends this process with exit code 0, together with the others of the run, whatever its threads still wait for."""
   if jax.distributed.is_initialized():
     jax.distributed.shutdown()
@@ -317,7 +317,7 @@ def _from_rows(x: np.ndarray, sharding: NamedSharding, columns: tuple[int, ...])
   return jax.make_array_from_callback((parts * size, *(columns or x.shape[1:])), sharding, rows_of)
 
 
-def from_first(function: Callable[[], Any]) -> Any:
+def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
   """Returns what function() gives in process 0, plain JSON, in every process; only process 0 calls it.
 
   Raises:
@@ -346,7 +346,7 @@ def _meet() -> None:
                                   processes=set(range(jax.process_count())))
 
 
-def from_each(value: Any) -> list[Any]:
+def allgather_objects(value: Any) -> list[Any]:
   """Returns the `value`, plain JSON, of every process, in the order of the processes."""
   if jax.process_count() == 1:
     return [json.loads(json.dumps(value))]
@@ -362,7 +362,7 @@ def fail_together(problem: str | None) -> None:
   """Raises UserError in every process if there is a problem in one; all call this, each when it gets there."""
   if jax.process_count() > 1:
     _meet()
-  for index, other in enumerate(from_each(problem)):
+  for index, other in enumerate(allgather_objects(problem)):
     if other is not None:
       raise UserError(problem or f"process {index}: {other}")
 

@@ -51,7 +51,7 @@ _ends = threading.Event()  # set once this process ends with a line of its own
 _BROKEN = re.compile(r"Gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Cc]oordination ?[Ss]ervice|Socket closed")
 
 
-def verdict(text: bytes) -> str | None:
+def parse_jax_failure(text: bytes) -> str | None:
   """Returns the line to print in the place of what JAX wrote as it ended this process; None if it is about no process.
 
   Args:
@@ -72,7 +72,7 @@ def verdict(text: bytes) -> str | None:
 
 
 def watch_stderr() -> None:
-  """From here on puts `verdict` in the place of what JAX writes to stderr as it ends this process.
+  """From here on puts `parse_jax_failure` in the place of what JAX writes to stderr as it ends this process.
 
   To be called while this process has one thread that matters: it forks.
   """
@@ -110,7 +110,7 @@ def _pass_on(source: int, target: int, parent: int) -> None:
       _write(target, held[: begin.start()])
       held, until = held[begin.start() :], time.monotonic() + _HELD
     if until is None or ended or time.monotonic() > until:
-      line = verdict(held) if ended else None
+      line = parse_jax_failure(held) if ended else None
       _write(target, line.encode() if line else held)
       held, until = b"", None
     if new == b"":
@@ -249,7 +249,7 @@ def listen() -> None:
 
 
 @contextlib.contextmanager
-def named() -> Iterator[None]:
+def explain_failures() -> Iterator[None]:
   """While entered, an error because another process is gone waits until JAX has found out which, and ends this one."""
   try:
     yield

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 
 EXIT_CODE = 4
 PATIENCE = 6    # times as long may take what does not go step by step: compilers, disks, evaluations
@@ -25,22 +25,22 @@ _GRACE = 2.0    # seconds in which others of the run, who wait for this process,
 class Watchdog:
   """While entered, ends this process with EXIT_CODE when it makes no progress, after the stacks of all its threads.
 
-  Progress is any change of the ledger's phase, of which a step has several, and each batch of an evaluation. To start,
+  Progress is any change of the tracker's phase, of which a step has several, and each batch of an evaluation. To start,
   compile, restore, save and evaluate may take PATIENCE times as long. Time in which the process was stopped, as by
   Ctrl-Z, does not count. It is a thread of Python: code that never gives up the interpreter's lock holds it up too.
   """
 
-  def __init__(self, ledger: Ledger, seconds: float, *, name: str = "this process",
+  def __init__(self, tracker: TimeTracker, seconds: float, *, name: str = "this process",
                end: Callable[[int], NoReturn] = os._exit):
     """Watches a run.
 
     Args:
-      ledger: of the run.
+      tracker: of the run.
       seconds: without progress; 0 never ends it.
       name: of this process, for the message.
       end: what ends the process, given the exit code.
     """
-    self._ledger, self._seconds, self._name, self._end = ledger, seconds, name, end
+    self._ledger, self._seconds, self._name, self._end = tracker, seconds, name, end
     self._left = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 

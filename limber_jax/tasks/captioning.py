@@ -43,7 +43,7 @@ class Captioning:
   length: int                  # T
 
   @classmethod
-  def of(cls, config: Config) -> "Captioning":
+  def from_config(cls, config: Config) -> "Captioning":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     check_model(config)
     c, k, n = config.captions, config.loss.accumulate, config.batch_size
@@ -54,7 +54,7 @@ class Captioning:
       raise UserError(f"config.captions.micro_batch={c.micro_batch} does not divide config.batch_size={n}")
     if n % k:
       raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={n}")
-    model = Limber.of(config.model, config.compute)
+    model = Limber.from_config(config.model, config.compute)
     if any(p.startswith("image") for p in config.trainable) and config.data.features:
       raise UserError("config.data.features holds what a frozen encoder saw; a trained one needs the images")
     batch_norm = [part("image", n) for n, e in model.encoders.items() if e.spec.batch_norm]
@@ -70,7 +70,7 @@ class Captioning:
                       f"language model's context of {config.model.lm.context}")
     task = cls(model, config.trainable, k, c, config.decoding, config.data.length)
     if config.data.features:
-      task.cached(config.data)
+      task.feature_specs(config.data)
     return task
 
   @property
@@ -88,19 +88,19 @@ class Captioning:
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
     if data.features and train:
       kept = (*(part("features", name) for name in self.model.encoders), "tokens", "mask", "label")
-      return transforms.Chain((transforms.TokenizeCaption(tokenizer, self.length), transforms.Keep(kept)))
+      return transforms.Compose((transforms.TokenizeCaption(tokenizer, self.length), transforms.Select(kept)))
     rules = self._rules(data, data.crop if train else "own")
     return transforms.captioning(rules, tokenizer, self.length, draft=train and data.draft)
 
   def pixels(self, data: Data) -> transforms.Transform:
     """Returns what makes the images of a record in training, {"image": uint8 [H, W, 3], …}, and nothing else of it."""
     rules = self._rules(data, data.crop)
-    return transforms.Chain((*transforms.images(rules, data.draft), transforms.Keep(tuple(rules))))
+    return transforms.Compose((*transforms.images(rules, data.draft), transforms.Select(tuple(rules))))
 
   def _rules(self, data: Data, crop: str) -> dict[str, transforms.ResizeCrop]:
     return {self.pixels_of(name): self.rule(name, crop, data.crop_scale) for name in self.model.encoders}
 
-  def cached(self, data: Data) -> dict[str, dict[str, Any]]:
+  def feature_specs(self, data: Data) -> dict[str, dict[str, Any]]:
     """Returns, by the part of each encoder, all that its features depend on but its weights and the data; plain JSON.
 
     Raises:
@@ -163,7 +163,7 @@ class Captioning:
         metrics |= {part(key, name): value for key, value in found.items()}
       return total, metrics
 
-    loss, metrics = microbatches.add_up(piece, trained, batch, rng, self.accumulate)
+    loss, metrics = microbatches.accumulate_gradients(piece, trained, batch, rng, self.accumulate)
     return loss, (metrics, changed)
 
   def _encode_frozen(self, params, stats, batch, rng) -> tuple[dict[str, jax.Array], dict]:
@@ -215,8 +215,8 @@ class Captioning:
     features(params, stats, batch): [B, S, F] of the encoder.
     prompt(params, stats, batch): [B, P, D] of the map; what a batch has under this name, of any P, takes its place.
     generate_blind(params, stats, batch, eos, prefix=None): without any image; the text must not be empty.
-    read(params, stats, batch): the cache of what rows begin with: `interleaved.read` of batch's "tokens", "source" and
-      "mask" [1, L], and "shared" [S, D].
+    read(params, stats, batch): the cache of what rows begin with: `interleaved.prefill` of batch's "tokens", "source"
+      and "mask" [1, L], and "shared" [S, D].
     """
     out: dict[str, Callable[..., Any]] = {"generate_blind": partial(self._generate, None), "read": self._read}
     for name in self.model.maps:
@@ -233,7 +233,7 @@ class Captioning:
     return self.model.prompt(params, self._encoded(name, params, stats, batch), name)
 
   def _read(self, params, stats, batch):
-    return interleaved.read(self.model, params, batch, batch["shared"])
+    return interleaved.prefill(self.model, params, batch, batch["shared"])
 
   def _nll(self, name, params, stats, batch):
     prompt = self._prompted(name, params, stats, batch)

@@ -31,7 +31,7 @@ class Contrastive:
   trainable: tuple[str, ...]
 
   @classmethod
-  def of(cls, config: Config) -> "Contrastive":
+  def from_config(cls, config: Config) -> "Contrastive":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     loss = config.loss
     ranges.check(loss, "config.loss.")

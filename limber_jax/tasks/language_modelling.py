@@ -14,7 +14,7 @@ from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
 from limber_jax.models import gptj
 from limber_jax.models.gptj import GPTJ
-from limber_jax.models.limber import predicting
+from limber_jax.models.limber import target_hidden
 from limber_jax.runtime.parallel import Rules, within
 from limber_jax.tasks import microbatches
 from limber_jax.weights import load
@@ -32,7 +32,7 @@ class LanguageModelling:
   length: int      # T
 
   @classmethod
-  def of(cls, config: Config) -> "LanguageModelling":
+  def from_config(cls, config: Config) -> "LanguageModelling":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     check_model(config)
     size, k = config.model, config.loss.accumulate
@@ -76,13 +76,13 @@ class LanguageModelling:
       del rng  # no dropout: GPT-J's are 0
       return self._nats(params, batch, count)
 
-    loss, metrics = microbatches.add_up(piece, params, batch, rng, self.accumulate)
+    loss, metrics = microbatches.accumulate_gradients(piece, params, batch, rng, self.accumulate)
     return loss, (metrics, stats)
 
   def _nats(self, params, batch, total):
     variables, tokens, mask = {"params": params["lm"]}, batch["tokens"], batch["mask"]
     start = self.model.apply(variables, tokens[:, :1], method="embed")
-    hidden = predicting(self.model, variables, start, tokens[:, 1:], mask[:, 1:])
+    hidden = target_hidden(self.model, variables, start, tokens[:, 1:], mask[:, 1:])
     return losses.caption_loss(self.model.apply(variables, hidden, method="logits"), tokens[:, 1:], mask[:, 1:],
                                total=total)
 

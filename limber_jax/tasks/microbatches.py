@@ -31,8 +31,8 @@ def fitting(pieces: int, rows: int) -> int:
   return next((k for k in range(pieces, 0, -1) if pieces % k == 0 and rows // k % parts == 0), pieces)
 
 
-def add_up(loss: Callable[..., tuple[jax.Array, dict]], params: Any, batch: dict[str, jax.Array], rng: jax.Array,
-           pieces: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+def accumulate_gradients(loss: Callable[..., tuple[jax.Array, dict]], params: Any, batch: dict[str, jax.Array],
+                         rng: jax.Array, pieces: int) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the sums of loss(params, piece, rng) = (loss [], metrics) over the pieces of a batch.
 
   The gradient for `params` is taken piece by piece, with each piece's value, so that one piece's activations are held

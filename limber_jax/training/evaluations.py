@@ -9,7 +9,7 @@ from limber_jax.checkpoints.state import TrainState
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Stopped
 from limber_jax.runtime import peers
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.signals import Interrupted
 from limber_jax.runtime.writer import Log
 from limber_jax.training.setup import Setup, evaluate, make_eval
@@ -23,9 +23,9 @@ class Evaluations:
     self._setup, self._context = setup, context
     self._evals = {name: make_eval(setup, name, context) for name, e in setup.config.evals.items() if e.every >= 0}
 
-  def begin(self, scores: Scores, out: Log, ledger: Ledger) -> None:
+  def begin(self, scores: Scores, out: Log, tracker: TimeTracker) -> None:
     """Takes what was measured before, and where to write what will be."""
-    self._scores, self._out, self._ledger = scores, out, ledger
+    self._scores, self._out, self._ledger = scores, out, tracker
 
   def due(self, step: int) -> list[str]:
     """Returns the names of those that are to be measured at a step, and have not been."""

@@ -7,11 +7,11 @@ import numpy as np
 
 from limber_jax.config import Config
 from limber_jax.data import pipeline, transforms
-from limber_jax.data.bad_records import Damage
+from limber_jax.data.bad_records import BadRecords
 from limber_jax.data.images import ImageOptions
 from limber_jax.data.sources import Source
 from limber_jax.runtime import parallel
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.training.setup import Setup
 from limber_jax.training.stopping import Stopping
 
@@ -21,13 +21,14 @@ Arrays = dict[str, jax.Array]
 class Feed:
   """The batches of a run from one step on, each as global arrays over the mesh."""
 
-  def __init__(self, setup: Setup, source: Source, damage: Damage, stopping: Stopping, ledger: Ledger, start: int):
+  def __init__(self, setup: Setup, source: Source, damage: BadRecords, stopping: Stopping, tracker: TimeTracker,
+               start: int):
     """Starts to read for the batch after step `start`."""
     config: Config = setup.config
-    self._mesh, self._damage, self._stopping, self._ledger = setup.mesh, damage, stopping, ledger
+    self._mesh, self._damage, self._stopping, self._ledger = setup.mesh, damage, stopping, tracker
     self._rows = parallel.local_rows(config.batch_size, setup.mesh)  # of a batch that this process loads
     transform = transforms.with_options(setup.task.transform(setup.tokenizer, config.data, train=True),
-                                        ImageOptions.of(config.data))
+                                        ImageOptions.from_config(config.data))
     self._batches = pipeline.train_batches(
       source, transform, batch_size=config.batch_size, rows=self._rows, seed=config.seed, start_step=start,
       workers=config.data.workers, threads=config.data.threads, prefetch=config.data.prefetch)
@@ -54,9 +55,9 @@ class Feed:
              "record": (index ^ (index >> 32)).astype(np.int32)}
     return parallel.global_batch(local, self._mesh), parallel.global_flags(flags, self._mesh)
 
-  def abandon(self) -> None:
+  def detach(self) -> None:
     """Leaves what is being read to itself: it may never come."""
-    self._batches.abandon()
+    self._batches.detach()
 
   def close(self) -> None:
     """Ends the readers."""

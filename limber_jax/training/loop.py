@@ -39,7 +39,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     workdir: where config.json, checkpoints, metrics.jsonl, TensorBoard files and pictures go.
     log: prints a line.
     stop: entered already; None listens to signals for as long as this takes.
-    began: when the command did, of time.monotonic(), for the ledger; None is now.
+    began: when the command did, of time.monotonic(), for the tracker; None is now.
     profile: (first, last) of the steps of which a trace is written to workdir/profile.
     failures: gets "name/step" of each evaluation that fails in this start.
 
@@ -55,8 +55,8 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
   first = {directory: (file, cli.load_experiment(file)) for directory, file in config.first.items()}
   with contextlib.ExitStack() as until_end:
     held = until_end.enter_context(lock.Lock(
-      os.path.join(workdir, lock.NAME), what=workdir, otherwise="choose another --workdir", first=parallel.from_first,
-      log=log))
+      os.path.join(workdir, lock.NAME), what=workdir, otherwise="choose another --workdir",
+      first=parallel.broadcast_from_process_0, log=log))
     for directory, (file, experiment) in first.items():
       if not os.path.isdir(os.path.join(directory, "checkpoints", str(experiment.steps))):
         log(f"first {file}, in {directory}")
@@ -66,7 +66,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     stop = stop or until_end.enter_context(StopRequest())
     until_end.enter_context(peers.shared(stop))
     run = open_run(config, workdir, held, stop, until_end, log=log, began=began, failures=failures)
-    until_end.enter_context(run.ledger("step"))
+    until_end.enter_context(run.tracker("step"))
     try:
       state, step, stopped = _steps(run, profiler)
     finally:
@@ -74,7 +74,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
       run.feed.close()
       run.out.close()
       run.saver.close()
-    run.out.line(run.ledger.summary())
+    run.out.line(run.tracker.summary())
     run.evaluations.tell_failed()
     if stopped:
       log(f"stopped by {run.stopping} at step {step}; the same command goes on from there")
@@ -100,11 +100,11 @@ def _steps(run: Run, profiler: Profiler) -> tuple[TrainState, int, bool]:
           run.out.count_flops(model_flops(config, batch)[1], peak)
         step += 1
         profiler.before(step)
-        with run.ledger("compile" if step == start + 1 else "step"), _annotated(step):
+        with run.tracker("compile" if step == start + 1 else "step"), _annotated(step):
           state, metrics = step_fn(state, run.setup.frozen, batch, flags, rng)
         if done := profiler.after(step, metrics):
           run.out.line(done)
-        run.ledger.at(step)
+        run.tracker.at(step)
         run.saver.check()
         stopping = run.steps.flush() or run.stopping.alone()
         run.steps.push(step, metrics)
@@ -118,7 +118,7 @@ def _steps(run: Run, profiler: Profiler) -> tuple[TrainState, int, bool]:
   except (Stopped, Interrupted) as reason:
     stopping = True
     if isinstance(reason, Interrupted):
-      run.feed.abandon()
+      run.feed.detach()
       if not run.stopping.single:  # the others wait for this one in the next step, to which they have given the state
         raise UserError(f"{run.stopping}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data "
                         f"that do not come, so nothing can be saved of step {step}; the same command goes on from "

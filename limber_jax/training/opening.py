@@ -14,12 +14,12 @@ from limber_jax.checkpoints.scores import Scores
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Config
 from limber_jax.data import bad_records, checks, pipeline
-from limber_jax.data.bad_records import Damage
+from limber_jax.data.bad_records import BadRecords
 from limber_jax.data.features import FeatureSource
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.lock import Lock
 from limber_jax.runtime.signals import StopRequest
 from limber_jax.runtime.watchdog import Watchdog
@@ -28,7 +28,7 @@ from limber_jax.tasks import microbatches
 from limber_jax.training.evaluations import Evaluations
 from limber_jax.training.feed import Feed
 from limber_jax.training.saving import Saver
-from limber_jax.training.setup import Setup, cached, check_frozen, make_context, setup
+from limber_jax.training.setup import Setup, check_frozen, feature_specs, make_context, setup
 from limber_jax.training.step_log import StepLog
 from limber_jax.training.stopping import Stopping
 from limber_jax.weights.adopt import adopt
@@ -49,7 +49,7 @@ class Run:
   saver: Saver
   steps: StepLog
   out: Log
-  ledger: Ledger
+  tracker: TimeTracker
   stopping: Stopping
 
 
@@ -57,7 +57,7 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
              log: Say, began: float | None, failures: list[str] | None = None) -> Run:
   """Returns the run of `config` in `workdir`, at the newest checkpoint there, or at step 0.
 
-  Nothing is written but for the log, the ledger and what names damaged data.
+  Nothing is written but for the log, the tracker and what names damaged data.
 
   Args:
     config: the experiment.
@@ -74,35 +74,35 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
   """
   main = jax.process_index() == 0
   say = log if main else lambda _: None
-  ledger = Ledger(workdir, active=main, began=began)
+  tracker = TimeTracker(workdir, active=main, began=began)
   # First what is quick to say: that the workdir is another run's, or that there are no data.
-  parallel.from_first(lambda: workdirs.check(
+  parallel.broadcast_from_process_0(lambda: workdirs.check(
     dataclasses.replace(config, model=adopt(config, workdir, log=lambda _: None)), workdir))
   source, notes = _open_data(config)
-  damage = Damage(workdir, source, config.data, config.batch_size)
+  damage = BadRecords(workdir, source, config.data, config.batch_size)
   config = dataclasses.replace(config, model=adopt(config, workdir, log=say))
   s = setup(config, workdir if workdirs.begun(workdir) else "")
-  until_end.enter_context(ledger)
-  until_end.enter_context(Watchdog(ledger, config.watchdog, name=f"process {jax.process_index()}"))
+  until_end.enter_context(tracker)
+  until_end.enter_context(Watchdog(tracker, config.watchdog, name=f"process {jax.process_index()}"))
   if config.data.features:
-    source = FeatureSource(source, config.data.features, cached(s))
-  stopping = Stopping(request, ledger)
+    source = FeatureSource(source, config.data.features, feature_specs(s))
+  stopping = Stopping(request, tracker)
   evaluations = Evaluations(s, make_context(s, workdir, stopping.together, stopping.waiting))
   checkpoints = Checkpoints(workdir, config.checkpoint, write=True, log=log)
   fingerprints = _fingerprints(s, source)
-  with ledger("restore"):
+  with tracker("restore"):
     state, meta = _restore(checkpoints, s, workdir, fingerprints)
   start = int(state.step)
   scores = Scores(workdir, start, say, failures)
-  ledger.at(start)
+  tracker.at(start)
   damage.start(start)
   out = Log(workdir, steps=config.steps, batch_size=config.batch_size, start_step=start, active=main, print=log)
   _announce(out, s, source, start, damage, notes)
-  evaluations.begin(scores, out, ledger)
+  evaluations.begin(scores, out, tracker)
   return Run(
-    s, state, start, meta.get("evaluated", not meta), Feed(s, source, damage, stopping, ledger, start), evaluations,
-    Saver(checkpoints, s, workdir, held, ledger, start=start, fingerprint=fingerprints[0]),
-    StepLog(config, out, damage, start, checkpoints.latest), out, ledger, stopping)
+    s, state, start, meta.get("evaluated", not meta), Feed(s, source, damage, stopping, tracker, start), evaluations,
+    Saver(checkpoints, s, workdir, held, tracker, start=start, fingerprint=fingerprints[0]),
+    StepLog(config, out, damage, start, checkpoints.latest), out, tracker, stopping)
 
 
 def _open_data(config: Config) -> tuple[Source, list[str]]:
@@ -141,7 +141,7 @@ def _restore(checkpoints: Checkpoints, s: Setup, workdir: str, fingerprints: tup
   return state, meta
 
 
-def _announce(out: Log, s: Setup, source: Source, start: int, damage: Damage, notes: list[str]) -> None:
+def _announce(out: Log, s: Setup, source: Source, start: int, damage: BadRecords, notes: list[str]) -> None:
   """Says what trains on what."""
   config = s.config
   count = sum(x.size for x in jax.tree.leaves(s.like.params))
@@ -155,6 +155,6 @@ def _announce(out: Log, s: Setup, source: Source, start: int, damage: Damage, no
              f"leave devices of the mesh {dict(s.mesh.shape)} without any")
   if damage.found:
     out.line(f"{len(damage.found):,} annotations cannot be used, and {bad_records.FILE} names them; the first: "
-             f"{bad_records.told(damage.found[0])}")
+             f"{bad_records.describe(damage.found[0])}")
   for note in notes:
     out.line(note)

@@ -69,7 +69,7 @@ def make(config: Optim, steps: int) -> optax.GradientTransformation:
                                         weight_decay=config.weight_decay, mask=decay_mask), *rates)
 
 
-def limit(history: jax.Array, factor: float) -> jax.Array:
+def outlier_threshold(history: jax.Array, factor: float) -> jax.Array:
   """Returns what a value must not exceed to be usual: the median + factor · deviation; [] float32.
 
   The deviation is 1.4826 · the median distance from the median, which is the standard deviation where values are
@@ -87,7 +87,7 @@ def limit(history: jax.Array, factor: float) -> jax.Array:
   return jnp.where(count > 0, bound, jnp.inf)
 
 
-def remember(history: jax.Array, value: jax.Array, keep: jax.Array) -> jax.Array:
+def push(history: jax.Array, value: jax.Array, keep: jax.Array) -> jax.Array:
   """Returns `history` [W] with `value` [] in the place of the oldest, where `keep` [] is True."""
   return jnp.where(keep, jnp.append(history[1:], value), history)
 

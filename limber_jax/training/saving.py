@@ -4,7 +4,7 @@ from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints, keep_frozen
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.runtime import parallel
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.lock import Lock
 from limber_jax.training.setup import Setup
 
@@ -12,8 +12,8 @@ from limber_jax.training.setup import Setup
 class Saver:
   """The checkpoints of a run as its loop writes them."""
 
-  def __init__(self, checkpoints: Checkpoints, setup: Setup, workdir: str, held: Lock, ledger: Ledger, *, start: int,
-               fingerprint: str):
+  def __init__(self, checkpoints: Checkpoints, setup: Setup, workdir: str, held: Lock, tracker: TimeTracker, *,
+               start: int, fingerprint: str):
     """Takes what a checkpoint needs; nothing is written.
 
     Args:
@@ -21,12 +21,12 @@ class Saver:
       setup: of the run.
       workdir: of the run.
       held: the lock on it.
-      ledger: that saving counts in.
+      tracker: that saving counts in.
       start: the step of the state that is on disk already, or 0.
       fingerprint: of the data, which a checkpoint repeats.
     """
     self._checkpoints, self._setup, self._workdir, self._held = checkpoints, setup, workdir, held
-    self._ledger, self._start, self._fingerprint = ledger, start, fingerprint
+    self._ledger, self._start, self._fingerprint = tracker, start, fingerprint
     self._saved: int | None = None
 
   @property
@@ -66,4 +66,4 @@ class Saver:
     s = self._setup
     for part in s.drawn:
       keep_frozen(self._workdir, part, {"params": s.frozen.params[part], "stats": s.frozen.stats.get(part, {})})
-    parallel.from_first(lambda: workdirs.claim(s.config, self._workdir, self._checkpoints.run))
+    parallel.broadcast_from_process_0(lambda: workdirs.claim(s.config, self._workdir, self._checkpoints.run))

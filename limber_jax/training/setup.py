@@ -55,8 +55,8 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   config_lib.check(config)
   mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
-  task = registry.lookup("task", registry.TASKS, config.task).of(config)
-  if config.data.features and not hasattr(task, "cached"):
+  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
+  if config.data.features and not hasattr(task, "feature_specs"):
     raise UserError(f"config.data.features: there are none of task {config.task!r}, only of 'captioning'")
   tokenizer = tokenizers.load(config.data.tokenizer)
   if tokenizer.vocab_size > task.vocab:
@@ -73,10 +73,10 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
     fixed = split(params, config.trainable)[1]
     return params | jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, fixed)
 
-  def laid_out(tree):
+  def abstract_state(tree):
     return abstract(tree, parallel.shardings(tree, (*SHARDING, *task.sharding), mesh))
 
-  params_like, stats_like = laid_out(jax.eval_shape(cast, params_like)), laid_out(stats_like)
+  params_like, stats_like = abstract_state(jax.eval_shape(cast, params_like)), abstract_state(stats_like)
 
   def read(path: str, part: str) -> tuple[dict, dict]:
     try:
@@ -86,7 +86,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
 
   def initial(parts: Iterable[str], kept: dict[str, dict]) -> tuple[dict, dict]:
     """Returns (params, stats) of some parts, from disk, from what was `kept`, or at random."""
-    paths = {part: path for part in parts if (path := config.init.of(part))}
+    paths = {part: path for part in parts if (path := config.init.path_of(part))}
     random = [part for part in parts if part not in paths and part not in kept]
 
     def draw():  # what is not returned is not computed
@@ -106,7 +106,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
 
   trained, fixed = split(params_like, config.trainable)
   loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
-  random = [part for part in loaded if not config.init.of(part)]
+  random = [part for part in loaded if not config.init.path_of(part)]
   parallel.check_fits([trained, [params_like[part] for part in loaded]], mesh, "config.model")
   kept = {part: tree for part in random if workdir and (tree := kept_frozen(
     workdir, part, {"params": params_like[part], "stats": stats_like.get(part, {})})) is not None}
@@ -116,7 +116,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   def create(params, stats):
     return TrainState.create(params, stats, tx, config.optim.spike.window)
 
-  like = laid_out(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
+  like = abstract_state(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
 
   def init() -> TrainState:
     return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*initial(list(trained), {}))
@@ -134,11 +134,11 @@ def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, st
                       "weights, wherever they are now, or choose another --workdir")
 
 
-def cached(setup: Setup) -> dict[str, dict[str, Any]]:
+def feature_specs(setup: Setup) -> dict[str, dict[str, Any]]:
   """Returns all that features of the experiment's encoders depend on but the data; see `data.features.describe`."""
-  options = ImageOptions.of(setup.config.data).changes()
+  options = ImageOptions.from_config(setup.config.data).changes()
   return {part: what | {"weights": setup.digests[part]} | ({"images": options} if options else {})
-          for part, what in setup.task.cached(setup.config.data).items()}
+          for part, what in setup.task.feature_specs(setup.config.data).items()}
 
 
 def make_eval(setup: Setup, name: str, context: Context) -> Eval:
@@ -158,7 +158,7 @@ def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: 
                  waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Context:
   """Returns what the evaluations of the experiment share; they keep no results of items. See `Context` of the rest."""
   config = setup.config
-  options = ImageOptions.of(config.data)
+  options = ImageOptions.from_config(config.data)
   transform = transforms.with_options(setup.task.transform(setup.tokenizer, config.data, train=False), options)
   return Context(tokenizer=setup.tokenizer, transform=transform, length=setup.task.length, decoding=config.decoding,
                  images=options, mesh=setup.mesh, workdir=workdir, stop=stop, waiting=waiting)

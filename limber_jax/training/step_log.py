@@ -7,7 +7,7 @@ import jax
 
 from limber_jax.config import Config
 from limber_jax.data import bad_records
-from limber_jax.data.bad_records import Damage
+from limber_jax.data.bad_records import BadRecords
 from limber_jax.errors import UserError
 from limber_jax.runtime.writer import Log
 
@@ -20,7 +20,7 @@ class StepLog:
   Those of a step are read while the next one runs, except where something is done after the step: `flush` reads them.
   """
 
-  def __init__(self, config: Config, out: Log, damage: Damage, start: int, newest: Callable[[], int | None]):
+  def __init__(self, config: Config, out: Log, damage: BadRecords, start: int, newest: Callable[[], int | None]):
     """Takes where things go.
 
     Args:
@@ -48,11 +48,11 @@ class StepLog:
 
   def name_bad_records(self, step: int, due: bool = True) -> None:
     """Names what could not be read up to `step`; raises UserError if it is too much."""
-    if new := self._damage.settle(step, due):
+    if new := self._damage.flush(step, due):
       share = self._damage.share(step)
       self._out.write(step, {"event": "damaged", "records": len(new), "share": share})
       self._out.line(f"step {step}  {len(new)} more cannot be read, others stand in for them: {share:.2%} of what was "
-                     f"seen; {bad_records.FILE} names all; the last: {bad_records.told(new[-1])}")
+                     f"seen; {bad_records.FILE} names all; the last: {bad_records.describe(new[-1])}")
 
   def _record(self, step: int, metrics: Metrics) -> bool:
     config = self._config

@@ -5,16 +5,16 @@ import contextlib
 import jax
 
 from limber_jax.runtime import parallel, peers
-from limber_jax.runtime.goodput import Ledger
+from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.signals import StopRequest
 
 
 class Stopping:
   """The request to stop, as the loop asks for it."""
 
-  def __init__(self, request: StopRequest, ledger: Ledger):
-    """Takes the request, entered already, and the ledger, which is told that asking is progress."""
-    self.request, self._ledger = request, ledger
+  def __init__(self, request: StopRequest, tracker: TimeTracker):
+    """Takes the request, entered already, and the tracker, which is told that asking is progress."""
+    self.request, self._ledger = request, tracker
     self.single = jax.process_count() == 1
 
   def alone(self) -> bool:
@@ -24,7 +24,7 @@ class Stopping:
   def together(self) -> bool:
     """Returns whether any process was asked to stop; all of them must ask together."""
     self._ledger.alive()
-    return any(parallel.from_each(self.request()))
+    return any(parallel.allgather_objects(self.request()))
 
   def waiting(self) -> contextlib.AbstractContextManager:
     """Returns what is entered while data are awaited: a request then raises signals.Interrupted.

@@ -31,8 +31,8 @@ def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule, 
 
   Where the loss, any gradient or any update is not finite, the step is skipped: parameters, statistics and optimizer
   come back untouched, `state.step` (the position in the data) goes on, and metrics["skipped"] is 1. With a window of
-  `spike` so is a step whose loss or gradient norm is above `optimizer.limit` of the last ones. A finite loss and
-  gradient enter the window, even of skipped steps; others never do.
+  `spike` so is a step whose loss or gradient norm is above `optimizer.outlier_threshold` of the last ones. A finite
+  loss and gradient enter the window, even of skipped steps; others never do.
   """
   window = spike.window if spike else 0
 
@@ -49,10 +49,10 @@ def make_step(task: Task, tx: optax.GradientTransformation, lr: optax.Schedule, 
     history, limits = state.history, {}
     if window:
       seen = {"loss": loss, "grad_norm": grad_norm}
-      limits = {f"{name}_limit": optimizer.limit(history[name], spike.factor) for name in seen}
+      limits = {f"{name}_limit": optimizer.outlier_threshold(history[name], spike.factor) for name in seen}
       for name, value in seen.items():
         good &= value <= limits[f"{name}_limit"]
-      history = {name: optimizer.remember(history[name], value, finite) for name, value in seen.items()}
+      history = {name: optimizer.push(history[name], value, finite) for name, value in seen.items()}
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     good &= jnp.isfinite(optax.tree.norm(updates))  # a rate of NaN, or 0/0 of an epsilon of 0
     params = task.project(optax.apply_updates(state.params, updates))

@@ -14,10 +14,10 @@ from limber_jax.checkpoints import workdirs
 from limber_jax.config import Config
 from limber_jax.errors import UserError
 from limber_jax.models import spec
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.encoders import as_clip
 from limber_jax.models.limber import part
-from limber_jax.models.spec import EncoderSize, spec_of
+from limber_jax.models.spec import EncoderConfig, spec_of
 from limber_jax.weights import configs, load, names, preprocessing, projection
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.preprocessing import Preprocessing
@@ -43,7 +43,7 @@ def adopt(config: Config, workdir: str = "", *, weights: str = "", log: Callable
     values, map_ = _of_projection(weights)
   model = config.model
   for name, size in model.encoders().items():
-    path = config.init.of(name)
+    path = config.init.path_of(name)
     if size.resize == "native" or not (values or path):
       continue
     if values:
@@ -57,7 +57,7 @@ def adopt(config: Config, workdir: str = "", *, weights: str = "", log: Callable
   return model
 
 
-def beside(path: str, size: ClipSize | EncoderSize) -> Preprocessing | None:
+def beside(path: str, size: ClipConfig | EncoderConfig) -> Preprocessing | None:
   """Returns the preprocessing that belongs to the image tower in a directory; None where nothing there says any.
 
   Args:
@@ -75,7 +75,7 @@ def beside(path: str, size: ClipSize | EncoderSize) -> Preprocessing | None:
     if found.resize_to and found.image.image_size != given.image.image_size:
       raise UserError(f"{path} resizes to {found.resize_to} pixels for a model of {found.image.image_size}; what that "
                       f"is for {given.image.image_size} it does not say")
-    return Preprocessing.of(found)
+    return Preprocessing.from_config(found)
   folder = path if os.path.isdir(path) else os.path.dirname(names.split(path)[0])
   tower, spec = size.tower, spec_of(size.tower.kind)
   if spec.processor != "timm":
@@ -89,7 +89,7 @@ def beside(path: str, size: ClipSize | EncoderSize) -> Preprocessing | None:
     return None if lone else preprocessing.from_timm(values, tower.image_size)
 
 
-def _agreed(path: str, name: str, size: ClipSize | EncoderSize, at: str) -> dict[str, Any]:
+def _agreed(path: str, name: str, size: ClipConfig | EncoderConfig, at: str) -> dict[str, Any]:
   """Returns the fields that the directory of the weights asks for; raises UserError if the config contradicts one."""
   try:
     said = beside(path, size)
@@ -122,11 +122,11 @@ def _of_projection(path: str) -> tuple[dict[str, Any], str]:
   if os.path.isdir(path):
     return _recorded(path), ""
   try:
-    card = projection.load(path)[1]
+    metadata = projection.load(path)[1]
   except UserError:
     return {}, ""  # the authors' proj.ckpt, or nothing at all: what reads it will say
-  values = json.loads(json.dumps(card["config"]))
-  name = part("image", str(card.get("map", "")))
+  values = json.loads(json.dumps(metadata["config"]))
+  name = part("image", str(metadata.get("map", "")))
   return values, name if f"{_start(name)}mean" in values else "image"
 
 

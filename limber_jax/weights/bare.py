@@ -17,7 +17,7 @@ import numpy as np
 from limber_jax.config import flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, spec
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.layers import Rows
 from limber_jax.weights import configs, identify
 from limber_jax.weights.convert import pattern, shape_of
@@ -127,7 +127,7 @@ def shown(source: Mapping[str, Any], names: Layout, parts: tuple[str, ...]) -> d
 
 
 def size(source: Mapping[str, Any], path: str, names: Layout, parts: tuple[str, ...], model: str,
-         given: ClipSize | None, flag: str) -> tuple[ClipSize, str]:
+         given: ClipConfig | None, flag: str) -> tuple[ClipConfig, str]:
   """Returns (size, who says of it what shapes do not show) of a state dict; "" where the user or OpenAI says it.
 
   Args:
@@ -143,7 +143,7 @@ def size(source: Mapping[str, Any], path: str, names: Layout, parts: tuple[str, 
     UserError: nobody says what shapes do not show, or two say different things.
   """
   seen = shown(source, names, parts)
-  said: list[tuple[str, ClipSize]] = []
+  said: list[tuple[str, ClipConfig]] = []
   if model:
     said.append((f"{flag}={model}", configs.described(model)))
     if wrong := _differs(seen, said[0][1]):
@@ -169,7 +169,7 @@ def size(source: Mapping[str, Any], path: str, names: Layout, parts: tuple[str, 
                   f"{'' if name else f', or by a size with what differs, as {flag}=clip_vit_b32,image.heads=8'}")
 
 
-def _beside(path: str, seen: dict[str, Any]) -> tuple[list[tuple[str, ClipSize]], list[str]]:
+def _beside(path: str, seen: dict[str, Any]) -> tuple[list[tuple[str, ClipConfig]], list[str]]:
   """Returns (the configurations beside a file that fit its shapes, why others do not)."""
   fit, unfit = [], []
   for config in (os.path.join(os.path.dirname(path), name) for name in configs.CONFIGS):
@@ -186,7 +186,7 @@ def _beside(path: str, seen: dict[str, Any]) -> tuple[list[tuple[str, ClipSize]]
   return fit, unfit
 
 
-def _differs(seen: dict[str, Any], size: ClipSize) -> str:
+def _differs(seen: dict[str, Any], size: ClipConfig) -> str:
   """Returns the first field in which a size is not what shapes show, "" if there is none."""
   values = flatten(size)
   return next((f for f in sorted(seen, key=lambda f: f != "image.kind") if values.get(f) != seen[f]), "")

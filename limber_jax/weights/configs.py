@@ -11,7 +11,7 @@ from typing import Any
 from limber_jax import config as config_lib
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.layers import ACTIVATIONS
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
@@ -36,7 +36,7 @@ _OPEN_CLIP_INERT = re.compile(r"timm_(?!model_name).*|hf_(?!model_name).*|attn_p
                               r"patch_dropout|output_tokens")
 
 
-def open_clip_size(values: dict[str, Any]) -> ClipSize:
+def open_clip_size(values: dict[str, Any]) -> ClipConfig:
   """Returns the size of a CLIP of open_clip's, from its open_clip_config.json, with CLIP's own preprocessing.
 
   To be called inside of `naming`.
@@ -66,7 +66,7 @@ def open_clip_size(values: dict[str, Any]) -> ClipSize:
                     heads=v["width"] // v["head_width"])
   text = TextSize(t["context_length"], t["vocab_size"], t["width"], t["layers"], t["heads"],
                   t["eos_id"] if t["pool_type"] == "eos" else -1)
-  return ClipSize(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu")
+  return ClipConfig(model["embed_dim"], image, text, "quick_gelu" if model.get("quick_gelu") else "gelu")
 
 
 def open_clip_preprocessing(path: str, image_size: int) -> Preprocessing:
@@ -79,7 +79,7 @@ def open_clip_preprocessing(path: str, image_size: int) -> Preprocessing:
 HF_PARTS = {"clip": ("image", "text"), "clip_vision_model": ("image",), "clip_text_model": ("text",)}
 
 
-def hf_size(values: dict[str, Any]) -> ClipSize:
+def hf_size(values: dict[str, Any]) -> ClipConfig:
   """Returns the size of a CLIPModel of transformers, from its config.json, with CLIP's own preprocessing.
 
   Of one tower alone (`HF_PARTS`) the other is what it is by default. To be called inside of `naming`.
@@ -115,7 +115,7 @@ def hf_size(values: dict[str, Any]) -> ClipSize:
     eos = -1 if eos in (2, t.vocab_size - 1) else eos  # 2 stands for the highest id of a text
     text = TextSize(t.max_position_embeddings, t.vocab_size, t.hidden_size, t.num_hidden_layers, t.num_attention_heads,
                     eos)
-  return ClipSize(hf.projection_dim, image, text, acts[0])
+  return ClipConfig(hf.projection_dim, image, text, acts[0])
 
 
 def hf_preprocessing(path: str, image_size: int, kind: str) -> Preprocessing:
@@ -135,7 +135,7 @@ def hf_preprocessing(path: str, image_size: int, kind: str) -> Preprocessing:
   return preprocessing.of_hf(kind)
 
 
-def preprocessing_beside(file: str, size: ClipSize) -> Callable[[], Preprocessing] | None:
+def preprocessing_beside(file: str, size: ClipConfig) -> Callable[[], Preprocessing] | None:
   """Returns what gives the preprocessing that lies beside a file of weights, None if none does.
 
   Args:
@@ -152,7 +152,7 @@ def preprocessing_beside(file: str, size: ClipSize) -> Callable[[], Preprocessin
     config, side = os.path.join(folder, there), size.image.image_size
     found = (open_clip_preprocessing(config, side) if there == "open_clip_config.json" else
              hf_preprocessing(folder, side, "CLIP"))
-    usual = ClipSize(), preprocessing.of_hf("CLIP")  # what a configuration that says nothing of it gives
+    usual = ClipConfig(), preprocessing.of_hf("CLIP")  # what a configuration that says nothing of it gives
     for name, value in dataclasses.asdict(found).items():
       own = _plain(getattr(size, name))
       if own not in (_plain(value), *(_plain(getattr(x, name)) for x in usual)):
@@ -199,7 +199,7 @@ def _side(value: Any) -> int:
   return sides[0]
 
 
-def described(model: str) -> ClipSize:
+def described(model: str) -> ClipConfig:
   """Returns the size that --model= says: a name of `clip.SIZES`, or a file or directory with a CLIP's configuration.
 
   After either, fields may follow that differ: clip_vit_b32,activation=gelu,image.heads=8.
@@ -237,7 +237,7 @@ def described(model: str) -> ClipSize:
 CONFIGS = ("limber_config.json", "open_clip_config.json", "config.json")
 
 
-def size_in(path: str) -> ClipSize:
+def size_in(path: str) -> ClipConfig:
   """Returns the size of the CLIP that a configuration file describes: of ours, open_clip's or transformers'.
 
   Its preprocessing is what the file says, or the one that belongs to it in its directory.

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from limber_jax.config import flatten
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, gptj
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
 from limber_jax.models.spec import spec_of
@@ -27,7 +27,7 @@ from limber_jax.weights import convert, preprocessing
 HALF = tuple(f"{kind}{SUFFIX}" for kind in (".safetensors", ".json"))  # of files that are not whole
 
 
-def save(path: str, to: str, size: ClipSize, params: dict[str, Any], stats: dict[str, Any]) -> None:
+def save(path: str, to: str, size: ClipConfig, params: dict[str, Any], stats: dict[str, Any]) -> None:
   """Writes a model into the new or empty directory `path`; `weights.load.load(path)` gives it back bit for bit.
 
   Args:
@@ -157,11 +157,11 @@ def _gptj_config(size: GPTJSize, dtype: str) -> dict[str, Any]:
   }
 
 
-def _limber(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
+def _limber(size: ClipConfig, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
   return {"limber_config.json": flatten(size, known=True)}, "params.safetensors", convert.identity(tree)
 
 
-def open_clip_config(size: ClipSize) -> dict[str, Any]:
+def open_clip_config(size: ClipConfig) -> dict[str, Any]:
   """Returns the arguments of open_clip's CLIP for a model of this size: its "model_cfg"."""
   i, t = size.image, size.text
   return {
@@ -173,7 +173,7 @@ def open_clip_config(size: ClipSize) -> dict[str, Any]:
   }
 
 
-def _open_clip(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
+def _open_clip(size: ClipConfig, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
   i, model = size.image, open_clip_config(size)
   if "logit_bias" in tree:
     model["init_logit_bias"] = float(tree["logit_bias"])
@@ -181,7 +181,7 @@ def _open_clip(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], s
   return {"open_clip_config.json": config}, "open_clip_model.safetensors", clip.openai_weights(i.kind)
 
 
-def _hf(size: ClipSize, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
+def _hf(size: ClipConfig, tree: dict[str, Any]) -> tuple[dict[str, dict], str, Rows]:
   i, t = size.image, size.text
   if (vision := spec_of(i.kind).clip.hf) is None:
     raise UserError(f"transformers' CLIPModel has no {i.kind} tower; use --to=open_clip")

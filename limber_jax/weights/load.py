@@ -42,11 +42,11 @@ from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
 from limber_jax.models import clip, gptj, prompt, spec
-from limber_jax.models.clip import ClipSize
+from limber_jax.models.clip import ClipConfig
 from limber_jax.models.encoders import Encoder
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.layers import Rows
-from limber_jax.models.spec import EncoderSize, same, spec_of
+from limber_jax.models.spec import EncoderConfig, same, spec_of
 from limber_jax.weights import bare, configs, files, identify, names, positions
 from limber_jax.weights.configs import naming, read_json
 from limber_jax.weights.convert import convert, identity, pattern, stream
@@ -60,7 +60,7 @@ _RESAMPLE = "--config.init.resample_positions=True"
 class Loaded:
   """A model from disk; leaves are float32 numpy arrays."""
 
-  size: ClipSize
+  size: ClipConfig
   params: dict[str, Any]  # {"image": …, "text": …, "logit_scale": [], and of a SigLIP "logit_bias": []}
   stats: dict[str, Any]   # {"image": …} of a ResNet, {} of a ViT
 
@@ -69,7 +69,7 @@ class Loaded:
 class Opened:
   """A model on disk, its tensors not yet read."""
 
-  size: ClipSize
+  size: ClipConfig
   source: Mapping[str, Any]      # their name -> anything with `shape` and `dtype` that np.asarray reads
   rows: Rows                     # paths of statistics start with "stats/"
   ignored: tuple[str, ...] = ()  # patterns of tensors that carry no weights
@@ -97,7 +97,7 @@ def load(path: str, model: str = "", *, flag: str = "--model") -> Loaded:
   return Loaded(opened.size, params, stats)
 
 
-def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
+def load_into(path: str, part: str, size: ClipConfig, params: dict[str, Any],
               stats: dict[str, Any] | None = None, resample: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (params, stats) of one part of the model at `path`, float32 numpy arrays.
 
@@ -126,7 +126,7 @@ def load_into(path: str, part: str, size: ClipSize, params: dict[str, Any],
   return tree[part], tree.get("stats", {}).get(part, {})
 
 
-def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: dict[str, Any],
+def load_part(path: str, part: str, size: EncoderConfig | GPTJSize | None, like: dict[str, Any],
               stats: dict[str, Any] | None = None, resample: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (params, stats) of one part of a LiMBeR, on the devices: the host never holds more than a few tensors.
 
@@ -156,7 +156,7 @@ def load_part(path: str, part: str, size: EncoderSize | GPTJSize | None, like: d
   return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
 
 
-def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, given: ClipSize | None = None,
+def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, given: ClipConfig | None = None,
                flag: str = "--model", role: str = "clip", preprocessing: bool = True) -> Opened:
   """Returns the model at `path` with its tensors yet to be read; raises UserError as `load` does.
 
@@ -220,7 +220,7 @@ def _ignored_beside(opened: Opened, part: str) -> tuple[str, ...]:
   return (*opened.ignored, *others)
 
 
-def _check_clip(path: str, part: str, theirs: ClipSize, ours: dict[str, Any], encoder: bool = False) -> None:
+def _check_clip(path: str, part: str, theirs: ClipConfig, ours: dict[str, Any], encoder: bool = False) -> None:
   """Raises if the CLIP at `path` computes something else than `ours` says: of a CLIP's config, or of an encoder's."""
   has = {"activation": theirs.activation, f"{part}.heads": getattr(theirs, part).heads}
   for name, value in has.items():
@@ -230,7 +230,7 @@ def _check_clip(path: str, part: str, theirs: ClipSize, ours: dict[str, Any], en
                       f"set --config.model.{field}={value}")
 
 
-def shapes(size: ClipSize, logit_bias: bool = False) -> dict[str, Any]:
+def shapes(size: ClipConfig, logit_bias: bool = False) -> dict[str, Any]:
   """Returns ShapeDtypeStructs of all that a model holds: parameters by part, and statistics under "stats"."""
   model = clip.build(size, Compute(dtype="float32", attention="xla"))
   image = jax.eval_shape(lambda: model.init_image(jax.random.key(0)))
@@ -351,7 +351,7 @@ def _shards(path: str, index: str) -> dict[str, files.Tensor]:
   return names.unwrap({name: shards[file][name] for name, file in where.items()}, index)[0]
 
 
-def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipSize | None, flag: str, role: str) -> Opened:
+def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipConfig | None, flag: str, role: str) -> Opened:
   if os.path.isdir(path):
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
@@ -467,11 +467,11 @@ def _check_gptj(values: dict[str, Any], size: GPTJSize) -> None:
   same(values, _GPTJ_SAME)
 
 
-def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
+def _image(path: str, size: EncoderConfig, like: dict[str, Any]) -> _Part:
   tower, spec = size.tower, spec_of(size.tower.kind)
-  encoder = Encoder.of(size, Compute(dtype="float32", attention="xla"))
+  encoder = Encoder.from_config(size, Compute(dtype="float32", attention="xla"))
   if spec.clip:
-    opened = open_model(path, parts=("image",), role="image", preprocessing=False, given=ClipSize(
+    opened = open_model(path, parts=("image",), role="image", preprocessing=False, given=ClipConfig(
       size.embed_dim, tower, activation=size.activation))
     if opened.size.image.kind != tower.kind:
       raise UserError(f"{path} has an image tower of kind {opened.size.image.kind!r}, but this config's model has "
@@ -497,7 +497,7 @@ def _image(path: str, size: EncoderSize, like: dict[str, Any]) -> _Part:
     return _Part(source, encoder.rows(source), spec.ignored)
 
 
-def _headed(path: str, opened: Opened, size: EncoderSize) -> Mapping[str, Any]:
+def _headed(path: str, opened: Opened, size: EncoderConfig) -> Mapping[str, Any]:
   """Returns the tensors of an image tower, of a CLIPVisionModel with a projection that changes nothing.
 
   Its pooled output is the class token before any projection. Where the language model gets the patches, and the pooled

@@ -34,8 +34,8 @@ class Preprocessing:
   fill_color: int = 0
 
   @classmethod
-  def of(cls, size: Any) -> "Preprocessing":
-    """Returns that of a ClipSize or EncoderSize."""
+  def from_config(cls, size: Any) -> "Preprocessing":
+    """Returns that of a ClipConfig or EncoderConfig."""
     return cls(**{name: getattr(size, name) for name in spec.PIXELS})
 
 
@@ -209,7 +209,7 @@ def from_timm(values: dict[str, Any], image_size: int) -> Preprocessing | None:
 
 
 def to_hf(size: Any, image_size: int) -> dict[str, Any]:
-  """Returns the preprocessor_config.json of a ClipSize; raises UserError if a CLIPImageProcessor cannot do it.
+  """Returns the preprocessor_config.json of a ClipConfig; raises UserError if a CLIPImageProcessor cannot do it.
 
   It rounds the place of its crop down: of a model that rounds to even, images with an odd number of pixels to cut
   may come out one pixel further up or left.
@@ -232,7 +232,7 @@ def to_hf(size: Any, image_size: int) -> dict[str, Any]:
 
 
 def to_open_clip(size: Any, image_size: int) -> dict[str, Any]:
-  """Returns the "preprocess_cfg" of a ClipSize; raises UserError if open_clip cannot do it.
+  """Returns the "preprocess_cfg" of a ClipConfig; raises UserError if open_clip cannot do it.
 
   It rounds the place of its crop to even: see `to_hf`.
   """
@@ -247,7 +247,7 @@ def to_open_clip(size: Any, image_size: int) -> dict[str, Any]:
 
 
 def otherwise(size: Any, image_size: int, to: str) -> str:
-  """Returns what another library makes of an exported ClipSize otherwise, in a sentence; "" if it does the same."""
+  """Returns what another library makes of an exported ClipConfig otherwise, in a sentence; "" if it does the same."""
   theirs = {"hf": "down", "open_clip": "even"}.get(to, size.crop_rounding)
   cuts = size.resize in ("shortest", "native") or (size.resize == "squash" and size.resize_to not in (0, image_size))
   if theirs == size.crop_rounding or not cuts:

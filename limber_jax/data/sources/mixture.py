@@ -11,7 +11,7 @@ import numpy as np
 
 from limber_jax import registry
 from limber_jax.config import Source
-from limber_jax.data.pipeline import order
+from limber_jax.data.pipeline import shuffled_index
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 
@@ -79,7 +79,7 @@ class Mixture:
     same = all(m.classes is not None and m.classes == self._members[0].classes for m in self._members)
     self.classes = self._members[0].classes if same else None
 
-  def order(self, seed: int, position: int) -> int:
+  def shuffled_index(self, seed: int, position: int) -> int:
     """Returns the index of the record at a position of the endless training stream; see `limber_jax.data.pipeline`.
 
     Args:
@@ -89,7 +89,7 @@ class Mixture:
     rounds, place = divmod(position, len(self._round))
     number = int(self._round[place])
     own = rounds * self._weights[number] + int(self._turn[place])  # how many of this member have been before
-    return int(self._starts[number]) + order(len(self._members[number]), _own_seed(seed, number), own)
+    return int(self._starts[number]) + shuffled_index(len(self._members[number]), _own_seed(seed, number), own)
 
   def shares(self, batch_size: int) -> list[tuple[str, int, int]]:
     """Returns (name, records, how many of them a batch holds at most) of each member."""

@@ -21,11 +21,11 @@ from jax.experimental import multihost_utils
 
 from limber_jax.errors import UserError
 from limber_jax.runtime.lock import NAME, Lock
-from limber_jax.runtime.parallel import from_first
+from limber_jax.runtime.parallel import broadcast_from_process_0
 
 
 @dataclass(frozen=True)
-class Collected:
+class Results:
   """Results by item, in the order of the data, the same in every process."""
 
   records: list[dict[str, Any]]  # {"index", "id", …} of each item that could be read
@@ -38,7 +38,7 @@ class Collected:
     return np.array([r["index"] for r in self.records], np.int64)
 
 
-class Items:
+class ResultStore:
   """Results as they come in: in memory, and in files if there is a path. Only process 0 reads and writes these."""
 
   def __init__(self, path: str, key: dict[str, Any], batch_size: int, total: int, arrays: Sequence[str] = (), *,
@@ -68,8 +68,8 @@ class Items:
     if path:
       with contextlib.ExitStack() as held:
         if shared:
-          held.enter_context(Lock(f"{path}{NAME}", first=from_first))
-        shapes, lines, self.flaw = from_first(lambda: self._guarded(self._read, total))
+          held.enter_context(Lock(f"{path}{NAME}", first=broadcast_from_process_0))
+        shapes, lines, self.flaw = broadcast_from_process_0(lambda: self._guarded(self._read, total))
         self._held = held.pop_all()
       self._sort(lines)
       for name, shape in shapes.items():
@@ -80,10 +80,10 @@ class Items:
     """The number of items that there are results of, damaged ones too."""
     return len(self._records) + len(self._damage)
 
-  def collected(self) -> Collected:
+  def collected(self) -> Results:
     """Returns what there is."""
     arrays = {name: np.concatenate(rows) for name, rows in self._arrays.items() if rows}
-    return Collected(self._records, arrays, self._damage)
+    return Results(self._records, arrays, self._damage)
 
   def append(self, lines: Sequence[dict[str, Any]], arrays: dict[str, np.ndarray]) -> None:
     """Adds the results of a batch.
