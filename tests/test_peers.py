@@ -51,7 +51,7 @@ def test_the_line_names_who_is_gone(text, names):
 
 
 def stderr_of(code: str) -> str:
-  done = subprocess.run([sys.executable, "-c", f"import os, sys, time\nfrom limber_jax import peers\n{code}"],
+  done = subprocess.run([sys.executable, "-c", f"import os, sys, time\nfrom limber_jax.runtime import peers\n{code}"],
                         stderr=subprocess.PIPE, text=True, timeout=60)
   return done.stderr
 
