@@ -22,6 +22,11 @@ ENCODERS = {
   "nf_resnet": "limber_jax.models.nfnet:ENCODER",
 }
 
+# Language models, by the kind of their size; a name of one, such as gptj_6b, is in its `named`.
+LANGUAGE_MODELS = {
+  "gptj": "limber_jax.models.gptj:DECODER",
+}
+
 # What config.model is, by task.
 SIZES = {
   "captioning": "limber_jax.models.limber:LimberConfig",

@@ -12,6 +12,7 @@ from limber_jax.config import Decoding
 from limber_jax.decoding import generate
 from limber_jax.errors import UserError
 from limber_jax.models import gptj
+from limber_jax.models.cache import CACHE_SHARDING, constrain_cache, empty_cache
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.runtime import parallel
 
@@ -158,8 +159,8 @@ def test_a_mesh_changes_no_token(settings):
 def test_the_cache_lies_over_the_mesh():
   mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   with jax.set_mesh(mesh):
-    cache = jax.jit(lambda: gptj.constrain_cache(gptj.empty_cache(SIZE, B, 16, "float32")))()
-  assert cache.k.sharding.spec == gptj.CACHE_SHARDING.k
+    cache = jax.jit(lambda: constrain_cache(empty_cache(SIZE, B, 16, "float32")))()
+  assert cache.k.sharding.spec == CACHE_SHARDING.k
   assert cache.k.addressable_shards[0].data.shape == (2, 2, 2, 16, 16)
 
 

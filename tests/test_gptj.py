@@ -14,6 +14,7 @@ from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models import adapters, gptj
 from limber_jax.models.adapters import AdapterSize
+from limber_jax.models.cache import CACHE_SHARDING, empty_cache
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.runtime import parallel
 from limber_jax.weights import convert
@@ -135,7 +136,7 @@ def test_tokens_through_a_cache_are_those_of_one_pass(side, chunks):
   want = run(params, x, positions, mask)[0]
   model = GPTJ(SIZE, FP32)
   forward = jax.jit(lambda *args: model.apply({"params": params}, *args))
-  cache = gptj.empty_cache(SIZE, B, 12, "float32")
+  cache = empty_cache(SIZE, B, 12, "float32")
   got, start = [], 0
   for size in chunks:
     part = slice(start, start + size)
@@ -154,7 +155,7 @@ def test_the_cache_of_a_first_pass_need_not_be_known_to_be_empty():
   params = random_params(SIZE)
   x, positions, mask = prompts("left")
   model = GPTJ(SIZE, FP32)
-  cache = gptj.empty_cache(SIZE, B, 12, "float32")
+  cache = empty_cache(SIZE, B, 12, "float32")
   known = model.apply({"params": params}, x, positions, mask, cache)
   traced = jax.jit(model.apply)({"params": params}, x, positions, mask, cache)
   for a, b in zip(jax.tree.leaves((known[0] * mask[..., None], known[1].k)),
@@ -223,13 +224,13 @@ def test_a_size_has_the_parameters_that_its_name_says(name, parameters):
 def test_sharding_rows_fit_every_parameter_and_the_cache(name, meshes):
   size = gptj.SIZES[name]()
   like = shapes(size, AdapterSize("normal", "scaled_parallel", layer_norm=True))
-  cache = jax.eval_shape(lambda: gptj.empty_cache(size, 64, size.context, "bfloat16"))
+  cache = jax.eval_shape(lambda: empty_cache(size, 64, size.context, "bfloat16"))
   for sizes in meshes:
     mesh = jax.sharding.AbstractMesh(sizes, parallel.AXES)
     parallel.shardings(like, (*gptj.SHARDING, *adapters.SHARDING), mesh)
     parallel.shardings(adapters.split_adapters(like)[0], gptj.SHARDING, mesh)
     if sizes[2] <= size.heads:
-      for leaf, spec in zip(cache, gptj.CACHE_SHARDING, strict=True):
+      for leaf, spec in zip(cache, CACHE_SHARDING, strict=True):
         jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape)
 
 

@@ -28,6 +28,7 @@ from limber_jax.config import Compute, Decoding
 from limber_jax.decoding import generate
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import gptj
+from limber_jax.models.cache import Cache, empty_cache
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.weights import export
 
@@ -90,7 +91,7 @@ def settings() -> Decoding:
 class _Read:
   """A GPTJ whose pass through the prompts is done: for it, `generate` does nothing but write."""
 
-  def __init__(self, model: GPTJ, hidden: jax.Array, cache: gptj.Cache):
+  def __init__(self, model: GPTJ, hidden: jax.Array, cache: Cache):
     self.size, self.compute = model.size, model.compute
     self._model, self._first = model, (hidden, cache)
 
@@ -114,7 +115,7 @@ class Ours:
       return generate.generate(model, params, x, *rest, max_new_tokens=N, eos=_NO_END, settings=settings())
 
     def read(params, x, *rest):
-      cache = gptj.empty_cache(model.size, B, P + N - 1, model.compute.dtype)
+      cache = empty_cache(model.size, B, P + N - 1, model.compute.dtype)
       return model.apply({"params": params}, x, *rest, cache)
 
     def go_on(first, params, x, *rest):

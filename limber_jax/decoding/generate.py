@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from limber_jax import ranges
 from limber_jax.config import Decoding
 from limber_jax.errors import UserError
-from limber_jax.models.gptj import Cache, constrain_cache, empty_cache
+from limber_jax.models.cache import Cache, constrain_cache, empty_cache
 
 _NEVER = -1e9  # added to the scores of beams that may not be chosen; transformers' number
 

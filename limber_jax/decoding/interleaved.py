@@ -17,7 +17,7 @@ from limber_jax.config import Decoding
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.decoding import generate
 from limber_jax.decoding.generate import Generated
-from limber_jax.models.gptj import Cache
+from limber_jax.models.cache import Cache
 from limber_jax.models.limber import Limber
 
 # Ends an example. Tokenizers that clean texts of needless spaces (bytes, bpe, clip) leave it out before an image.

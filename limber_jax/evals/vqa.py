@@ -22,7 +22,7 @@ from limber_jax.decoding.interleaved import SEPARATOR, Layout, example_text, que
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner
 from limber_jax.metrics import vqa
-from limber_jax.models.gptj import Cache
+from limber_jax.models.cache import Cache
 from limber_jax.models.limber import part
 from limber_jax.registry import SOURCES, lookup
 from limber_jax.runtime.parallel import broadcast_from_process_0, replicated

@@ -23,7 +23,7 @@ from limber_jax.decoding.generate import row_keys
 from limber_jax.decoding.interleaved import Layout, Segments
 from limber_jax.errors import UserError
 from limber_jax.inference.images import attempt
-from limber_jax.models.gptj import Cache
+from limber_jax.models.cache import Cache
 from limber_jax.runtime import parallel
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.training.setup import Setup

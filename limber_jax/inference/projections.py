@@ -19,8 +19,8 @@ from limber_jax.data import vocabularies
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.inference.captioner import Captioner
 from limber_jax.models import encoders
-from limber_jax.models.gptj import SIZES
 from limber_jax.models.limber import part
+from limber_jax.models.spec import decoder_of
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.training.setup import Setup, check_frozen, setup
 from limber_jax.weights import load, projection
@@ -131,8 +131,8 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
     checkpoints.close()
   encoder = task.model.encoders[task.model.encoder_of(name)].size
   projection.save(path, trained[here], {
-    "encoder": _named(encoder, encoders.known()), "lm": _named(config.model.lm, SIZES), "map": name,
-    "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_lib.flatten(config), "step": step,
+    "encoder": _named(encoder, encoders.known()), "lm": _named(config.model.lm, decoder_of(config.model.lm.kind).named),
+    "map": name, "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_lib.flatten(config), "step": step,
     "version": limber_jax.__version__})
   return step
 

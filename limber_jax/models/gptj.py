@@ -5,7 +5,7 @@ Source: EleutherAI's gpt-j-6B and mesh-transformer-jax. Rotary positions: RoForm
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,10 @@ from limber_jax import ranges
 from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models.adapters import AdapterSize, adapted
+from limber_jax.models.cache import Cache, constrain_cache
 from limber_jax.models.layers import BLOCK_SHARDING, REMAT, LayerNorm, Rows, under
 from limber_jax.models.linear import Dense, broadcast, matmul
+from limber_jax.models.spec import DecoderSpec
 from limber_jax.ranges import COUNT, ranged
 from limber_jax.runtime.parallel import BATCH, constrain
 
@@ -46,31 +48,6 @@ SIZES: dict[str, Callable[[], GPTJSize]] = {
   "gptj_10m": lambda: GPTJSize(vocab=1024, context=512, width=384, layers=5, heads=6, rotary=32),
   "gptj_100m": lambda: GPTJSize(vocab=8192, context=1024, width=768, layers=12, heads=12, rotary=32),
 }
-
-
-class Cache(NamedTuple):
-  """Keys and values of the tokens so far, in M slots; `next` is the same for all rows."""
-
-  k: jax.Array           # [L, B, A, M, K], turned by their positions
-  v: jax.Array           # [L, B, A, M, K]
-  mask: jax.Array        # bool [B, M], True where a slot holds a real token
-  next: jax.Array | int  # int32 [], the first slot that is free; a Python 0 says before tracing that all are
-
-
-# Of a cache on a mesh: the specs of its arrays.
-CACHE_SHARDING = Cache(k=jax.P(None, BATCH, "tensor"), v=jax.P(None, BATCH, "tensor"), mask=jax.P(BATCH), next=jax.P())
-
-
-def empty_cache(size: GPTJSize, batch: int, length: int, dtype: str) -> Cache:
-  """Returns a cache of `batch` rows and `length` slots, all free."""
-  shape = (size.layers, batch, size.heads, length, size.width // size.heads)
-  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool), 0)
-
-
-def constrain_cache(cache: Cache) -> Cache:
-  """Returns the cache spread over the current mesh by CACHE_SHARDING: rows over data × fsdp, heads over tensor."""
-  return Cache(*(x if isinstance(x, int) else constrain(x, *spec)
-                 for x, spec in zip(cache, CACHE_SHARDING, strict=True)))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -268,7 +245,6 @@ SHARDING = (
   (r"head/kernel$", jax.P("fsdp", "tensor")),
   (r"head/bias$", jax.P("tensor")),
 )
-
 HF_WEIGHTS: Rows = (
   ("embedding", "transformer.wte.weight", ""),
   *under("blocks/", "transformer.h.{}.", (
@@ -288,10 +264,8 @@ HF_WEIGHTS: Rows = (
   ("head/kernel", "lm_head.weight", "OI>IO"),
   ("head/bias", "lm_head.bias", ""),
 )
-
 # Causal masks that older files carry, as patterns of their whole names.
 HF_IGNORED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
-
 # The Flax model that transformers had until version 5, and in which the 6B is still published: flax_model.msgpack.
 FLAX_WEIGHTS: Rows = (
   ("embedding", "transformer/wte/embedding", ""),
@@ -312,3 +286,7 @@ FLAX_WEIGHTS: Rows = (
   ("head/kernel", "lm_head/kernel", ""),
   ("head/bias", "lm_head/bias", ""),
 )
+
+DECODER = DecoderSpec(
+  size=GPTJSize, module=lambda size, compute, adapters=None: GPTJ(size, compute, adapters), check=check,
+  init=init_params, mu=lambda size: SIZES["gptj_mu"](), sharding=SHARDING, adapter_sharding=BLOCK_SHARDING, named=SIZES)

@@ -8,17 +8,17 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from limber_jax import ranges
 from limber_jax.config import Compute
-from limber_jax.models import adapters, gptj, prompt
+from limber_jax.models import adapters, prompt
 from limber_jax.models.adapters import AdapterSize
 from limber_jax.models.encoders import Encoder
-from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
-from limber_jax.models.spec import EncoderConfig
+from limber_jax.models.spec import EncoderConfig, decoder_of
 from limber_jax.ranges import ranged
 from limber_jax.runtime.parallel import Rules, within
 
@@ -46,7 +46,7 @@ class LimberConfig:
 
   image: EncoderConfig = field(default_factory=EncoderConfig)
   prompt: PromptSize = field(default_factory=PromptSize)
-  lm: GPTJSize = field(default_factory=GPTJSize)
+  lm: Any = ranged(factory=lambda: decoder_of("gptj").size(), registered="LANGUAGE_MODELS")
   adapters: AdapterSize = field(default_factory=AdapterSize)
   others: dict[str, Map] = field(default_factory=dict)
 
@@ -78,15 +78,17 @@ class Limber:
   size: LimberConfig
   encoders: dict[str, Encoder]     # by the name of the map; maps that share the first one's encoder are not in it
   prompts: dict[str, LinearPrompt]
-  lm: GPTJ
+  lm: nn.Module                    # of a DecoderSpec
 
   @classmethod
   def from_config(cls, size: LimberConfig, compute: Compute) -> "Limber":
     """Returns the models of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
     ranges.check(size, "config.model.")
     has_adapters = size.adapters.mlp or size.adapters.attention
-    lm = GPTJ(size.lm, compute, size.adapters if has_adapters else None)
-    gptj.check(size.lm, lm.adapters)
+    adapted = size.adapters if has_adapters else None
+    decoder = decoder_of(size.lm.kind)
+    decoder.check(size.lm, adapted)
+    lm = decoder.module(size.lm, compute, adapted)
     maps = {"": Map(size.image, size.prompt), **size.others}
     encoders = {name: Encoder.from_config(m.image, compute) for name, m in maps.items() if m.image is not None}
     prompts = {name: LinearPrompt(size.lm.width, m.prompt.per_feature, m.prompt.dropout, m.prompt.layer_norm, compute)
@@ -109,7 +111,9 @@ class Limber:
   @property
   def sharding(self) -> Rules:
     """Rows of the sharding table for all parts; each part's rows hold only within it."""
-    rows = [*within("lm", gptj.SHARDING), *within("adapters", (*gptj.BLOCK_SHARDING, *adapters.SHARDING))]
+    decoder = decoder_of(self.size.lm.kind)
+    rows = [*within("lm", decoder.sharding),
+            *within("adapters", (*decoder.adapter_sharding, *adapters.SHARDING))]
     for name in self.maps:
       rows += within(part("prompt", name), prompt.SHARDING)
       if name in self.encoders:
@@ -119,7 +123,7 @@ class Limber:
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns random (params by part, stats by part); the same for a map whatever other maps there are."""
     params, stats = {}, {}
-    lm, adapted = adapters.split_adapters(gptj.init_params(self.lm, jax.random.fold_in(rng, 0)))
+    lm, adapted = adapters.split_adapters(decoder_of(self.size.lm.kind).init(self.lm, jax.random.fold_in(rng, 0)))
     params["lm"] = lm
     if adapted:
       params["adapters"] = adapted
@@ -159,7 +163,7 @@ class Limber:
     return self.lm.apply(self.lm_params(params), hidden, method="logits")
 
 
-def target_hidden(lm: GPTJ, variables: dict[str, Any], prompt: jax.Array, tokens: jax.Array, mask: jax.Array
+def target_hidden(lm: nn.Module, variables: dict[str, Any], prompt: jax.Array, tokens: jax.Array, mask: jax.Array
                   ) -> jax.Array:
   """Returns the hidden states [B, T, D] that predict tokens, each from the prompt and the tokens before it.
 

@@ -105,6 +105,31 @@ class EncoderSpec:
   processor: str = ""            # an image processor of transformers | timm: what says the preprocessing
 
 
+@dataclass(frozen=True)
+class DecoderSpec:
+  """A language model, as the rest of the tree sees it.
+
+  Functions of a `size` take an instance of `size`, those of a `model` what `module` returns: a linen module over
+  embeddings with the methods of models.gptj.GPTJ (`embed`, `__call__` with a models.cache.Cache, `logits`).
+  """
+
+  # A dataclass of its sizes: `kind` is the name in registry.LANGUAGE_MODELS; `vocab`, `context`, `width`, `layers` and
+  # `heads` are what caches and prompts are made by; `encoders()` returns {}.
+  size: type
+  module: Callable[[Any, Compute, Any], nn.Module]  # (size, compute, adapters or None)
+  check: Callable[[Any, Any], None]                 # (size, adapters or None); raises UserError
+  init: Callable[[Any, Any], dict]                  # (model, rng) -> parameters
+  mu: Callable[[Any], Any]                          # size -> the smallest of the same build, for tests
+  sharding: Rules
+  adapter_sharding: Rules                           # of what a block's adapters would shard as
+  named: dict[str, Callable[[], Any]]
+
+
+def decoder_of(kind: str) -> DecoderSpec:
+  """Returns the spec of a kind of language model; raises UserError with the nearest one if there is none."""
+  return registry.lookup("language model", registry.LANGUAGE_MODELS, kind)
+
+
 def spec_of(kind: str) -> EncoderSpec:
   """Returns the spec of a kind of tower; raises UserError with the nearest one if there is none."""
   return registry.lookup("encoder", registry.ENCODERS, kind)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,9 +13,8 @@ from limber_jax.config import Config, Data, check_model
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
-from limber_jax.models import gptj
-from limber_jax.models.gptj import GPTJ
 from limber_jax.models.limber import target_hidden
+from limber_jax.models.spec import decoder_of
 from limber_jax.runtime.parallel import Rules, within
 from limber_jax.tasks import microbatches
 from limber_jax.weights import load
@@ -27,7 +27,7 @@ class LanguageModelling:
   The first token of each row is the end of another text: it is read and not predicted.
   """
 
-  model: GPTJ
+  model: nn.Module    # of a DecoderSpec
   accumulate: int
   length: int      # T
 
@@ -36,7 +36,8 @@ class LanguageModelling:
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     check_model(config)
     size, k = config.model, config.loss.accumulate
-    gptj.check(size)
+    decoder = decoder_of(size.kind)
+    decoder.check(size, None)
     ranges.check(config.loss, "config.loss.")
     if config.batch_size % k:
       raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={config.batch_size}")
@@ -45,11 +46,11 @@ class LanguageModelling:
                       "another token")
     if config.data.length > size.context:
       raise UserError(f"config.data.length={config.data.length} is more than the model's context of {size.context}")
-    return cls(GPTJ(size, config.compute), k, config.data.length)
+    return cls(decoder.module(size, config.compute, None), k, config.data.length)
 
   @property
   def sharding(self) -> Rules:
-    return within("lm", gptj.SHARDING)
+    return within("lm", decoder_of(self.model.size.kind).sharding)
 
   @property
   def vocab(self) -> int:
@@ -62,7 +63,7 @@ class LanguageModelling:
     return {}
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"lm": gptj.init_params(self.model, rng)}, {}
+    return {"lm": decoder_of(self.model.size.kind).init(self.model, rng)}, {}
 
   def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
            ) -> tuple[dict[str, Any], dict[str, Any]]:
