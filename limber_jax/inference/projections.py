@@ -132,8 +132,8 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
   encoder = task.model.encoders[task.model.encoder_of(name)].size
   projection.save(path, trained[here], {
     "encoder": _named(encoder, encoders.known()), "lm": _named(config.model.lm, decoder_of(config.model.lm.kind).named),
-    "map": name, "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_lib.flatten(config), "step": step,
-    "version": limber_jax.__version__})
+    "map": name, "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_lib.flatten(config),
+    "step": step, "version": limber_jax.__version__})
   return step
 
 
