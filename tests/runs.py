@@ -76,14 +76,14 @@ def pictures(folder: Any, count: int) -> list[str]:
   return paths
 
 
-def environment(cache: Any, devices: int = 1, processes: int = 1, index: int = 0, port: int = 0) -> dict[str, str]:
+def environment(devices: int = 1, processes: int = 1, index: int = 0, port: int = 0) -> dict[str, str]:
   """Returns the environment of a command on simulated devices, one of several processes if there are more.
 
-  Programs are compiled once, into the directory `cache`, for all the commands that a test starts.
+  Its programs are compiled once, into the cache of all tests.
   """
   env = os.environ | {
     "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    "JAX_COMPILATION_CACHE_DIR": os.environ["LIMBER_TEST_CACHE"], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
   if processes > 1:
     env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(index)}

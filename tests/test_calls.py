@@ -112,7 +112,7 @@ print(json.dumps(sorted(seen)))
 
 def audited(script, tmp_path):
   """Returns [[event, what]] of what a process did that it should not."""
-  env = environment(tmp_path / "cache") | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+  env = environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
   done = subprocess.run([sys.executable, "-c", AUDITED.format(script=script), ROOT / "limber_jax", tmp_path / "run"],
                         cwd=tmp_path, text=True, capture_output=True, env=env)
   assert done.returncode == 0, done.stderr

@@ -502,7 +502,7 @@ print(json.dumps(out))
 def killed(workdir, trials):
   """Returns [[whether the run lived until it was killed, checkpoints there, whole ones, the newest]] of some kills."""
   done = subprocess.run([sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__)), workdir, str(trials)],
-                        env=environment(workdir / "cache"), capture_output=True, text=True)
+                        env=environment(), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   out = json.loads(done.stdout.splitlines()[-1])
   print(f"R14: {trials} kills, the newest checkpoint of step {out[-1][3]}: never fewer than "
@@ -562,7 +562,7 @@ print(size, peak - before)
 
 def test_a_save_takes_less_memory_than_half_as_much_again_as_the_state(tmp_path):
   done = subprocess.run([sys.executable, "-c", SAVED.format(tests=os.path.dirname(__file__)), tmp_path],
-                        env=environment(tmp_path / "cache"), capture_output=True, text=True)
+                        env=environment(), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   size, more = map(int, done.stdout.split()[-2:])
   print(f"R23: state {size / 2**20:.0f} MiB: the peak of a save is {more / size:.2f} × the state above what is "

@@ -186,7 +186,7 @@ def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_cli
   experiment.write_text(EXPERIMENT.format(tests=os.path.dirname(__file__), sets=str(sets), bpe=bpe))
   done = subprocess.run(
     [sys.executable, "-m", "limber_jax.evaluate", f"--config={experiment}", f"--workdir={tmp_path}/w",
-     f"--weights={tmp_path}/model"], capture_output=True, text=True, check=False, env=environment(tmp_path / "cache"))
+     f"--weights={tmp_path}/model"], capture_output=True, text=True, check=False, env=environment())
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "w" / "results.json").read_text())["evaluations"]
   assert set(found) == {"wds_vtab_flowers", "wds_mnist", "wds_voc2007_multilabel", "wds_flickr8k",

@@ -215,6 +215,6 @@ def test_a_captioning_run_is_no_clip_and_the_commands_for_it_are_named():
 def test_a_get_config_without_a_return_is_told(tmp_path):
   (tmp_path / "x.py").write_text("def get_config():\n  pass\n")
   command = [sys.executable, "-m", "limber_jax.train", f"--config={tmp_path}/x.py", f"--workdir={tmp_path}/r"]
-  done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path / "cache"))
+  done = subprocess.run(command, capture_output=True, text=True, env=environment())
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr == "error: --config: get_config() gave a NoneType, wanted a limber_jax.config.Config\n"

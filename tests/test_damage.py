@@ -326,7 +326,7 @@ def test_two_processes_name_what_one_names(tmp_path):
 
   def start(workdir, **options):
     return subprocess.Popen([sys.executable, "-m", "limber_jax.train", f"--config={file}", f"--workdir={workdir}"],
-                            env=environment(tmp_path / "cache", **options), stdout=subprocess.PIPE,
+                            env=environment(**options), stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
   port = free_port()
@@ -523,7 +523,7 @@ def reading(tmp_path):
       path, _ = write_damaged(tmp_path / "data")
       file = tmp_path / "experiment.py"
       file.write_text(EXPERIMENT.format(root=ROOT, path=str(path)).replace("mesh=", "workers=2, steps=10**6, mesh="))
-      env = environment(tmp_path / "cache")
+      env = environment()
       arguments = ["-m", "limber_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.Popen([sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)

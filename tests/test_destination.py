@@ -159,7 +159,7 @@ def test_every_command_refuses_before_it_computes(run, tmp_path):
            ("encode", f"--config={ROOT}/experiments/quickstart.py", f"--out={run}"),
            ("train_tokenizer", f"--source={table}", f"--out={run}"), ("inspect", str(table), "--out=-"),
            ("evaluate", f"--config={ROOT}/experiments/quickstart.py", f"--workdir={run}", "--out=-")]
-  env = runs.environment(tmp_path / "cache") | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  env = runs.environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
   done = subprocess.run([sys.executable, "-Wignore", "-c", COMMANDS, json.dumps(lines)], capture_output=True, text=True,
                         cwd=tmp_path, env=env)
   assert done.returncode == 0, done.stderr

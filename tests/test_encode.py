@@ -366,7 +366,7 @@ def command(tmp_path):
   file.write_text(EXPERIMENT.format(tests=os.path.dirname(__file__)))
 
   def start(out, *more, devices=1, processes=1, index=0, port=0):
-    env = environment(tmp_path / "cache", devices, processes, index, port)
+    env = environment(devices, processes, index, port)
     return subprocess.Popen([sys.executable, "-m", "limber_jax.encode", f"--config={file}", f"--out={out}",
                              "--shard_mb=1", *more],
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

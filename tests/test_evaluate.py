@@ -90,8 +90,8 @@ def data(tmp_path_factory):
 class Run:
   """A workdir with an untrained model, and the command on it."""
 
-  def __init__(self, root, task, data, cache):
-    self.root, self.data, self.cache = root, data, cache
+  def __init__(self, root, task, data):
+    self.root, self.data = root, data
     self.experiment = root / "experiment.py"
     scorer = str(root / "clip")
     self.experiment.write_text(EXPERIMENT.format(tests=TESTS, task=task, scorer=scorer))
@@ -105,7 +105,7 @@ class Run:
   def start(self, workdir, *flags, devices=2, processes=1, index=0, port=0):
     return subprocess.Popen(
       [sys.executable, "-m", "limber_jax.evaluate", f"--config={self.experiment}", f"--workdir={workdir}",
-       f"--data={self.data}", *flags], env=environment(self.cache, devices, processes, index, port),
+       f"--data={self.data}", *flags], env=environment(devices, processes, index, port),
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
   def finish(self, workdir, *flags, **place):
@@ -117,7 +117,7 @@ class Run:
 @pytest.fixture(scope="module", params=["clip", "limber"])
 def run(request, tmp_path_factory, data):
   root = tmp_path_factory.mktemp(request.param)
-  out = Run(root, request.param, data, tmp_path_factory.mktemp("cache"))
+  out = Run(root, request.param, data)
   out.workdir = out.copy("whole")
   out.code, out.out, out.err = out.finish(out.workdir)
   return out
@@ -173,7 +173,7 @@ def test_two_processes_write_the_same_results(run):
 @pytest.fixture
 def clip(tmp_path, data):
   """Returns (the experiment of CLIP, its workdir)."""
-  run = Run(tmp_path, "clip", data, tmp_path / "cache")
+  run = Run(tmp_path, "clip", data)
   return cli.load_experiment(str(run.experiment)), tmp_path / "workdir"
 
 
@@ -251,7 +251,7 @@ def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_pa
 
 
 def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
-  run = Run(tmp_path, "limber", data, tmp_path / "cache")
+  run = Run(tmp_path, "limber", data)
   config = cli.load_experiment(str(run.experiment))
   config.evals = {"awa2": config.evals["awa2"]}
   trained = evaluate.results(config, str(tmp_path / "workdir"), data=str(data))

@@ -66,7 +66,7 @@ def experiment(tmp_path):
   def start(workdir, *, steps=20, devices=1, processes=1, index=0, port=0, mesh="-1, 1, 1", code="", watchdog=600):
     file.write_text(EXPERIMENT.format(tests=os.path.dirname(__file__), steps=steps, mesh=mesh, code=code,
                                       watchdog=watchdog))
-    env = environment(tmp_path / "cache", devices, processes, index, port)
+    env = environment(devices, processes, index, port)
     return subprocess.Popen([sys.executable, "-m", "limber_jax.train", f"--config={file}", f"--workdir={workdir}"],
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -710,7 +710,7 @@ print(json.dumps(seen))
 @pytest.mark.long
 def test_ten_thousand_steps_and_five_hundred_checkpoints_leak_nothing(tmp_path):
   done = subprocess.run([sys.executable, "-c", SOAK.format(tests=os.path.dirname(__file__)), tmp_path / "run"],
-                        env=environment(tmp_path / "cache"), capture_output=True, text=True)
+                        env=environment(), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   seen = {int(step): values for step, values in json.loads(done.stdout.splitlines()[-1]).items()}
   # TensorStore 0.1.86 itself loses 0.1 MiB a checkpoint of this model's 143 arrays (KvStore.Spec.to_json), which is

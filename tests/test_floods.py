@@ -29,9 +29,9 @@ MEMORY, SECONDS, WALL = 2 << 30, 20, 300
 pytestmark = pytest.mark.long
 
 
-def start(*command, cache, warm=False):
+def start(*command, warm=False):
   """Returns what a command printed and its exit code, under the limits; to `warm` the cache of programs, without."""
-  env = runs.environment(cache) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+  env = runs.environment() | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
   limits = "" if warm else f"ulimit -d {MEMORY >> 10} -t {SECONDS}; "
   done = subprocess.run(["bash", "-c", f'{limits}exec "$@"', "bash", sys.executable, *command], capture_output=True,
                         text=True, check=False, env=env, timeout=WALL)
@@ -54,11 +54,6 @@ def nothing_but_segments():
 
 BAD = ("scans.jpg", "segments.jpg", "pipe.jpg", "link.jpg", "large.jpg", "far.jpg", "socket.jpg", "circle.jpg",
        "folder.jpg")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +89,10 @@ def weights(tmp_path_factory):
   return path
 
 
-def test_classify_names_each(photos, weights, cache):
+def test_classify_names_each(photos, weights):
   paths = [str(photos), *(str(photos / "dog" / name) for name in BAD[:-1])]
   done = start("-m", "limber_jax.classify", f"--weights={weights}", "--labels=cat,dog", "--tokenizer=bytes", "--json",
-               *paths, cache=cache)
+               *paths)
   assert done.returncode == 1 and len(done.stdout.splitlines()) == 24
   for name in BAD[:-1]:
     assert done.stderr.count(f"/dog/{name}: ") == 2, name
@@ -107,22 +102,22 @@ def test_classify_names_each(photos, weights, cache):
     assert reason in done.stderr, reason
 
 
-def test_caption_names_each(photos, cache, tmp_path):
+def test_caption_names_each(photos, tmp_path):
   runs.untrained(runs.tiny_limber(), str(tmp_path))
   command = ("-m", "limber_jax.caption", f"--workdir={tmp_path}", "--json", "--batch_size=8")
-  start(*command, str(photos / "cat"), cache=cache, warm=True)
-  done = start(*command, str(photos), cache=cache)
+  start(*command, str(photos / "cat"), warm=True)
+  done = start(*command, str(photos))
   assert done.returncode == 1 and len(done.stdout.splitlines()) == 24
   assert all(done.stderr.count(f"/dog/{name}: ") == 1 for name in BAD[:-1])
 
 
-def test_training_replaces_each_and_names_it(photos, cache, tmp_path):
+def test_training_replaces_each_and_names_it(photos, tmp_path):
   command = ("-m", "limber_jax.train", "--config=experiments/quickstart.py", "--config.data.source.name=folder",
              f"--config.data.source.path={photos}", "--config.data.damaged=0.5", "--config.batch_size=16",
              "--config.optim.warmup_steps=1")
   start(*command, "--config.data.source.name=digits", "--config.data.source.path=", "--config.steps=6",
-        f"--workdir={tmp_path}/warm", cache=cache, warm=True)
-  done = start(*command, "--config.data.source.split=", "--config.steps=6", f"--workdir={tmp_path}/run", cache=cache)
+        f"--workdir={tmp_path}/warm", warm=True)
+  done = start(*command, "--config.data.source.split=", "--config.steps=6", f"--workdir={tmp_path}/run")
   assert done.returncode == 0
   lines = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
   named = {line["id"] for line in lines}
@@ -136,22 +131,21 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_inspect_names_each_image_of_a_table(kind, photos, cache):
+def test_inspect_names_each_image_of_a_table(kind, photos):
   source, name, row = TABLES[kind]
   rows = [row.format(f"dog/{bad}") for bad in (*BAD, "00.png")]
   head = row.splitlines()[0] + "\n" if kind == "table" else ""
   (photos / name).write_text(head + "".join(r.removeprefix(head) for r in rows))
-  done = start("-m", "limber_jax.inspect", str(photos / name), f"--source={source}", "--json", "--out=", cache=cache)
+  done = start("-m", "limber_jax.inspect", str(photos / name), f"--source={source}", "--json", "--out=")
   assert json.loads(done.stdout)["unreadable"] == len(BAD)
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "large.jpg", "socket.jpg", "folder.jpg"])
 @pytest.mark.parametrize("flag", ["--weights", "--labels_file", "--templates", "--tokenizer_path", "--model"])
-def test_every_flag_that_names_a_file_refuses_what_is_none(name, flag, photos, weights, cache):
+def test_every_flag_that_names_a_file_refuses_what_is_none(name, flag, photos, weights):
   given = {"--weights": weights, "--labels": "a,b", "--tokenizer": "clip" if flag == "--tokenizer_path" else "bytes"}
   given |= {flag: str(photos / "dog" / name)}
-  done = start("-m", "limber_jax.classify", *(f"{k}={v}" for k, v in given.items()), str(photos / "cat" / "00.png"),
-               cache=cache)
+  done = start("-m", "limber_jax.classify", *(f"{k}={v}" for k, v in given.items()), str(photos / "cat" / "00.png"))
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(photos / "dog" / name) in done.stderr
 
 
@@ -176,20 +170,20 @@ TOKENIZE = """if True:
 
 
 @pytest.mark.parametrize("flaw", VOCABULARIES)
-def test_a_hostile_tokenizer_is_refused_or_its_rules_have_no_effect(flaw, cache, tmp_path):
+def test_a_hostile_tokenizer_is_refused_or_its_rules_have_no_effect(flaw, tmp_path):
   from limber_jax.data.tokenizers import BpeTokenizer
   BpeTokenizer.train(["a red dog", "two blue cats"] * 4, 290, str(tmp_path))
   values = json.loads((tmp_path / "tokenizer.json").read_text()) | VOCABULARIES[flaw]
   (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-  done = start("-c", TOKENIZE, "bpe", str(tmp_path), cache=cache)
+  done = start("-c", TOKENIZE, "bpe", str(tmp_path))
   told = f"refused: {tmp_path}/tokenizer.json: its " if flaw.startswith(("a norm", "a reg")) else "read: (1, 77)"
   assert done.stdout.startswith(told) and done.stdout.count("\n") == 1
 
 
-def test_a_compressed_vocabulary_of_3_gb_is_refused(cache, tmp_path):
+def test_a_compressed_vocabulary_of_3_gb_is_refused(tmp_path):
   file = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
   file.write_bytes(gzip.compress(bytes(1 << 20)) * 3000)
-  done = start("-c", TOKENIZE, "clip", str(file), cache=cache)
+  done = start("-c", TOKENIZE, "clip", str(file))
   assert "refused: " in done.stdout and "at most 33,554,432 are read" in done.stdout
 
 
@@ -199,14 +193,13 @@ SETTINGS = ("model.image.layers=60000", "model.image.layers=0", "model.image.hea
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_setting_that_would_flood_the_memory_is_refused_before_anything_is_allocated(setting, cache, tmp_path):
+def test_a_setting_that_would_flood_the_memory_is_refused_before_anything_is_allocated(setting, tmp_path):
   done = start("-m", "limber_jax.train", "--config=experiments/quickstart.py", f"--workdir={tmp_path}/run",
-               f"--config.{setting}", "--config.steps=1", cache=cache)
+               f"--config.{setting}", "--config.steps=1")
   assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_beams_without_end_are_refused(photos, cache, tmp_path):
+def test_beams_without_end_are_refused(photos, tmp_path):
   runs.untrained(runs.tiny_limber(), str(tmp_path))
-  done = start("-m", "limber_jax.caption", f"--workdir={tmp_path}", str(photos / "cat" / "00.png"), "--beams=1000000",
-               cache=cache)
+  done = start("-m", "limber_jax.caption", f"--workdir={tmp_path}", str(photos / "cat" / "00.png"), "--beams=1000000")
   assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")

@@ -111,6 +111,6 @@ def test_every_process_gets_what_the_first_one_found_however_long_it_took(second
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
   both = [subprocess.Popen([sys.executable, "-c", FROM_FIRST.format(seconds=seconds)], text=True,
-                           stderr=subprocess.PIPE, env=environment(tmp_path, 1, 2, i, port)) for i in range(2)]
+                           stderr=subprocess.PIPE, env=environment(1, 2, i, port)) for i in range(2)]
   ends = [p.communicate(timeout=120)[1] for p in both]
   assert [p.returncode for p in both] == [0, 0], ends

@@ -145,9 +145,8 @@ else:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
   """Returns a function that starts the processes of a run, on devices in the order of a recorded mesh."""
-  cache = tmp_path_factory.mktemp("cache")
   program = RUN.format(tests=os.path.dirname(__file__))
 
   def run(workdir, mesh, topology="", what="train"):
@@ -159,7 +158,7 @@ def start(tmp_path_factory):
       port = s.getsockname()[1]
     return [subprocess.Popen(
       [sys.executable, "-c", program, str(workdir), mesh, json.dumps(processes), what], stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True, env=environment(cache, devices, count, i, port) | {"NPROC": "32"})
+      stderr=subprocess.STDOUT, text=True, env=environment(devices, count, i, port) | {"NPROC": "32"})
       for i in range(count)]
 
   return run

@@ -148,7 +148,7 @@ print(json.dumps(out))
 @pytest.mark.long
 def test_sixty_evaluations_that_fail_cost_nothing_but_their_own_figures(tmp_path):
   script = FAILING.format(tests=os.path.dirname(__file__))
-  done = subprocess.run([sys.executable, "-c", script, tmp_path / "runs", "20"], env=environment(tmp_path / "cache"),
+  done = subprocess.run([sys.executable, "-c", script, tmp_path / "runs", "20"], env=environment(),
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
   runs = json.loads(done.stdout.splitlines()[-1])

@@ -42,7 +42,7 @@ class Commands:
 
   def __init__(self, root):
     self.root = root
-    self.env = environment(root / "cache", devices=1)
+    self.env = environment(devices=1)
     self.write(root / "clip.py")
     untrained(cli.load_experiment(str(root / "clip.py")), str(root / "clip"))
     untrained(tiny_limber(), str(root / "limber"))
