@@ -1,0 +1,138 @@
+"""The recipes of docs/extending.md, each from one file of its own: registered, trained, evaluated, decoded, read."""
+
+import dataclasses
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+from limber_jax import config as config_lib
+from limber_jax import registry
+from limber_jax.caption import captions
+from limber_jax.config import Decoding, Evaluation, Init, Source, Tokenizer
+from limber_jax.decoding.generate import generate
+from limber_jax.errors import UserError
+from limber_jax.inference.projections import (
+  export_projection,
+  open_projection,
+  open_run,
+  read_projection,
+  read_run,
+  to_use,
+)
+from limber_jax.models.encoders import Encoder, encoder_size
+from limber_jax.models.limber import LimberConfig
+from limber_jax.models.spec import decoder_of
+from limber_jax.training.loop import train
+from limber_jax.weights.load import load_part
+
+PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+BLOCKS = dict(re.findall(r"^```python\n# limber_jax/(\S+)\.py\n(.*?)^```$", PAGE.read_text(), re.M | re.S))
+LINES = re.findall(r"`(\w+)\[\"(\w+)\"\] = \"limber_jax\.([\w.]+):(\w+)\"`", PAGE.read_text())
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+  """Returns a function that writes the files of recipes to a folder and registers them as the page says."""
+  monkeypatch.syspath_prepend(str(tmp_path / "added"))
+
+  def add(*names):
+    for table, name, module, attribute in LINES:
+      if (path := module.replace(".", "/")).rpartition("/")[2] not in names:
+        continue
+      file = tmp_path / "added" / f"{path.rpartition('/')[2]}.py"
+      file.parent.mkdir(exist_ok=True)
+      file.write_text(BLOCKS[path])
+      monkeypatch.delitem(sys.modules, file.stem, raising=False)
+      importlib.invalidate_caches()
+      monkeypatch.setitem(getattr(registry, table), name, f"{file.stem}:{attribute}")
+
+  return add
+
+
+def test_every_recipe_has_its_line_and_every_line_its_recipe():
+  assert {module.replace(".", "/") for _, _, module, _ in LINES} == set(BLOCKS) and len(BLOCKS) >= 4
+
+
+def limber(**changes):
+  model = LimberConfig(image=encoder_size("patches_s"), lm=decoder_of("mean").named["mean_s"]())
+  return runs.tiny_limber(**({"model": model, "trainable": ("prompt",), "evals": {
+    "captions": Evaluation("captions", Source(split="test"), every=0, batch_size=40)}} | changes))
+
+
+def test_an_encoder_and_a_language_model_of_one_file_each_train_evaluate_and_caption(recipe, tmp_path):
+  recipe("patches", "meanlm")
+  run = str(tmp_path / "run")
+  said = []
+  state = train(limber(decoding=Decoding(prompt="a", max_new_tokens=4)), run, log=said.append)
+  assert int(state.step) == 3 and any("captions/cider" in line for line in said), said
+  pictures = runs.pictures(tmp_path, 3)
+  config = to_use(read_run(run), batch_size=3)
+  assert config.model.image.tower.kind == "patches" and config.model.lm.kind == "mean"
+  found = [w.text for w in captions(open_run(run, config), pictures)]
+  assert len(found) == 3
+  export_projection(run, str(tmp_path / "map.safetensors"), checkpoint="latest")
+  again, name = read_projection(str(tmp_path / "map.safetensors"))
+  frozen = [f"{part}={run}" for part in ("image", "lm")]  # they were random, and lie with the run
+  model = open_projection(str(tmp_path / "map.safetensors"), to_use(again, init=frozen, batch_size=3), name)
+  assert [w.text for w in captions(model, pictures)] == found
+
+
+def test_greedy_decoding_with_the_cache_equals_the_full_pass(recipe):
+  recipe("meanlm")
+  spec = decoder_of("mean")
+  model = spec.module(spec.named["mean_s"](), config_lib.Compute(dtype="float32"), None)
+  own = spec.init(model, jax.random.key(0))
+  params = {"params": own}
+  tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 264)
+  x = model.apply(params, tokens, method="embed")
+  mask = np.ones((2, 5), bool)
+  got = generate(model, own, x, np.arange(5)[None].repeat(2, 0), mask, max_new_tokens=4, eos=-1,
+                 settings=Decoding()).tokens
+  for _ in range(4):
+    T = tokens.shape[1]
+    hidden, _ = model.apply(params, model.apply(params, tokens, method="embed"), np.arange(T)[None].repeat(2, 0),
+                            np.ones((2, T), bool))
+    logits = model.apply(params, hidden[:, -1:], method="logits")
+    tokens = np.concatenate([tokens, logits.argmax(-1)], axis=1)
+  np.testing.assert_array_equal(got, tokens[:, 5:])
+
+
+def test_an_encoders_weights_load_from_a_file_by_its_table(recipe, tmp_path):
+  recipe("patches")
+  size = encoder_size("patches_s")
+  layer = torch.nn.Linear(192, 64)
+  save_file({f"embed.{k}": v.detach().numpy() for k, v in layer.named_parameters()}, tmp_path / "x.safetensors")
+  encoder = Encoder.from_config(size, config_lib.Compute(dtype="float32"))
+  params, _ = load_part(str(tmp_path / "x.safetensors"), "image", size, encoder.shapes()[0])
+  image = np.asarray(Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(32, 32, 3)))
+  tokens = encoder.encode(params, {}, image[None])[0].tokens
+  patches = torch.tensor((image / 255 - 0.5) / 0.5, dtype=torch.float32).reshape(4, 8, 4, 8, 3).transpose(1, 2)
+  np.testing.assert_allclose(tokens[0], layer(patches.reshape(16, 192)).detach(), atol=1e-5)
+  with pytest.raises(UserError, match="patches of 5 do not tile 32 pixels"):
+    Encoder.from_config(dataclasses.replace(size, tower=dataclasses.replace(size.tower, patch=5)), config_lib.Compute())
+  with pytest.raises(UserError, match=r"config.init.image: .*gone: no such file"):
+    model = LimberConfig(image=size, lm=runs.tiny_limber().model.lm)
+    config = runs.tiny_limber(model=model, trainable=("prompt",), init=Init(image=str(tmp_path / "gone")))
+    train(config, str(tmp_path / "run"), log=lambda _: None)
+
+
+def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recipe, tmp_path):
+  recipe("squares", "letters")
+  config = runs.tiny(
+    "clip_vit_digits", mesh=(-1, 1, 1), steps=3,
+    evals={"zeroshot": Evaluation(source=Source(name="squares", split="test"), every=0, batch_size=16,
+                                  templates="a {} square")})
+  config.data.source, config.data.tokenizer = Source(name="squares"), Tokenizer(name="letters")
+  said = []
+  train(config, str(tmp_path / "run"), log=said.append)
+  assert "64 examples" in said[0] and any("zeroshot/top1" in line for line in said), said
+  assert config_lib.from_json((tmp_path / "run" / "config.json").read_text(), "x") is not None
