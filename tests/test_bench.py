@@ -37,6 +37,7 @@ def measured(*flags):
   return out
 
 
+@pytest.mark.process
 def test_generation_is_measured_at_every_batch_size_and_writes_the_peers_tokens(transformers):
   out = measured(*GENERATE, "--batch_sizes=1,3")
   assert (out["parameters"], out["weight_bytes"]) == (165_376, 4 * 165_376)
@@ -49,12 +50,14 @@ def test_generation_is_measured_at_every_batch_size_and_writes_the_peers_tokens(
     assert at["decode_seconds_per_token"] > 0 and at["share_of_bandwidth"] > 0 and at["peak_memory_bytes"] > 0
 
 
+@pytest.mark.process
 def test_beams_and_bfloat16_are_measured_without_a_peer():
   out = measured(*GENERATE, "--batch_sizes=2", "--beams=2", "--dtype=bfloat16", "--nopeer")
   assert (out["decoding"], out["beams"], out["dtype"], out["weight_bytes"]) == ("beam", 2, "bfloat16", 2 * 165_376)
   assert out["at_2"]["tokens_per_second"] > 0 and "speed_against_transformers" not in out["at_2"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("config", "flags", "trained"), [
   ("limber_clip", ("--batch_size=8",), 512 * 64 + 64),
   ("quickstart_lm", ("--size=mu", "--batch_size=2"), 165_376),
@@ -69,12 +72,14 @@ def test_a_step_of_a_frozen_and_of_a_trained_language_model_is_measured(config, 
   assert out["examples_per_second"] > 0 and out["share_of_peak"] > 0 and "speed_against_open_clip" not in out
 
 
+@pytest.mark.process
 def test_a_step_of_a_clip_is_measured_beside_open_clips(open_clip):
   out = measured("train", "--config=experiments/clip_vitb.py", "--size=mu", "--repeats=1", "--batch_size=4")
   assert out["speed_against_open_clip"] > 0 and len(out["speed_of_each_pair"]) == 1
   assert out["frozen_bytes"] == 0 and 2.8 < out["model_flops_over_forward"] <= 3
 
 
+@pytest.mark.process
 def test_reading_is_measured_beside_plain_pillow_and_as_a_share_of_training():
   out = measured("data", "--images=12", "--size=32", "--workers=1", "--batch_size=4", "--round=2", "--repeats=1",
                  "--nopeer", "--steps=5", "--model=clip_vit_b32_mu", "--pairs=4")
@@ -83,6 +88,7 @@ def test_reading_is_measured_beside_plain_pillow_and_as_a_share_of_training():
   assert out["run"]["steps"] == 1 and 0 <= out["run"]["data_wait"] <= 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("flags", "words"), [
   (("generate", "--size=gptj_6"), "--size: no size 'gptj_6'; did you mean 'gptj_6b'?"),
   (("generate", "--batch_sizes=1,x"), "--batch_sizes=1,x: expected whole numbers"),

@@ -136,6 +136,7 @@ assert "going on from step 2" in said[0], said
 """
 
 
+@pytest.mark.process
 def test_importing_every_command_and_a_training_run_do_none_of_it(tmp_path):
   assert audited(COMMANDS, tmp_path) == []
 
@@ -152,6 +153,7 @@ except OSError:
 """
 
 
+@pytest.mark.process
 def test_the_audit_sees(tmp_path):
   assert {"subprocess.Popen", "pickle.find_class", "exec", "socket.connect"} <= {
     event for event, _ in audited(DOING_IT, tmp_path)}

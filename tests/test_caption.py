@@ -118,6 +118,7 @@ def test_a_blind_model_writes_the_same_about_every_image(run, pictures, own):
   assert len(set(found)) == 1 and found[0] not in own
 
 
+@pytest.mark.process
 def test_the_command_prints_a_table_and_counts_what_it_cannot_read(run, own, pictures, tmp_path):
   (tmp_path / "broken.png").write_bytes(b"\x89PNG")
   missing = str(tmp_path / "none.jpg")
@@ -170,6 +171,7 @@ def test_a_projection_is_refused_between_other_frozen_models(run, tmp_path):
     projections.export_projection(str(tmp_path), path)
 
 
+@pytest.mark.process
 def test_a_mistake_ends_the_command_with_one_line(run, pictures):
   assert command(f"--workdir={run}") == (2, [], ["error: no images given; name files or folders after the flags"])
   code, out, errors = command(f"--workdir={run}", "--beem=3", pictures[0])

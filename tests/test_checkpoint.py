@@ -393,6 +393,7 @@ def test_a_file_too_large_is_told_and_the_older_checkpoint_stays(tmp_path, capfd
   assert of_step(opened(tmp_path)[0], 2)
 
 
+@pytest.mark.process
 def test_a_full_disk_is_told(tmp_path):
   target = tmp_path / "disk"
   target.mkdir()
@@ -520,10 +521,12 @@ def assert_nothing_was_lost(out):
   assert newest > len(out)
 
 
+@pytest.mark.process
 def test_two_are_whole_at_any_moment(tmp_path):
   assert_nothing_was_lost(killed(tmp_path, 10))
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_two_are_whole_after_each_of_a_hundred_kills(tmp_path):
   assert_nothing_was_lost(killed(tmp_path, 100))
@@ -560,6 +563,7 @@ print(size, peak - before)
 """
 
 
+@pytest.mark.process
 def test_a_save_takes_less_memory_than_half_as_much_again_as_the_state(tmp_path):
   done = subprocess.run([sys.executable, "-c", SAVED.format(tests=os.path.dirname(__file__)), tmp_path],
                         env=environment(), capture_output=True, text=True)

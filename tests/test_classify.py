@@ -84,11 +84,13 @@ def run(*arguments, env=None):
   return done.returncode, done.stdout.split("\n")[:-1], done.stderr.split("\n")[:-1]
 
 
+@pytest.mark.process
 def test_a_mistake_ends_the_command_with_one_line(weights):
   assert run(f"--weights={weights}", "--labels=a dog,a cat", "--tokenizer=bytes") == (
     2, [], ["error: no images given; name files or folders after the flags"])
 
 
+@pytest.mark.process
 def test_the_command_names_what_it_can_read_and_counts_the_rest(weights, photos):
   missing = str(photos / "none.jpg")
   code, out, errors = run(f"--weights={weights}", '--labels=a dog,"a cat, asleep",кошка,0', "--json",
@@ -108,6 +110,7 @@ def test_the_command_names_what_it_can_read_and_counts_the_rest(weights, photos)
   assert errors[-1] == "2 of 7 images could not be read"
 
 
+@pytest.mark.process
 def test_the_command_prints_a_table(weights, photos):
   code, out, errors = run(f"--weights={weights}", "--labels=a dog,a cat,0", "--tokenizer=bytes", str(photos / "a.png"),
                           str(photos / "more"))
@@ -121,6 +124,7 @@ def test_the_command_prints_a_table(weights, photos):
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.16)
 
 
+@pytest.mark.process
 def test_a_name_that_is_not_utf8_is_shown_escaped_and_loses_no_other_image(weights, photos, tmp_path):
   for name in (b"a.png", b"b\xff.png", b"c\n.png", "d\u2028é.png".encode()):
     with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:

@@ -179,6 +179,7 @@ def theirs(model, preprocess, tokenizer, folder):
           **({"acc_worst_region": min(each)} if each else {})}, ranks, order[:, 0]
 
 
+@pytest.mark.process
 def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_clip, sets, tmp_path):
   model = open_clip_model(open_clip, tmp_path / "model")
   bpe = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")

@@ -112,6 +112,7 @@ def test_who_stands_in_depends_on_seed_and_position_alone(hosts):
   assert_same(stream(Numbers(200, BAD), 10, start=20), {k: v[160:] for k, v in whole.items()})
 
 
+@pytest.mark.process
 def test_two_workers_give_what_threads_give_damage_included():
   assert_same(stream(Numbers(200, BAD), 12, workers=2), stream(Numbers(200, BAD), 12))
 
@@ -317,6 +318,7 @@ def get_config():
 """
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_two_processes_name_what_one_names(tmp_path):
   from tests.test_faults import free_port
@@ -441,6 +443,7 @@ def read_mutated(name, folder, seeds):
   return counts
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_damaged_in_a_mutated_file_is_named_and_nothing_else(tmp_path, name):
   counts = read_mutated(name, tmp_path, range(60))
@@ -448,6 +451,7 @@ def test_what_is_damaged_in_a_mutated_file_is_named_and_nothing_else(tmp_path, n
   print(f"R19: {name}: {dict(counts)} of 60 mutated files")
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_1700_mutated_files_of_each_format_end_no_process(tmp_path, name):
@@ -546,6 +550,7 @@ def reading(tmp_path):
 COMMANDS = ["reader", pytest.param("train", marks=pytest.mark.long)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(("number", "wanted"), [
   (signal.SIGKILL, "was ended by SIGKILL, perhaps for want of memory"),
@@ -563,6 +568,7 @@ def test_a_worker_that_is_killed_or_stopped_is_one_line_within_30_seconds(readin
   print(f"R18: {command}: {signal.Signals(number).name} of a worker told after {seconds:.1f} s")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", COMMANDS)
 def test_workers_leave_signals_to_their_parent_and_never_outlive_it_by_5_seconds(reading, command):
   process, workers = reading(command)

@@ -142,6 +142,7 @@ print(json.dumps([command(*line) for line in json.loads(sys.argv[1])]))
 """
 
 
+@pytest.mark.process
 def test_every_command_refuses_before_it_computes(run, tmp_path):
   photo, table = tmp_path / "a.png", tmp_path / "t.tsv"
   photo.write_bytes(b"x")

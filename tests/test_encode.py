@@ -380,6 +380,7 @@ def free_port():
     return s.getsockname()[1]
 
 
+@pytest.mark.process
 def test_two_processes_write_what_one_does_also_after_a_kill(command, tmp_path):
   port = free_port()
   pair = [command(tmp_path / "pair", processes=2, index=i, port=port) for i in range(2)]
@@ -404,6 +405,7 @@ def test_two_do_not_encode_into_one_directory(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_the_command_tells_a_mistake_in_one_line_and_exits_2(command, tmp_path):
   for more, message in (
       (["--config.data.crop=random"], "error: config.data.crop='random' shows an encoder another crop in every epoch"),

@@ -128,6 +128,7 @@ def lines(workdir):
   return sum(path.read_bytes().count(b"\n") for path in Path(workdir, "evaluation").rglob("*.jsonl"))
 
 
+@pytest.mark.process
 def test_every_evaluation_runs_on_the_real_layouts_and_says_what_it_left_out(run):
   assert run.code == 0, run.err
   found = json.loads((run.workdir / "results.json").read_text())
@@ -144,6 +145,7 @@ def test_every_evaluation_runs_on_the_real_layouts_and_says_what_it_left_out(run
   assert "of" in report and str(run.data) not in json.dumps([e["figures"] for e in found["evaluations"].values()])
 
 
+@pytest.mark.process
 def test_killed_and_started_again_it_writes_the_same_results(run):
   workdir = run.copy("killed")
   for share in (0.2, 0.7):
@@ -159,6 +161,7 @@ def test_killed_and_started_again_it_writes_the_same_results(run):
   assert (workdir / "report.md").read_bytes() == (run.workdir / "report.md").read_bytes()
 
 
+@pytest.mark.process
 def test_two_processes_write_the_same_results(run):
   workdir = run.copy("two")
   with socket.socket() as s:
@@ -177,6 +180,7 @@ def clip(tmp_path, data):
   return cli.load_experiment(str(run.experiment)), tmp_path / "workdir"
 
 
+@pytest.mark.process
 def test_missing_data_are_named_and_the_others_go_on(clip, data, capsys):
   config, workdir = clip
   config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
@@ -194,6 +198,7 @@ def test_missing_data_are_named_and_the_others_go_on(clip, data, capsys):
   assert found["evaluations"].keys() == {"digits", "retrieval"} and not found["failed"]
 
 
+@pytest.mark.process
 def test_a_file_cut_in_half_fails_its_evaluation_alone(clip, data, tmp_path):
   config, workdir = clip
   whole = (data / "coco/dataset_coco.json").read_bytes()
@@ -205,6 +210,7 @@ def test_a_file_cut_in_half_fails_its_evaluation_alone(clip, data, tmp_path):
   assert "cut.json" in found["failed"]["retrieval"] and "byte" in found["failed"]["retrieval"]
 
 
+@pytest.mark.process
 def test_two_commands_do_not_run_one_evaluation_in_one_workdir_but_others_may(clip, data):
   config, workdir = clip
   config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
@@ -215,6 +221,7 @@ def test_two_commands_do_not_run_one_evaluation_in_one_workdir_but_others_may(cl
   assert not list(workdir.rglob("*.lock"))
 
 
+@pytest.mark.process
 def test_mistakes_are_one_line(clip, data, tmp_path):
   config, workdir = clip
   for changes, message in (
@@ -232,6 +239,7 @@ def test_mistakes_are_one_line(clip, data, tmp_path):
     evaluate.results(config, str(workdir), data=str(data))
 
 
+@pytest.mark.process
 def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_path):
   config, workdir = clip
   config.evals = {"digits": config.evals["digits"]}
@@ -250,6 +258,7 @@ def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_pa
   assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
 
 
+@pytest.mark.process
 def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
   run = Run(tmp_path, "limber", data)
   config = cli.load_experiment(str(run.experiment))
@@ -260,6 +269,7 @@ def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
   assert found["weights"]["prompt"] == trained["weights"]["prompt"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("text", [
   "", "[]", '{"name": "x"', '{"name": "x", "step": 1, "seed": 0, "weights": {}, "versions": {}}'])
 def test_results_that_are_no_results_are_never_written_over(text, tmp_path):
@@ -271,6 +281,7 @@ def test_results_that_are_no_results_are_never_written_over(text, tmp_path):
   assert (tmp_path / "results.json").read_text() == text
 
 
+@pytest.mark.process
 def test_results_of_something_else_are_refused_before_anything_is_measured(clip, data, tmp_path, monkeypatch):
   config, workdir = clip
   config.evals = {"digits": config.evals["digits"]}
@@ -297,6 +308,7 @@ def test_results_of_something_else_are_refused_before_anything_is_measured(clip,
     evaluate.results(own, str(workdir), data=str(data), out=out)
 
 
+@pytest.mark.process
 def test_results_of_another_step_of_the_run_are_kept_beside(tmp_path, capsys):
   found = {"name": "x", "run": "9f", "step": 1, "seed": 0, "weights": {"image": "ab"}, "versions": {}, "task": "t",
            "model": "", "evaluations": {}, "failed": {}}

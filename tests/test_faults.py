@@ -131,6 +131,7 @@ def whole_checkpoints(workdir):
   return steps
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("kills", "steps"), [(5, 20), pytest.param(200, 60, marks=pytest.mark.long)])
 def test_runs_killed_at_random_equal_one_uninterrupted(kills, steps, experiment, tmp_path):
   """Runs one after the other, each killed again and again until it is at its end."""
@@ -228,6 +229,7 @@ def stop_in(moment: str, monkeypatch, *, numbers=(signal.SIGTERM,), told=lambda:
   return released
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("moment", "step"), [("start", 0), ("compile", 1)])
 def test_sigterm_before_the_first_step_leaves_no_half_checkpoint(moment, step, tmp_path, monkeypatch):
   said = []
@@ -241,6 +243,7 @@ def test_sigterm_before_the_first_step_leaves_no_half_checkpoint(moment, step, t
   assert list(losses(str(tmp_path))) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("moment", ["step", "save", "evaluation", "data", "evaluation's data"])
 def test_sigterm_saves_and_the_next_start_goes_on(moment, tmp_path, monkeypatch):
   def config():
@@ -264,6 +267,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(moment, tmp_path, monkeypatch)
       assert [r["step"] for r in map(json.loads, file) if "zeroshot/top1" in r] == [4, 6]
 
 
+@pytest.mark.process
 def test_the_command_refuses_a_second_one_and_exits_0_after_sigterm(experiment, tmp_path):
   process = experiment(str(tmp_path / "run"), steps=100_000)
   for _ in range(4):
@@ -292,6 +296,7 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
+@pytest.mark.process
 def test_two_processes_equal_one_and_stop_together(experiment, tmp_path):
   alone = experiment(str(tmp_path / "alone"), steps=8, devices=2)
   output, _ = alone.communicate(timeout=240)
@@ -365,6 +370,7 @@ def test_signals_at_every_moment(moment, numbers, processes, experiment, togethe
                              rtol=0 if processes == 1 else 1e-6)
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_kill_soon_after_sigterm_harms_no_checkpoint(experiment, tmp_path):
   run, rng = tmp_path / "run", random.Random(1)
@@ -385,6 +391,7 @@ def test_a_kill_soon_after_sigterm_harms_no_checkpoint(experiment, tmp_path):
   assert losses(str(run)) == losses(str(tmp_path / "whole"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "gone"), [
   (signal.SIGKILL, 0),
   *(pytest.param(n, g, marks=pytest.mark.long)
@@ -408,6 +415,7 @@ def test_a_dead_process_ends_the_other_with_one_line_that_names_it(number, gone,
   assert "Traceback" not in output and "stack trace" not in output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("error", "code", "says"), [
   ("UserError", 2, "error: of its own"),
   pytest.param("ValueError", 1, "ValueError: of its own", marks=pytest.mark.long)])
@@ -427,6 +435,7 @@ bad_records.BadRecords.read = fails
   assert outputs[0].splitlines()[-1] == f"error: process 1 ended: {says.removeprefix('error: ')}"
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_sigterm_while_data_never_come_in_one_process_of_two_ends_both_with_a_line(together, tmp_path):
   code = """
@@ -449,6 +458,7 @@ if PROCESS == 1:
   assert outputs[0].splitlines()[-1].startswith(f"error: process 1 ended: {line}")
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_save_that_fails_in_one_process_ends_all_with_a_line_that_says_so(together, tmp_path):
   pair = together(2, tmp_path / "run", steps=100_000, mesh="1, -1, 1", code="""
@@ -468,6 +478,7 @@ Checkpoints.save = fails
   assert "Traceback" not in "".join(outputs) and whole_checkpoints(tmp_path / "run") == [3]
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_process_that_is_stuck_ends_and_all_say_where_they_are(together, tmp_path):
   file = tmp_path / "stuck"
@@ -507,6 +518,7 @@ bad_records.BadRecords.read = told
 """
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_after_a_death_1_2_or_4_processes_go_on_with_the_same_samples(experiment, together, tmp_path):
   def run(count, workdir, file, dies=False):
@@ -566,6 +578,7 @@ def test_a_workdir_of_another_experiment_is_refused(tmp_path):
     train(tiny(steps=3, seed=1), str(tmp_path), log=lambda _: None)
 
 
+@pytest.mark.process
 def test_data_that_vanish_cost_no_step(tmp_path, monkeypatch):
   whole = train(tiny(), str(tmp_path / "whole"), log=lambda _: None)
   read, calls = Digits.__getitem__, itertools.count()
@@ -625,6 +638,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_equals_uninterrupted(tmp_path)
   assert losses(str(tmp_path / "damaged")) == losses(str(tmp_path / "whole"))
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_two_processes_agree_on_the_checkpoint_that_is_whole(experiment, tmp_path):
   for again in (False, True):
@@ -644,6 +658,7 @@ def test_two_processes_agree_on_the_checkpoint_that_is_whole(experiment, tmp_pat
   assert_same(final_arrays(str(tmp_path / "pair"), 8), before)
 
 
+@pytest.mark.process
 def test_the_command_ends_with_one_line_when_files_cannot_grow(experiment, tmp_path):
   process = experiment(str(tmp_path / "run"), steps=100_000)
   while "step 4/" not in process.stdout.readline():  # the checkpoint of step 3 has begun, or is there
@@ -707,6 +722,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_ten_thousand_steps_and_five_hundred_checkpoints_leak_nothing(tmp_path):
   done = subprocess.run([sys.executable, "-c", SOAK.format(tests=os.path.dirname(__file__)), tmp_path / "run"],

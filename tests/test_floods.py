@@ -89,6 +89,7 @@ def weights(tmp_path_factory):
   return path
 
 
+@pytest.mark.process
 def test_classify_names_each(photos, weights):
   paths = [str(photos), *(str(photos / "dog" / name) for name in BAD[:-1])]
   done = start("-m", "limber_jax.classify", f"--weights={weights}", "--labels=cat,dog", "--tokenizer=bytes", "--json",
@@ -102,6 +103,7 @@ def test_classify_names_each(photos, weights):
     assert reason in done.stderr, reason
 
 
+@pytest.mark.process
 def test_caption_names_each(photos, tmp_path):
   runs.untrained(runs.tiny_limber(), str(tmp_path))
   command = ("-m", "limber_jax.caption", f"--workdir={tmp_path}", "--json", "--batch_size=8")
@@ -111,6 +113,7 @@ def test_caption_names_each(photos, tmp_path):
   assert all(done.stderr.count(f"/dog/{name}: ") == 1 for name in BAD[:-1])
 
 
+@pytest.mark.process
 def test_training_replaces_each_and_names_it(photos, tmp_path):
   command = ("-m", "limber_jax.train", "--config=experiments/quickstart.py", "--config.data.source.name=folder",
              f"--config.data.source.path={photos}", "--config.data.damaged=0.5", "--config.batch_size=16",
@@ -130,6 +133,7 @@ TABLES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", TABLES)
 def test_inspect_names_each_image_of_a_table(kind, photos):
   source, name, row = TABLES[kind]
@@ -140,6 +144,7 @@ def test_inspect_names_each_image_of_a_table(kind, photos):
   assert json.loads(done.stdout)["unreadable"] == len(BAD)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["pipe.jpg", "large.jpg", "socket.jpg", "folder.jpg"])
 @pytest.mark.parametrize("flag", ["--weights", "--labels_file", "--templates", "--tokenizer_path", "--model"])
 def test_every_flag_that_names_a_file_refuses_what_is_none(name, flag, photos, weights):
@@ -169,6 +174,7 @@ TOKENIZE = """if True:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("flaw", VOCABULARIES)
 def test_a_hostile_tokenizer_is_refused_or_its_rules_have_no_effect(flaw, tmp_path):
   from limber_jax.data.tokenizers import BpeTokenizer
@@ -180,6 +186,7 @@ def test_a_hostile_tokenizer_is_refused_or_its_rules_have_no_effect(flaw, tmp_pa
   assert done.stdout.startswith(told) and done.stdout.count("\n") == 1
 
 
+@pytest.mark.process
 def test_a_compressed_vocabulary_of_3_gb_is_refused(tmp_path):
   file = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
   file.write_bytes(gzip.compress(bytes(1 << 20)) * 3000)
@@ -192,6 +199,7 @@ SETTINGS = ("model.image.layers=60000", "model.image.layers=0", "model.image.hea
             "checkpoint.every=0", "loss.chunk_size=-4", "log_every=0")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_that_would_flood_the_memory_is_refused_before_anything_is_allocated(setting, tmp_path):
   done = start("-m", "limber_jax.train", "--config=experiments/quickstart.py", f"--workdir={tmp_path}/run",
@@ -199,6 +207,7 @@ def test_a_setting_that_would_flood_the_memory_is_refused_before_anything_is_all
   assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.process
 def test_beams_without_end_are_refused(photos, tmp_path):
   runs.untrained(runs.tiny_limber(), str(tmp_path))
   done = start("-m", "limber_jax.caption", f"--workdir={tmp_path}", str(photos / "cat" / "00.png"), "--beams=1000000")

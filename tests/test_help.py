@@ -31,6 +31,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.process
 def test_help_of_every_command_says_what_it_does_and_lists_its_flags():
   done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, *COMMANDS], cwd=ROOT, text=True, timeout=300,
                         capture_output=True)

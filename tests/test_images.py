@@ -187,6 +187,7 @@ def test_packed_images_are_upright_and_of_the_default_formats(tmp_path):
   assert np.abs(decode(source[1]["image"]).astype(int) - decode(files["b"], options)).mean() < 8  # encoded again
 
 
+@pytest.mark.process
 def test_folders_and_the_inspecting_command_know_the_formats(tmp_path):
   for name, format in (("a.png", "PNG"), ("b.gif", "GIF"), ("c.avif", "AVIF")):
     colours().save(tmp_path / name, format)

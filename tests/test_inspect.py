@@ -104,6 +104,7 @@ def test_the_contact_sheet_shows_each_image_above_its_caption(tmp_path):
     contact_sheet(looks, str(tmp_path / "none" / "sheet.png"))
 
 
+@pytest.mark.process
 def test_the_command_prints_figures_and_exits_1_where_there_is_damage(tmp_path, table):
   def run(*arguments):
     return subprocess.run([sys.executable, "-m", "limber_jax.inspect", *map(str, arguments)], capture_output=True,
@@ -163,6 +164,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_command_counts_each_layout_exactly(layout, tmp_path):

@@ -61,6 +61,7 @@ def without_flock(fd, how):
   raise OSError(errno.ENOTSUP, "Operation not supported")
 
 
+@pytest.mark.process
 def test_who_comes_second_is_told_host_process_and_since_when(path, other):
   began = time.monotonic()
   line = refusal(path, otherwise="choose another --workdir")
@@ -80,6 +81,7 @@ def test_after_the_end_nothing_is_left(path):
   assert os.listdir(path.parent) == ["kept"]
 
 
+@pytest.mark.process
 def test_after_a_kill_the_next_takes_over_at_once(path, other):
   other.kill()
   other.wait()
@@ -91,12 +93,14 @@ def test_after_a_kill_the_next_takes_over_at_once(path, other):
   assert time.monotonic() - began < 1 and said == []
 
 
+@pytest.mark.process
 def test_a_process_that_stands_still_keeps_its_lock(path, other):
   other.send_signal(signal.SIGSTOP)
   os.utime(path, (0, 0))  # as after hours
   assert f"process {other.pid} " in refusal(path)
 
 
+@pytest.mark.process
 def test_a_child_does_not_hold_the_lock_of_its_parent(path):
   script = HOLD.replace("time.sleep(600)", "import os; os.fork() == 0 and time.sleep(600); os.kill(os.getpid(), 9)")
   process = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.DEVNULL, start_new_session=True)

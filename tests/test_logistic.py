@@ -197,6 +197,7 @@ def test_search_chooses_the_strongest_of_equal_scores():
   assert search(lambda strength: float(strength < 20))[0] == pytest.approx(10 ** 1.25)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("every", [1, 2])
 def test_bench_measures_both_in_the_same_run(every):
   flags = ("--examples=200", "--width=12", "--classes=3", "--strengths=4", f"--every={every}")

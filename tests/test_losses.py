@@ -377,6 +377,7 @@ def bench(*flags):
                         capture_output=True)
 
 
+@pytest.mark.process
 def test_the_benchmark_prints_one_json_object():
   done = bench("loss", "--n=64", "--large=96", "--e=8", "--chunk=20", "--repeats=1")
   assert done.returncode == 0, done.stderr
@@ -385,6 +386,7 @@ def test_the_benchmark_prints_one_json_object():
   assert out["plain"]["share_of_peak"] > 0 and out["chunked"]["temp_bytes"] > 0
 
 
+@pytest.mark.process
 def test_an_unknown_benchmark_is_one_line():
   done = bench("los")
   assert (done.returncode, done.stdout) == (2, "")

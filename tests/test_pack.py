@@ -227,10 +227,12 @@ def kill_and_go_on(tmp_path, count, kills):
   return went_on
 
 
+@pytest.mark.process
 def test_the_bytes_are_the_same_after_a_kill_and_with_any_workers_none_of_which_outlives_it(tmp_path):
   kill_and_go_on(tmp_path, 1200, 1)
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_30_kills_change_no_byte(tmp_path):
   went_on = kill_and_go_on(tmp_path, 12_000, 30)
@@ -238,6 +240,7 @@ def test_30_kills_change_no_byte(tmp_path):
   print(f"pack: 30 kills, {went_on} of them with shards there: every byte as without")
 
 
+@pytest.mark.process
 def test_sigterm_ends_it_after_what_is_whole(tmp_path):
   folder = layouts.write_webdataset(tmp_path / "many", [r | {"key": f"{i:05d}"} for i, r in enumerate(images() * 500)])
   process = command(folder, tmp_path / "out", "--shrink=32", "--per_shard=10", "--workers=1")
@@ -252,6 +255,7 @@ def test_sigterm_ends_it_after_what_is_whole(tmp_path):
   assert not [n for n in os.listdir(tmp_path / "out") if n.endswith(".tmp")]
 
 
+@pytest.mark.process
 def test_the_command_says_in_one_line_what_is_wrong_and_exits_1_where_records_were_dropped(tmp_path, damaged):
   process = command(damaged.path, tmp_path / "out", "--damaged=0.1", "--workers=0")
   output, _ = process.communicate(timeout=60)

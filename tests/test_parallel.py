@@ -105,6 +105,7 @@ else:
 
 
 # Collectives on CPUs give up after 30 s, and scoring captions or fitting probes takes longer.
+@pytest.mark.process
 @pytest.mark.parametrize("seconds", [0, pytest.param(40, marks=pytest.mark.long)])
 def test_every_process_gets_what_the_first_one_found_however_long_it_took(seconds, tmp_path):
   with socket.socket() as s:

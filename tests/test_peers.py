@@ -56,12 +56,14 @@ def stderr_of(code: str) -> str:
   return done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("text", [WORKER, COORDINATOR, SILENT])
 def test_a_process_that_jax_aborts_leaves_one_line(text):
   said = stderr_of(f"peers.watch_stderr()\nos.write(2, b'before\\n')\nos.write(2, {text!r})\nos.abort()")
   assert said == "before\n" + peers.parse_jax_failure(text)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ends", ["", "os.abort()", "os._exit(4)", "os.kill(os.getpid(), 9)"])
 @pytest.mark.parametrize("text", [BARRIER, HARMLESS, b"Traceback\n  no new line"])
 def test_all_else_passes_unchanged(text, ends):
@@ -69,6 +71,7 @@ def test_all_else_passes_unchanged(text, ends):
   assert stderr_of(code) == "a" + text.decode()
 
 
+@pytest.mark.process
 def test_a_process_that_lives_on_has_said_all(monkeypatch):
   said = stderr_of("peers._HELD = 0.3\npeers.watch_stderr()\n"
                    f"os.write(2, {COORDINATOR!r})\ntime.sleep(1)\nos.write(2, b'after')")

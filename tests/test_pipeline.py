@@ -293,6 +293,7 @@ def test_closing_ends_threads_and_the_stream():
   assert threading.active_count() <= before
 
 
+@pytest.mark.process
 def test_a_script_that_never_closes_ends_without_noise():
   script = """
 import numpy as np

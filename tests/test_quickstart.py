@@ -14,6 +14,7 @@ from tests.runs import losses
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_newcomer_gets_a_clip_and_a_limber_from_nothing(tmp_path):
   (tmp_path / "experiments").symlink_to(ROOT / "experiments")
@@ -39,6 +40,7 @@ def test_a_newcomer_gets_a_clip_and_a_limber_from_nothing(tmp_path):
   assert (tmp_path / "runs/limber/captions_digits.png").is_file()
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_the_quickstarts_losses_are_bit_equal_from_every_layout(tmp_path):
   records, steps = layouts.digits(1437), 100

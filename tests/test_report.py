@@ -431,6 +431,7 @@ def test_results_that_cannot_be_read_are_told_in_one_line(content, message, tmp_
   assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.process
 def test_the_command_prints_and_writes_and_names_mistakes(tmp_path):
   for name in ("limber_clip", "limber_beit"):
     (tmp_path / name).mkdir()

@@ -203,6 +203,7 @@ def check(workdir, alone):
   assert found == evaluated
 
 
+@pytest.mark.process
 def test_rows_that_do_not_adjoin_or_are_shared_train_as_one_process_does_after_a_kill(start, alone, tmp_path):
   steps = alone[0]
   assert steps == {s: [shuffled_index(1437, 0, 32 * (s - 1) + row) for row in range(32)] for s in range(1, 11)}
@@ -218,6 +219,7 @@ def test_rows_that_do_not_adjoin_or_are_shared_train_as_one_process_does_after_a
   check(tmp_path / "run", alone)
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize(("topology", "mesh"), [
   ("v4-16", "8x1x1"), ("v4-16", "4x2x1"), ("v4-16", "1x4x2"), ("v5p-16", "8x1x1"), ("v5p-16", "1x8x1"),
@@ -237,6 +239,7 @@ def records(directory):
     yield path.name, np.stack([np.frombuffer(r, np.float32) for r in reader.read_all()])
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize(("topology", "mesh"), [("v4-32", "16x1x1"), ("v5litepod-16", "4x1x4")])
 def test_a_real_slice_encodes_as_one_process_does(topology, mesh, start, tmp_path):

@@ -145,6 +145,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_sixty_evaluations_that_fail_cost_nothing_but_their_own_figures(tmp_path):
   script = FAILING.format(tests=os.path.dirname(__file__))

@@ -32,6 +32,7 @@ def verdict_of(process):
   return process.returncode, json.loads(out)
 
 
+@pytest.mark.process
 @pytest.mark.smoke
 def test_eight_devices_are_healthy(tmp_path):
   code, verdict = verdict_of(run_health("--expect-devices=8", "--expect-kind=cpu", f"--checkpoint-dir={tmp_path}"))
@@ -43,6 +44,7 @@ def test_eight_devices_are_healthy(tmp_path):
   assert not list(tmp_path.iterdir()), "the test checkpoint is deleted"
 
 
+@pytest.mark.process
 def test_wrong_count_and_kind_fail_and_the_other_checks_still_run():
   code, verdict = verdict_of(run_health("--expect-devices=8", "--expect-kind=tpu", devices=2))
   assert (code, verdict["ok"]) == (1, False)
@@ -50,6 +52,7 @@ def test_wrong_count_and_kind_fail_and_the_other_checks_still_run():
   assert verdict["checks"]["psum"]["ok"] and verdict["checks"]["checkpoint"]["ok"]
 
 
+@pytest.mark.process
 def test_a_directory_that_cannot_be_written_fails_the_checkpoint(tmp_path):
   (tmp_path / "file").touch()
   code, verdict = verdict_of(run_health(f"--checkpoint-dir={tmp_path / 'file'}", devices=1))
@@ -57,12 +60,14 @@ def test_a_directory_that_cannot_be_written_fails_the_checkpoint(tmp_path):
   assert [r.split(":")[0] for r in verdict["reasons"]] == ["checkpoint"]
 
 
+@pytest.mark.process
 def test_a_check_that_hangs_ends_with_a_verdict():
   code, verdict = verdict_of(run_health("--timeout=0.01"))
   assert (code, verdict["ok"]) == (1, False)
   assert re.fullmatch(r"(start|devices|matmul): no answer in 0.01 s", *verdict["reasons"])  # how far it came is chance
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_processes_check_themselves_together(tmp_path, shared):
   with socket.socket() as probe:
@@ -140,6 +145,7 @@ def metadata(accelerator):
   return f'case "$*" in */accelerator-type) echo {accelerator};; *) exit 22;; esac'
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("case", "target", "expected"), [
   ("cpu", ".", "--expect-kind=cpu --timeout=300 --expect-devices=1"),
   ("gpu", "'.[cuda13]'", "--expect-kind=gpu --timeout=300 --expect-devices=2"),
@@ -171,6 +177,7 @@ def test_dry_run_finds_the_platform_prints_each_command_and_changes_nothing(host
   assert (done.returncode, host.files()) == (0, before)
 
 
+@pytest.mark.process
 def test_the_platform_given_counts_more_than_the_one_found(host):
   host.program("curl", metadata("v4-8"))
   assert "pip install -e .\n" in host.setup("--dry-run", "--cpu").stdout
@@ -178,6 +185,7 @@ def test_the_platform_given_counts_more_than_the_one_found(host):
     '{"ok": false, "reasons": ["setup: nvidia-smi -L lists no GPU"]}\n')
 
 
+@pytest.mark.process
 def test_an_old_python_is_passed_over_for_a_newer_and_else_replaced_through_uv(host):
   host.program("python3.12", "exit 127")  # as a shim of pyenv for a version that is not chosen
   host.program("python3.11", "exit 0")
@@ -195,6 +203,7 @@ def make_venv(host):
   (host.venv / "bin/activate").write_text("# of venv\n")
 
 
+@pytest.mark.process
 def test_a_second_run_installs_nothing_again_and_checks_health_again(host):
   make_venv(host)
   first, second = (host.setup("--cpu", JAX_NUM_CPU_DEVICES="2") for _ in range(2))
@@ -209,6 +218,7 @@ def test_a_second_run_installs_nothing_again_and_checks_health_again(host):
   assert len([c for c in host.calls("python") if "pip install" in c]) == 2
 
 
+@pytest.mark.process
 def test_a_failed_health_check_fails_the_setup(host):
   make_venv(host)
   done = host.setup("--cpu", "--expect-devices=3", JAX_NUM_CPU_DEVICES="2")
@@ -216,6 +226,7 @@ def test_a_failed_health_check_fails_the_setup(host):
   assert json.loads(done.stdout)["reasons"] == ["devices: expected 3 devices, got 2"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("breaks", "reason"), [
   ("-m pip", "exit code 3 from"), ("-m limber_jax.health", "the health check ended with exit code 3 and no verdict")])
 def test_a_step_that_dies_ends_in_a_verdict_too(host, breaks, reason):
@@ -227,6 +238,7 @@ def test_a_step_that_dies_ends_in_a_verdict_too(host, breaks, reason):
   assert verdict["ok"] is False and reason in verdict["reasons"][0]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("held", ["dev/accel0", "dev/vfio/0", "tmp/libtpu_lockfile"])
 def test_a_tpu_in_use_is_refused_with_the_pid_and_left_alone(host, held):
   file = host.path / "root" / held
@@ -243,6 +255,7 @@ def test_a_tpu_in_use_is_refused_with_the_pid_and_left_alone(host, held):
   assert f"PID {holder.pid} holds {file}: sleep 60" in done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("flag", "what"), [("--min-ram-gb", "memory"), ("--min-disk-gb", "disk")])
 def test_too_little_memory_or_disk_is_refused(host, flag, what):
   done = host.setup("--cpu", f"{flag}=999999")
@@ -251,6 +264,7 @@ def test_too_little_memory_or_disk_is_refused(host, flag, what):
   assert not host.venv.exists()
 
 
+@pytest.mark.process
 def test_every_worker_is_set_up_first_and_then_all_are_checked_at_once(host):
   good = '{"ok": true, "reasons": [], "process": 0, "processes": 2}'
   git = ["git", "-C", host.repo, "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -278,6 +292,7 @@ def test_every_worker_is_set_up_first_and_then_all_are_checked_at_once(host):
   assert json.loads(done.stdout.splitlines()[-1])["reasons"] == ["setup: 1 of 2 workers are healthy"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("flags", "message"), [
   (["--dryrun"], "no flag --dryrun; did you mean --dry-run?"),
   (["--workers"], "no flag --workers; did you mean --all-workers?"),
@@ -294,6 +309,7 @@ def test_a_wrong_flag_is_one_line_that_names_the_right_one(host, flags, message)
   assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
 
 
+@pytest.mark.process
 def test_help_names_every_flag(host):
   done = host.setup("--help")
   known = re.search(r"known=\((.*?)\)", SCRIPT.read_text(), re.DOTALL)[1].split()
@@ -306,6 +322,7 @@ def test_no_root_and_no_script_out_of_the_network():
   assert not re.search(r"\bsudo\b|\b(curl|wget)\b[^\n]*\|\s*(ba|z)?sh\b|\bkill\b(?!-)", code)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", ["tpu_setup.sh", ".ci/run"])
 def test_shellcheck_finds_nothing(script):
   path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the extra `test` brings the program

@@ -96,6 +96,7 @@ def test_outside_of_the_main_thread_the_flag_is_set_by_hand():
   assert seen == ["a test"]
 
 
+@pytest.mark.process
 def test_a_command_that_is_done_is_not_ended_by_a_late_signal():
   code = """if True:
     import os, signal

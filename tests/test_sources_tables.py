@@ -641,6 +641,7 @@ BOMBS = """if True:
 """
 
 
+@pytest.mark.process
 def test_bombs_are_refused_in_two_seconds_and_256_megabytes(tmp_path):
   gif = io.BytesIO()
   frames = [layouts.Image.new("P", (1000, 1000), i) for i in range(20)]

@@ -37,6 +37,7 @@ def command(shell, tmp_path, **env):
   return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shell", [
   "{} >&-", "{} 2>&-", "{} >&- 2>&- <&-", "{} | true; exit ${PIPESTATUS[0]}",
   "{} 2>&1 | head -1; exit ${PIPESTATUS[0]}", "{} > /dev/full", "{} > /dev/full 2>&1"])
@@ -46,6 +47,7 @@ def test_whatever_takes_its_lines_a_command_that_makes_files_goes_on_to_its_end(
   assert (tmp_path / "made").read_text().split() == [str(i) for i in range(200)]  # and nothing printed among them
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("shell", "code", "says"), [
   ("{} prints | head -1; exit ${PIPESTATUS[0]}", 141, b""),
   ("{} prints >&-", 2, b"error: standard output: it is closed; this command makes nothing but what it prints"),
@@ -57,6 +59,7 @@ def test_a_command_that_only_prints_ends_with_its_stdout(shell, code, says, tmp_
 
 
 # The C locale is no choice of anyone's: a command speaks UTF-8 there.
+@pytest.mark.process
 @pytest.mark.parametrize(("env", "alpha"), [
   ({"PYTHONIOENCODING": "ascii"}, b"\\u03b1"),
   ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "\u03b1".encode())])

@@ -122,6 +122,7 @@ def commands(tmp_path_factory):
   return Commands(tmp_path_factory.mktemp("commands"))
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("name", COMMANDS)
@@ -132,6 +133,7 @@ def test_a_command_makes_the_same_whatever_takes_its_lines(name, stream, command
   assert commands.made(name, place) == commands.wanted[name]
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["caption", "classify"])
 def test_what_is_only_printed_ends_with_its_stream(name, commands):
@@ -143,6 +145,7 @@ def test_what_is_only_printed_ends_with_its_stream(name, commands):
   assert (code, out.decode("ascii")) == (0, commands.wanted[name])
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_a_terminal_took_along_goes_on_as_if_nothing_had_been(name, commands):
@@ -167,6 +170,7 @@ def test_what_a_terminal_took_along_goes_on_as_if_nothing_had_been(name, command
   assert name == "evaluate" or b"going on behind" in errors
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_nohup_goes_on_without_its_terminal(commands):
   call, place = commands.call("train", "nohup")

@@ -31,6 +31,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.process
 def test_flags_names_and_files_are_utf8_whatever_the_locale(tmp_path):
   echo, name = tmp_path / "echo.py", tmp_path / "é.txt"
   echo.write_text(ECHO)
@@ -74,6 +75,7 @@ assert no_device(ValueError("another")) == ""
 """
 
 
+@pytest.mark.process
 def test_a_platform_that_is_not_there_is_one_line_and_another_error_is_none():
   done = started("-c", PLATFORMS, "foo", "cuda")
   foo, cuda = done.stdout.decode().splitlines()
@@ -82,6 +84,7 @@ def test_a_platform_that_is_not_there_is_one_line_and_another_error_is_none():
   assert not cuda or cuda.startswith("JAX_PLATFORMS=cuda: JAX cannot start on that here ("), done.stderr.decode()
 
 
+@pytest.mark.process
 def test_a_command_ends_with_that_line_and_code_2(tmp_path):
   done = started("-m", "limber_jax.train", f"--config={ROOT}/experiments/quickstart.py", f"--workdir={tmp_path}/run",
                  JAX_PLATFORMS="foo")

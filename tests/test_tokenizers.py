@@ -372,6 +372,7 @@ def test_load_tells_the_nearest_name():
     load(Tokenizer(name="byte"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("given", ["table", "lines", "config"])
 def test_the_command_trains_on_the_users_captions(given, tmp_path):
   (tmp_path / "x.tsv").write_text("title\tfilepath\nmany dogs\tmissing.png\nmany cats\tmissing.png\n")
@@ -388,6 +389,7 @@ def test_the_command_trains_on_the_users_captions(given, tmp_path):
   assert tokenizer.vocab_size <= 300 and len(tokenizer.encode(word)) < len(word)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("flags", "message"), [
   ([], "either --source=FILE"), (["--source=x.txt"], "--out=DIR is missing"), (["x.txt"], "wanted flags only"),
   (["--source=/nowhere.txt", "--out=/tmp/never"], "No such file"),

@@ -124,6 +124,7 @@ def test_an_answer_ends_with_its_line():
   assert question_text("what is it? ") == "Q: what is it? A:"
 
 
+@pytest.mark.process
 def test_the_command_answers_a_question(run, pictures):
   code, out, errors = command(f"--workdir={run}", "--json", pictures[0], "what is it?", module="vqa")
   assert (code, errors) == (0, [])
@@ -131,6 +132,7 @@ def test_the_command_answers_a_question(run, pictures):
   assert [json.loads(line) for line in out] == [{**question, "answer": next(answers(opened(run), [question])).text}]
 
 
+@pytest.mark.process
 def test_the_command_answers_a_file_of_questions_with_examples(run, questions, shots, pictures, tmp_path):
   folder = tmp_path / "files"
   folder.mkdir()
@@ -165,6 +167,7 @@ def test_mistakes_are_told_in_a_line(run, shots, questions, tmp_path):
     list(answers(model, questions, shots * 4))
 
 
+@pytest.mark.process
 def test_a_question_without_an_image_is_a_mistake(run):
   assert command(f"--workdir={run}", "what?", module="vqa") == (
     2, [], ["error: expected an image and a question, or --questions=FILE without; got 1 arguments"])

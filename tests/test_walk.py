@@ -159,6 +159,7 @@ def get_config():
 """
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_500_settings_train_or_are_refused_in_one_line(tmp_path):
   for task in experiments():

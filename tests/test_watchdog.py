@@ -80,6 +80,7 @@ def test_zero_waits_for_ever(guarded):
   assert codes == []
 
 
+@pytest.mark.process
 def test_the_process_ends_with_all_stacks_on_stderr(tmp_path):
   code = """if True:
     import sys, threading, time

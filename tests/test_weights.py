@@ -376,6 +376,7 @@ def test_weights_streamed_to_devices_equal_those_converted_on_the_host(tmp_path,
       assert isinstance(x, jax.Array) and (spec.sharding is None or x.sharding == spec.sharding)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix,dtype", [(".safetensors", "float32"), (".bin", "bfloat16")])
 def test_streaming_holds_less_than_three_tensors_on_the_host(tmp_path, suffix, dtype):
   """Peak memory, less the model's own bytes, which lie in the same memory where the device is a CPU."""
@@ -1107,6 +1108,7 @@ def convert_command(*args):
                         env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
+@pytest.mark.process
 def test_the_convert_command_rewrites_a_model(saved, tmp_path):
   path, _, size, params = saved
   result = convert_command(path, tmp_path / "out", "--to=hf")
@@ -1118,6 +1120,7 @@ def test_the_convert_command_rewrites_a_model(saved, tmp_path):
   assert_equal(loaded.params, params)
 
 
+@pytest.mark.process
 def test_the_convert_command_asks_of_a_state_dict_whose_it_is(saved, tmp_path):
   path, file, size, params = saved
   os.remove(os.path.join(path, "open_clip_config.json"))
@@ -1153,6 +1156,7 @@ def test_what_lies_beside_converted_weights_is_kept_or_named(tmp_path):
   assert "not kept: data.exif=true" in lines[1] and "not kept: data.formats=gif,bmp" in lines[2] and len(lines) == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("args,message", [
   (["nowhere", "out", "--to=hf"], "error: nowhere: no such file or directory"),
   (["nowhere", "out"], "error: --to is missing; choose one of hf, open_clip, limber"),
