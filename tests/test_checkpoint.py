@@ -21,7 +21,8 @@ import pytest
 from runs import environment
 
 from limber_jax.checkpoints import manager, manifest
-from limber_jax.checkpoints.manager import Checkpoints, abstract, keep_frozen, kept_frozen
+from limber_jax.checkpoints.frozen import keep_frozen, kept_frozen
+from limber_jax.checkpoints.manager import Checkpoints, abstract
 from limber_jax.checkpoints.scores import Scores
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint
@@ -585,7 +586,7 @@ def pruned_at(moment, step, workdir, monkeypatch):
       save(workdir, step + 1)
 
   module, name = {"listing": (Checkpoints, "_damage"), "comparing": (manifest, "_sha256"),
-                  "fitting": (manager, "_check_fits"), "between": (Checkpoints, "restore_params"),
+                  "fitting": (manager, "check_fits"), "between": (Checkpoints, "restore_params"),
                   "reading": (ocp.CompositeCheckpointHandler, "restore")}[moment]
   real = getattr(module, name)
   monkeypatch.setattr(module, name, lambda *args, **kwargs: (prune(), real(*args, **kwargs))[1])

@@ -7,7 +7,7 @@ restoring reads (limber_jax.checkpoints.manifest). Process 0 writes it once all 
 file system that they share anyway. A step's directory appears by a rename once all of that is there, so a killed save
 leaves nothing that counts.
 
-A checkpoint is compared with its manifest before it is read. BadRecords is told in one line, and the newest checkpoint
+A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
 before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
 damaged to workdir/damaged/<step>. One that trains beside may delete the checkpoint that is being read: then another is
 chosen, see `Checkpoints.read`. Checkpoints of before there were manifests are used unchecked, and one line says so.
@@ -16,29 +16,24 @@ Beside them workdir/frozen/<part> holds, once, what was drawn at random and is n
 release of JAX would draw other bits.
 """
 
-import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import inspect
 import json
-import logging
 import os
-import re
 import shutil
 import sys
-import traceback
-import types
 import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from limber_jax.checkpoints import manifest, scores, workdirs
+from limber_jax.checkpoints.fits import check_fits, first_line, reason
+from limber_jax.checkpoints.quiet import one_line_a_failure, settle
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
@@ -80,7 +75,7 @@ class Checkpoints:
       self.run = parallel.broadcast_from_process_0(lambda: self.run or uuid.uuid4().hex)
       parallel.broadcast_from_process_0(self._recover)
       self._quiet = contextlib.ExitStack()
-      self._quiet.enter_context(_one_line_a_failure())
+      self._quiet.enter_context(one_line_a_failure())
       # Two, because one may turn out to be damaged; the older goes only after the newer was committed.
       keep = [_POLICIES.LatestN(n=max(config.keep, 2))]
       if config.best:
@@ -202,7 +197,7 @@ class Checkpoints:
           with contextlib.suppress(Exception):  # each thread of a save that failed raises; `wait` has told the first
             end()
         if self._broken:
-          _settle()
+          settle()
         gc.collect()  # or what is left of such a save speaks up later
         self._manager = None
         self._quiet.close()
@@ -325,7 +320,7 @@ class Checkpoints:
     items, problem = {}, None
     try:
       for item, want in like.items():
-        _check_fits(os.path.join(path, item), want, where, cast="optimizer" not in like)
+        check_fits(os.path.join(path, item), want, where, cast="optimizer" not in like)
       # Not by ocp.Checkpointer: its processes wait for each other, also for one that cannot read.
       with contextlib.closing(ocp.CompositeCheckpointHandler()) as reader:
         items = dict(reader.restore(epath.Path(path), args=ocp.args.Composite(
@@ -333,7 +328,7 @@ class Checkpoints:
     except UserError as error:
       problem = str(error)
     except (ValueError, OSError) as error:
-      problem = f"{where}{_first_line(error)}"
+      problem = f"{where}{first_line(error)}"
     parallel.fail_together(problem)
     if meta:
       items["meta"].pop("manifest", None)
@@ -354,7 +349,7 @@ class Checkpoints:
   def _failed(self, error: Exception) -> UserError:
     self._broken = True
     steps = [step for step in self._steps() if step != self._step]
-    return UserError(f"{self.directory}: step {self._step} could not be saved: {_reason(error)}; "
+    return UserError(f"{self.directory}: step {self._step} could not be saved: {reason(error)}; "
                      + (f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"))
 
 
@@ -371,47 +366,6 @@ class _Best(_POLICIES.PreservationPolicy):
     return [c.step == best for c in checkpoints]
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-  raised_in = traceback.extract_tb(record.exc_info[2]) if record.exc_info and record.exc_info[2] else ()
-  return not (str(record.msg).startswith("[process=") or any("orbax" in frame.filename for frame in raised_in))
-
-
-@contextlib.contextmanager
-def _one_line_a_failure():
-  """While entered, what Orbax and TensorStore print of a failed save, from each of their threads, is not shown.
-
-  They raise it too, and then it is told once.
-  """
-  loggers, show = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-
-  def show_others(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":  # a write that ends after another one has failed
-      show(unraisable)
-
-  for logger in loggers:
-    logger.addFilter(_not_of_orbax)
-  sys.unraisablehook = show_others
-  try:
-    yield
-  finally:
-    for logger in loggers:
-      logger.removeFilter(_not_of_orbax)
-    sys.unraisablehook = show
-
-
-def _settle() -> None:
-  """Asks all that is left of Orbax's writes for its error, and closes what never began.
-
-  Else each of them speaks up when it is collected, some at the very end of the process, behind the error that was told.
-  """
-  for found in gc.get_objects():
-    if issubclass(type(found), asyncio.Future) and found.done() and not found.cancelled():
-      found.exception()
-    elif type(found) is types.CoroutineType and "orbax" in found.cr_code.co_filename and (
-        inspect.getcoroutinestate(found) == inspect.CORO_CREATED):
-      found.close()
-
-
 def _promises_manifest(path: str) -> bool:
   """Returns whether a checkpoint says of itself that it has a manifest, or cannot say."""
   try:
@@ -421,87 +375,9 @@ def _promises_manifest(path: str) -> bool:
     return True
 
 
-def keep_frozen(workdir: str, part: str, tree: dict[str, Any]) -> None:
-  """Writes a frozen part {"params": …, "stats": …} that was drawn at random; every process must call this."""
-  path = _frozen(workdir, part)
-  with ocp.StandardCheckpointer() as writer:
-    writer.save(path, tree, force=True)
-  parallel.broadcast_from_process_0(lambda: manifest.write(path))
-
-
-def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any] | None:
-  """Returns what `keep_frozen` wrote, laid out as the ShapeDtypeStructs `like` say; None if it wrote nothing there.
-
-  Raises:
-    UserError: it is damaged, or holds other arrays than `like`.
-  """
-  path = _frozen(workdir, part)
-  if not os.path.isdir(path):
-    return None
-  if (damage := parallel.broadcast_from_process_0(lambda: manifest.compare(path))) is not None:
-    raise UserError(f"{path} is damaged: {damage}; the run cannot go on without a copy of it")
-  where = f"{path} does not fit this config: "
-  _check_fits(path, like, where, cast=True)
-  try:
-    with ocp.StandardCheckpointer() as reader:
-      return reader.restore(path, like)
-  except ValueError as error:
-    raise UserError(f"{where}{_first_line(error)}") from error
-
-
-def _frozen(workdir: str, part: str) -> str:
-  return os.path.abspath(os.path.join(workdir, "frozen", part))
-
-
-def _check_fits(path: str, like: Any, where: str, *, cast: bool) -> None:
-  """Raises UserError, its message begun by `where`, unless the arrays saved in `path` are named and made as `like`.
-
-  Orbax alone would cast float32 to int32, and say of a missing array only that the trees differ.
-
-  Args:
-    path: of a tree of arrays that Orbax saved.
-    like: ShapeDtypeStructs.
-    where: such as "runs/a/checkpoints/3 does not fit this config: ".
-    cast: whether floats may be of another precision.
-  """
-
-  def kinds(tree):
-    return {parallel.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-  def same(a, b):
-    floats = cast and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b))
-    return tuple(a.shape) == tuple(b.shape) and (floats or a.dtype == b.dtype)
-
-  def told(x):
-    return "no such array" if x is None else f"{x.dtype} {tuple(x.shape)}"
-
-  try:
-    with ocp.StandardCheckpointer() as reader:
-      there = kinds(reader.metadata(path).item_metadata.tree)
-  except (ValueError, OSError, AttributeError) as error:
-    raise UserError(f"{where}no arrays in {path} ({_first_line(error)})") from error
-  want = kinds(like)
-  for name in sorted(want.keys() | there.keys()):
-    a, b = want.get(name), there.get(name)
-    if a is None or b is None or not same(a, b):
-      raise UserError(f"{where}{name}: expected {told(a)}, got {told(b)}")
-
-
 def _optimizer(state: TrainState) -> dict[str, Any]:
   return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped,
           "skipped_in_row": state.skipped_in_row, **({"history": state.history} if state.history else {})}
-
-
-def _reason(error: Exception) -> str:
-  """Returns what the operating system said, where it said something, of an exception of Python's or TensorStore's."""
-  if isinstance(error, OSError) and error.strerror:
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-  code = re.search(r"os_error_code='(\d+)'", str(error))
-  return os.strerror(int(code[1])) if code else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:300]
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -1,7 +1,8 @@
 """When and what a run saves: the state, and with the first checkpoint the claim to its workdir."""
 
 from limber_jax.checkpoints import workdirs
-from limber_jax.checkpoints.manager import Checkpoints, keep_frozen
+from limber_jax.checkpoints.frozen import keep_frozen
+from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.runtime import parallel
 from limber_jax.runtime.goodput import TimeTracker

@@ -11,7 +11,8 @@ import optax
 
 from limber_jax import config as config_lib
 from limber_jax import registry
-from limber_jax.checkpoints.manager import abstract, kept_frozen
+from limber_jax.checkpoints.frozen import kept_frozen
+from limber_jax.checkpoints.manager import abstract
 from limber_jax.checkpoints.state import SHARDING, Frozen, TrainState, check_trainable, split
 from limber_jax.config import Config
 from limber_jax.data import tokenizers, transforms

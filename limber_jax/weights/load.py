@@ -37,7 +37,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from limber_jax.checkpoints import workdirs
-from limber_jax.checkpoints.manager import Checkpoints, kept_frozen
+from limber_jax.checkpoints.frozen import kept_frozen
+from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Checkpoint, Compute, Tokenizer, flatten
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
@@ -53,7 +54,7 @@ from limber_jax.weights.convert import convert, identity, pattern, stream
 from limber_jax.weights.preprocessing import Preprocessing
 
 PARTS = ("image", "text")
-_RESAMPLE = "--config.init.resample_positions=True"
+RESAMPLE = "--config.init.resample_positions=True"
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ def load_into(path: str, part: str, size: ClipConfig, params: dict[str, Any],
   opened = open_model(path, parts=(part,), given=size, preprocessing=False)
   with naming(path):
     source = positions.fitted(opened.source, opened.rows, {f"{part}/position": np.shape(params.get("position", ()))},
-                              resample, _RESAMPLE)
+                              resample, RESAMPLE)
     tree = convert(opened.rows, source, {part: params} | ({"stats": {part: stats}} if stats else {}),
-                   _ignored_beside(opened, part))
-  _check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads})
+                   ignored_beside(opened, part))
+  check_clip(path, part, opened.size, {"activation": size.activation, f"{part}.heads": getattr(size, part).heads})
   if part == "text" and opened.size.text.eos != size.text.eos:
     raise UserError(f"{path} has text.eos={opened.size.text.eos}, but this config's model has {size.text.eos}; "
                     f"set --config.model.text.eos={opened.size.text.eos}")
@@ -141,7 +142,7 @@ def load_part(path: str, part: str, size: EncoderConfig | GPTJSize | None, like:
   Raises:
     UserError: nothing there, another model, or tensors that do not fit exactly; the message names the first.
   """
-  _exists(path)
+  check_exists(path)
   if os.path.isdir(os.path.join(path, "checkpoints")) and not (part == "image" and _is_clip_run(path)):
     return _part_of_run(path, part, size, like, stats or {})
   readers = {"image": _image, "lm": _lm, "prompt": _prompt}
@@ -151,7 +152,7 @@ def load_part(path: str, part: str, size: EncoderConfig | GPTJSize | None, like:
   with naming(path):
     tensors = source.source
     if part == "image" and spec_of(size.tower.kind).clip and "position" in like:
-      tensors = positions.fitted(tensors, source.rows, {"position": like["position"].shape}, resample, _RESAMPLE)
+      tensors = positions.fitted(tensors, source.rows, {"position": like["position"].shape}, resample, RESAMPLE)
     tree = stream(source.rows, tensors, like | ({"stats": stats} if stats else {}), source.ignored)
   return {name: leaf for name, leaf in tree.items() if name != "stats"}, tree.get("stats", {})
 
@@ -167,12 +168,12 @@ def open_model(path: str, model: str = "", *, parts: tuple[str, ...] = PARTS, gi
     role: what is asked for, "clip" or "image", for messages.
     preprocessing: give the size the preprocessing that lies beside the weights; without, it is not looked at.
   """
-  _exists(path)
+  check_exists(path)
   for read in FORMATS:
     if (opened := read(path)) is not None:
       break
   else:
-    opened = _bare(path, model, parts, given, flag, role)
+    opened = state_dict(path, model, parts, given, flag, role)
   if missing := [part for part in parts if part not in opened.parts]:
     raise UserError(f"{path}: only the {' and '.join(opened.parts)} tower of a CLIP, but the {missing[0]} tower is "
                     "needed here")
@@ -205,7 +206,7 @@ def own_tokenizer(weights: str) -> Tokenizer:
   return Tokenizer("clip", folder if beside else "")
 
 
-def _exists(path: str) -> None:
+def check_exists(path: str) -> None:
   file, key = names.split(path)
   if key and os.path.isdir(file):
     raise UserError(f"{path}: {file} is a directory; #{key} chooses among the sets of weights in a file")
@@ -214,13 +215,13 @@ def _exists(path: str) -> None:
                     f"hub is brought there by `hf download NAME --local-dir DIRECTORY`")
 
 
-def _ignored_beside(opened: Opened, part: str) -> tuple[str, ...]:
+def ignored_beside(opened: Opened, part: str) -> tuple[str, ...]:
   """Returns the patterns of what need not be read for one part: the others' tensors too."""
   others = (pattern(theirs) for ours, theirs, _ in opened.rows if ours.removeprefix("stats/").split("/")[0] != part)
   return (*opened.ignored, *others)
 
 
-def _check_clip(path: str, part: str, theirs: ClipConfig, ours: dict[str, Any], encoder: bool = False) -> None:
+def check_clip(path: str, part: str, theirs: ClipConfig, ours: dict[str, Any], encoder: bool = False) -> None:
   """Raises if the CLIP at `path` computes something else than `ours` says: of a CLIP's config, or of an encoder's."""
   has = {"activation": theirs.activation, f"{part}.heads": getattr(theirs, part).heads}
   for name, value in has.items():
@@ -242,7 +243,7 @@ def shapes(size: ClipConfig, logit_bias: bool = False) -> dict[str, Any]:
   return like | ({"stats": {"image": image["batch_stats"]}} if "batch_stats" in image else {})
 
 
-def _limber(path: str) -> Opened | None:
+def limber(path: str) -> Opened | None:
   config = os.path.join(path, "limber_config.json")
   if not os.path.isfile(config):
     return None
@@ -280,11 +281,11 @@ def _run(path: str) -> Opened | None:
   return Opened(size, flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/"), identity(tree))
 
 
-def _open_clip(path: str) -> Opened | None:
+def open_clip(path: str) -> Opened | None:
   config = os.path.join(path, "open_clip_config.json")
   if not os.path.isfile(config):
     return None
-  source = _weights(path, _OPEN_CLIP_FILES)
+  source = find_tensors(path, OPEN_CLIP_FILES)
   if source is None:
     return None
   if "vision_model.embeddings.class_embedding" in source:
@@ -295,46 +296,46 @@ def _open_clip(path: str) -> Opened | None:
                 preprocessing=functools.partial(configs.open_clip_preprocessing, config, size.image.image_size))
 
 
-def _hf(path: str) -> Opened | None:
+def hf(path: str) -> Opened | None:
   config = os.path.join(path, "config.json")
-  if not os.path.isfile(config) or not any(os.path.isfile(os.path.join(path, name)) for name in _HF_FILES):
+  if not os.path.isfile(config) or not any(os.path.isfile(os.path.join(path, name)) for name in HF_FILES):
     return None
   with naming(config):
     values = read_json(config)
     if (there := configs.HF_PARTS.get(str(values.get("model_type")))) is None:
       return None  # another model, which is named by whoever asked
     size = configs.hf_size(values)
-  source = bare.whole_names(_weights(path, _HF_FILES))
+  source = bare.whole_names(find_tensors(path, HF_FILES))
   prefixes = {"image": "vision_model.", "text": "text_model."}
   there = tuple(part for part in there if any(name.startswith(prefixes[part]) for name in source))
   said = functools.partial(configs.hf_preprocessing, path, size.image.image_size, "CLIP") if "image" in there else None
   return Opened(size, source, clip.hf_weights(), spec.HF_IGNORED, there, said)
 
 
-_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
                     "open_clip_pytorch_model.bin")
-_HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def _read(path: str) -> dict[str, files.Tensor]:
+def read_tensors(path: str) -> dict[str, files.Tensor]:
   """Returns the tensors of a file by their model's own names, and says what was taken off them."""
   tensors, line = names.weights(path)
   if line:
-    _say(line)
+    say(line)
   return tensors
 
 
 @functools.cache  # the parts of a model are read one by one, and the line is for all of them
-def _say(line: str) -> None:
+def say(line: str) -> None:
   if jax.process_index() == 0:
     print(line, file=sys.stderr, flush=True)
 
 
-def _weights(path: str, names: tuple[str, ...]) -> dict[str, files.Tensor] | None:
+def find_tensors(path: str, names: tuple[str, ...]) -> dict[str, files.Tensor] | None:
   """Returns the tensors of the first of these files that is in the directory, or of the shards it lists."""
   for name in names:
     if os.path.isfile(file := os.path.join(path, name)):
-      return _shards(path, file) if name.endswith(".index.json") else _read(file)
+      return _shards(path, file) if name.endswith(".index.json") else read_tensors(file)
   return None
 
 
@@ -351,7 +352,7 @@ def _shards(path: str, index: str) -> dict[str, files.Tensor]:
   return names.unwrap({name: shards[file][name] for name, file in where.items()}, index)[0]
 
 
-def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipConfig | None, flag: str, role: str) -> Opened:
+def state_dict(path: str, model: str, parts: tuple[str, ...], given: ClipConfig | None, flag: str, role: str) -> Opened:
   if os.path.isdir(path):
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
@@ -359,29 +360,26 @@ def _bare(path: str, model: str, parts: tuple[str, ...], given: ClipConfig | Non
         values = read_json(config)
       if str(values.get("model_type")) not in configs.HF_PARTS:
         raise identify.foreign(config, identify.of_config(values), role)
-    found = [os.path.join(path, name) for name in (*_OPEN_CLIP_FILES, *_HF_FILES)]
+    found = [os.path.join(path, name) for name in (*OPEN_CLIP_FILES, *HF_FILES)]
     path = next((file for file in found if os.path.isfile(file) and not file.endswith(".json")), "")
     if not path:
       raise UserError(f"{os.path.dirname(found[0])}: no model there; looked for limber_config.json, "
                       f"open_clip_config.json with open_clip_model.safetensors, and config.json with model.safetensors "
                       "or pytorch_model.bin")
-  source, file = bare.whole_names(_read(path)), names.split(path)[0]
+  source, file = bare.whole_names(read_tensors(path)), names.split(path)[0]
   layout = bare.layout(source, file, role)
   there = bare.parts(source, layout)
   with naming(file):
     wanted = tuple(part for part in there if part in parts) or there
     size, who = bare.size(source, file, layout, wanted, model, given, flag)
     if who:
-      _say(f"{file}: heads and activation ({size.activation}) are taken from {who}")
+      say(f"{file}: heads and activation ({size.activation}) are taken from {who}")
   said = configs.preprocessing_beside(file, size) if "image" in there else None
   return Opened(size, source, layout.rows, layout.ignored, there, said)
 
 
-FORMATS: tuple[Callable[[str], Opened | None], ...] = (_limber, _open_clip, _run, _hf)
+FORMATS: tuple[Callable[[str], Opened | None], ...] = (limber, open_clip, _run, hf)
 """Each returns None if `path` is not of its format; what is of none is a state dict, or no model."""
-
-
-# Parts of a LiMBeR
 
 
 @dataclass(frozen=True)
@@ -394,7 +392,7 @@ class _Part:
 
 
 def _prompt(path: str, size: None, like: dict[str, Any]) -> _Part:
-  source = _read(path)
+  source = read_tensors(path)
   return _Part(source, prompt.REFERENCE_WEIGHTS if "weight" in source else identity(like))
 
 
@@ -416,11 +414,11 @@ def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
       raise identify.foreign(config, identify.of_config(values), "lm", "a GPT-J")
     with naming(config):
       _check_gptj(values, size)
-    source = _weights(path, (*_HF_FILES, "flax_model.msgpack"))
+    source = find_tensors(path, (*HF_FILES, "flax_model.msgpack"))
     if source is None:
-      raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)} and flax_model.msgpack")
+      raise UserError(f"{path}: no weights there; looked for {', '.join(HF_FILES)} and flax_model.msgpack")
   else:
-    source = _read(path)
+    source = read_tensors(path)
     if (what := identify.of_tensors(source, clip=True)) and what != identify.GPTJ:
       raise identify.foreign(path, what, "lm", identify.GPTJ)
     values, config = _own_config(path, lambda values: values.get("model_type") == "gptj",
@@ -429,7 +427,7 @@ def _lm(path: str, size: GPTJSize, like: dict[str, Any]) -> _Part:
       with naming(config):
         _check_gptj(values, size)
     else:
-      _say(f"{path}: heads ({size.heads}) and rotary dimensions ({size.rotary}) are taken from the config, for nothing "
+      say(f"{path}: heads ({size.heads}) and rotary dimensions ({size.rotary}) are taken from the config, for nothing "
            "beside the file says them")
   flax_names = any("/" in name for name in source)
   return _Part(source, gptj.FLAX_WEIGHTS if flax_names else gptj.HF_WEIGHTS, gptj.HF_IGNORED)
@@ -476,21 +474,21 @@ def _image(path: str, size: EncoderConfig, like: dict[str, Any]) -> _Part:
     if opened.size.image.kind != tower.kind:
       raise UserError(f"{path} has an image tower of kind {opened.size.image.kind!r}, but this config's model has "
                       f"{tower.kind!r}")
-    _check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads},
+    check_clip(path, "image", opened.size, {"activation": size.activation, "image.heads": tower.heads},
                 encoder=True)
     rows = tuple((ours.replace("image/", "", 1), theirs, how) for ours, theirs, how in opened.rows
                  if ours.removeprefix("stats/").startswith("image/"))
-    return _Part(_headed(path, opened, size), rows, _ignored_beside(opened, "image"))
+    return _Part(_headed(path, opened, size), rows, ignored_beside(opened, "image"))
   if not os.path.isdir(path):
-    source = _read(path)
+    source = read_tensors(path)
     _check_lone_encoder(path, tower)
   else:
     config = os.path.join(path, "config.json")
     if os.path.isfile(config):
       _check_encoder(config, tower)
-    source = _weights(path, _HF_FILES)
+    source = find_tensors(path, HF_FILES)
     if source is None:
-      raise UserError(f"{path}: no weights there; looked for {', '.join(_HF_FILES)}")
+      raise UserError(f"{path}: no weights there; looked for {', '.join(HF_FILES)}")
   if (what := identify.of_tensors(source, clip=True)) and what != spec.title:
     raise identify.foreign(path, what, "image", spec.title)
   with naming(path):
@@ -527,7 +525,7 @@ def _check_lone_encoder(path: str, tower: Any) -> None:
     with naming(config):
       spec.check_config(values, tower)
   else:
-    _say(f"{path}: taken for {spec.title} as published (activation, epsilon, pooling), for nothing beside the file "
+    say(f"{path}: taken for {spec.title} as published (activation, epsilon, pooling), for nothing beside the file "
          "says otherwise")
 
 
