@@ -25,7 +25,7 @@ from limber_jax.tasks.captioning import Captioning
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training.loop import train
 from limber_jax.training.setup import make_context
-from limber_jax.weights import export, load, projection
+from limber_jax.weights import export, load, parts, projection
 from limber_jax.weights.adopt import adopt, beside
 from tests.runs import tiny, tiny_limber
 
@@ -170,7 +170,7 @@ def test_a_limber_sees_of_an_image_file_what_transformers_shows_its_own_tower(sq
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
                       task.model.encoders[""].shapes()[0])
-  params, _ = load.load_part(squash, "image", config.model.image, like)
+  params, _ = parts.load_part(squash, "image", config.model.image, like)
   images = np.stack([task.pixels(config.data)({"image": Path(p).read_bytes()}, None)["image"] for p in photos])
   ours = jax.jit(task.predict()["features"])({"image": params}, {}, {"image": images})
 

@@ -15,7 +15,7 @@ from limber_jax.models.clip import ClipConfig
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.weights import bare, configs, convert, load, names
+from limber_jax.weights import bare, configs, convert, formats, load, names
 
 SAYS_NEITHER = "a state dict says neither how many heads nor which activation its model has"
 
@@ -198,7 +198,7 @@ TINY = ClipConfig(16, ViTSize(image_size=16, patch=8, width=64, layers=1, heads=
 @pytest.fixture(scope="module")
 def tiny_params():
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), load.shapes(TINY))
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), formats.shapes(TINY))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_run_takes_a_state_dict_for_the_model_of_its_config(tmp_path, tiny, ca
   path = str(tmp_path / "x.safetensors")
   save_file(tensors, path)
   for part in ("image", "text"):
-    got, _ = load.load_into(path, part, TINY, load.shapes(TINY)[part])
+    got, _ = load.load_into(path, part, TINY, formats.shapes(TINY)[part])
     jax.tree.map(np.testing.assert_array_equal, got, params[part])
   said = f"{path}: heads and activation (gelu) are taken from the config, for nothing beside the file says them\n"
   assert capsys.readouterr().err == said

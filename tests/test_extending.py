@@ -32,7 +32,7 @@ from limber_jax.models.encoders import Encoder, encoder_size
 from limber_jax.models.limber import LimberConfig
 from limber_jax.models.spec import decoder_of
 from limber_jax.training.loop import train
-from limber_jax.weights.load import load_part
+from limber_jax.weights.parts import load_part
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 BLOCKS = dict(re.findall(r"^```python\n# limber_jax/(\S+)\.py\n(.*?)^```$", PAGE.read_text(), re.M | re.S))

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
-from limber_jax.weights import identify, load, names
+from limber_jax.weights import identify, load, names, parts
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 TOWER = dict(**SMALL, image_size=32, patch_size=16)
@@ -73,9 +73,9 @@ def in_role(role, path):
     if role == "clip":
       load.load(path)
     elif role == "lm":
-      load.load_part(path, "lm", gptj.SIZES["gptj_mu"](), {})
+      parts.load_part(path, "lm", gptj.SIZES["gptj_mu"](), {})
     else:
-      load.load_part(path, "image", encoders.encoder_size(role), {})
+      parts.load_part(path, "image", encoders.encoder_size(role), {})
   return str(error.value)
 
 

@@ -16,7 +16,7 @@ from limber_jax.models.clip import ClipConfig
 from limber_jax.models.resnet import ResNetSize
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.weights import convert, load
+from limber_jax.weights import convert, formats
 
 FP32 = Compute(dtype="float32")
 EMBEDDING, GRADIENT = 1e-5, 1e-4  # relative errors of float32 here against float64 in PyTorch
@@ -120,7 +120,7 @@ def by_transformers(transformers, size):
 def to_ours(model, size, rows, ignored):
   """Returns (params, stats of the image tower) of a torch model's state."""
   source = {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
-  params = convert.convert(rows, source, load.shapes(size), ignored)
+  params = convert.convert(rows, source, formats.shapes(size), ignored)
   return params, params.pop("stats", {"image": {}})["image"]
 
 
@@ -257,7 +257,7 @@ def test_initialisation_is_open_clips(open_clip, size):
   ("clip_vit_l14_336", 427.94)])
 def test_published_sizes_have_the_published_parameters_and_tokens(name, millions):
   size = clip.SIZES[name]()
-  like = load.shapes(size)
+  like = formats.shapes(size)
   stats = like.pop("stats", {"image": {}})["image"]
   assert round(sum(x.size for x in jax.tree.leaves(like)) / 1e6, 2) == millions
 
@@ -281,7 +281,7 @@ def random_model(size):
       return rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
     return (0.1 * rng.normal(size=x.shape)).astype(np.float32)
 
-  params = jax.tree_util.tree_map_with_path(leaf, load.shapes(size))
+  params = jax.tree_util.tree_map_with_path(leaf, formats.shapes(size))
   return params, params.pop("stats", {"image": {}})["image"]
 
 

@@ -11,7 +11,7 @@ from limber_jax.models.clip import ClipConfig
 from limber_jax.models.spec import EncoderConfig
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
-from limber_jax.weights import export, load, positions
+from limber_jax.weights import export, formats, load, parts, positions
 
 
 def resized(open_clip, state, grid, context):
@@ -47,12 +47,12 @@ def test_a_run_of_another_image_size_and_context_asks_for_resampled_positions(tm
   small = ClipConfig(16, ViTSize(image_size=24, patch=8, width=32, layers=1, heads=1), text)
   large = dataclasses.replace(small, image=dataclasses.replace(small.image, image_size=40),
                               text=dataclasses.replace(text, context=9))
-  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), load.shapes(small))
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), formats.shapes(small))
   path = str(tmp_path / "small")
   export.save(path, "open_clip", small, params, {})
   want = resized(open_clip, {"visual.positional_embedding": params["image"]["position"],
                              "positional_embedding": params["text"]["position"]}, 5, 9)
-  like = load.shapes(large)
+  like = formats.shapes(large)
   for part, theirs, other in (("image", want[0], "image size"), ("text", want[1], "context length")):
     with pytest.raises(UserError, match=rf"^{path}: .* positions, .* another {other}; --config.init.resample"):
       load.load_into(path, part, large, like[part])
@@ -61,10 +61,10 @@ def test_a_run_of_another_image_size_and_context_asks_for_resampled_positions(tm
     rest = {name: leaf for name, leaf in params[part].items() if name != "position"}
     jax.tree.map(np.testing.assert_array_equal, got, rest)
   size = EncoderConfig(large.image, embed_dim=16)
-  got, _ = load.load_part(path, "image", size, like["image"], resample=True)
+  got, _ = parts.load_part(path, "image", size, like["image"], resample=True)
   assert np.abs(got["position"] - want[0]).max() <= 1e-6 * np.abs(want[0]).max()
   with pytest.raises(UserError, match=r"another image size; --config\.init\.resample_positions=True resamples"):
-    load.load_part(path, "image", size, like["image"])
+    parts.load_part(path, "image", size, like["image"])
 
 
 def test_positions_that_are_no_square_are_refused():

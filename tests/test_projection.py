@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
-from limber_jax.weights import load, projection
+from limber_jax.weights import parts, projection
 from limber_jax.weights.digest import digest
 
 TYPES = (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint8, np.int8, bool, np.float64, np.int64)
@@ -181,9 +181,9 @@ def test_a_prompt_loads_from_a_projection_and_from_the_references_file(tmp_path)
     linear.bias[:] = 1
   torch.save(linear.state_dict(), tmp_path / "proj.ckpt")
   for name in ("ours", "proj.ckpt"):
-    got, stats = load.load_part(str(tmp_path / name), "prompt", None, like)
+    got, stats = parts.load_part(str(tmp_path / name), "prompt", None, like)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b, strict=True), got, params())
     assert stats == {}
   like["linear"]["kernel"] = jax.ShapeDtypeStruct((4, 12), np.float32)
   with pytest.raises(UserError, match=r"proj.ckpt: linear/kernel: expected \(4, 12\), got \(4, 6\) from weight"):
-    load.load_part(str(tmp_path / "proj.ckpt"), "prompt", None, like)
+    parts.load_part(str(tmp_path / "proj.ckpt"), "prompt", None, like)

@@ -32,7 +32,7 @@ from limber_jax.models.spec import EncoderConfig
 from limber_jax.models.text import TextSize, check_end
 from limber_jax.models.vit import ViTSize
 from limber_jax.runtime import parallel
-from limber_jax.weights import adopt, beside, convert, export, files, load
+from limber_jax.weights import adopt, beside, convert, export, files, formats, load, parts
 
 TEXT = TextSize(context=12, vocab=99, width=64, layers=2, heads=1)
 SIZES = {  # heads 64 wide, as OpenAI's have them
@@ -50,7 +50,7 @@ def random_model(size, logit_bias=False, seed=0):
       return rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
     return np.asarray(0.1 * rng.normal(size=x.shape), np.float32)
 
-  params = jax.tree_util.tree_map_with_path(leaf, load.shapes(size, logit_bias))
+  params = jax.tree_util.tree_map_with_path(leaf, formats.shapes(size, logit_bias))
   return params, params.pop("stats", {})
 
 
@@ -233,7 +233,7 @@ def test_a_text_is_pooled_at_the_first_end_of_a_vocabulary_with_ids_above_it(tmp
     assert np.abs(x - want).max() <= 1e-5 * np.abs(want).max()
   plain = dataclasses.replace(loaded.size, text=dataclasses.replace(loaded.size.text, eos=-1))
   with pytest.raises(UserError, match=r"has text.eos=60, but this config's model has -1; set --config.model.text"):
-    load.load_into(str(tmp_path / "hf"), "text", plain, load.shapes(plain)["text"])
+    load.load_into(str(tmp_path / "hf"), "text", plain, formats.shapes(plain)["text"])
   two = dataclasses.replace(loaded.size, text=dataclasses.replace(loaded.size.text, eos=2))
   with pytest.raises(UserError, match="transformers takes an eos_token_id of 2 for the highest id"):
     export.save(str(tmp_path / "two"), "hf", two, loaded.params, {})
@@ -339,7 +339,7 @@ def test_one_part_loads_into_a_model_of_other_sizes_elsewhere(tmp_path, name, pa
   size = SIZES[name]
   params, stats = random_model(size)
   export.save(str(tmp_path / "out"), "open_clip", size, params, stats)
-  got, got_stats = load.load_into(str(tmp_path / "out"), part, size, load.shapes(size)[part], stats.get(part))
+  got, got_stats = load.load_into(str(tmp_path / "out"), part, size, formats.shapes(size)[part], stats.get(part))
   assert_equal((got, got_stats), (params[part], stats.get(part, {})))
 
 
@@ -347,10 +347,10 @@ def test_a_part_of_another_build_is_refused_by_name(saved):
   path, _, size, params = saved
   shallower = ClipConfig(32, ViTSize(image_size=32, patch=8, width=128, layers=2, heads=2), TEXT)
   with pytest.raises(UserError, match=r"nothing here reads 'visual.transformer.resblocks.2\..*, nor 11 other tensors"):
-    load.load_into(path, "image", shallower, load.shapes(shallower)["image"])
+    load.load_into(path, "image", shallower, formats.shapes(shallower)["image"])
   wider = ClipConfig(32, ViTSize(image_size=32, patch=8, width=192, layers=3, heads=3), TEXT)
   with pytest.raises(UserError, match=r"image/blocks/attn/k/bias: expected \(3, 192\), got \(3, 128\) from visual"):
-    load.load_into(path, "image", wider, load.shapes(wider)["image"])
+    load.load_into(path, "image", wider, formats.shapes(wider)["image"])
   with pytest.raises(UserError, match=r"activation='quick_gelu', but .* 'gelu'; set --config.model.activation=quick"):
     load.load_into(path, "text", own(size), params["text"])
 
@@ -494,14 +494,14 @@ def test_a_gptj_loads_from_every_form_that_it_is_published_in(tmp_path, hf_gptj,
   like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16, sharding=s), like,
                       parallel.shardings(like, gptj.SHARDING, mesh))
   state = {name: x.detach() for name, x in hf_gptj.state_dict().items()}
-  got, stats = load.load_part(path, "lm", GPTJ_MU, like)
+  got, stats = parts.load_part(path, "lm", GPTJ_MU, like)
   assert stats == {} and jax.tree.structure(got) == jax.tree.structure(like)
   for where, x in jax.tree_util.tree_leaves_with_path(got):
     np.testing.assert_array_equal(np.asarray(x), reference(state, parallel.path_name(where)).astype(ml_dtypes.bfloat16),
                                   strict=True)
   if kind in ("safetensors", "bin", "msgpack"):  # and from the file alone
     name = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "msgpack": "flax_model.msgpack"}[kind]
-    alone, _ = load.load_part(os.path.join(path, name), "lm", GPTJ_MU, like)
+    alone, _ = parts.load_part(os.path.join(path, name), "lm", GPTJ_MU, like)
     jax.tree.map(np.testing.assert_array_equal, alone, got)
 
 
@@ -517,7 +517,7 @@ def test_a_gptj_of_another_build_is_refused_by_name(tmp_path, change, message):
   file = tmp_path / "lm" / "config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | change))
   with pytest.raises(UserError, match=f"^{file}: {message}"):
-    load.load_part(str(tmp_path / "lm"), "lm", GPTJ_MU, lm_like())
+    parts.load_part(str(tmp_path / "lm"), "lm", GPTJ_MU, lm_like())
 
 
 def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(tmp_path, capfd):
@@ -527,18 +527,18 @@ def test_the_configuration_beside_a_file_of_a_gptj_is_checked_if_it_is_its_own(t
   values = json.loads(config.read_text())
   config.write_text(json.dumps(values | {"n_head": 4}))  # which shapes do not show
   with pytest.raises(UserError, match=r"config.json: n_head is 4, .* heads=2"):
-    load.load_part(file, "lm", GPTJ_MU, lm_like())
+    parts.load_part(file, "lm", GPTJ_MU, lm_like())
   for change, message in (({"rotary_dim": 8}, "rotary_dim is 8, .* rotary=16"),
                           ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
                           ({"activation_function": "relu"}, "activation_function is 'relu'")):
     config.write_text(json.dumps(values | change))
     with pytest.raises(UserError, match=f"config.json: {message}"):
-      load.load_part(file, "lm", GPTJ_MU, lm_like())
+      parts.load_part(file, "lm", GPTJ_MU, lm_like())
   config.write_text(json.dumps(values))
-  load.load_part(file, "lm", GPTJ_MU, lm_like())
+  parts.load_part(file, "lm", GPTJ_MU, lm_like())
   assert "taken from the config" not in capfd.readouterr().err
   config.write_text(json.dumps(values | {"n_head": 4, "n_layer": 28}))
-  jax.tree.map(np.testing.assert_array_equal, load.load_part(file, "lm", GPTJ_MU, lm_like())[0], params)
+  jax.tree.map(np.testing.assert_array_equal, parts.load_part(file, "lm", GPTJ_MU, lm_like())[0], params)
   assert f"{file}: heads (2) and rotary dimensions (16) are taken from the config" in capfd.readouterr().err
 
 
@@ -547,7 +547,7 @@ def test_the_configuration_beside_a_file_of_an_encoder_is_checked_if_it_is_its_o
   like, _ = encoder_like(size)
   params, file, config = random_tree(like), str(tmp_path / "x.safetensors"), tmp_path / "config.json"
   save_file(convert.export(beit.HF_WEIGHTS, params), file)
-  load.load_part(file, "image", size, like)
+  parts.load_part(file, "image", size, like)
   assert f"{file}: taken for a BEiT as published" in capfd.readouterr().err
   values = BEIT_CONFIG | {"model_type": "beit", "use_shared_relative_position_bias": True}
   for change, message in (({"num_attention_heads": 4}, "num_attention_heads is 4, .* has 2"),
@@ -556,10 +556,10 @@ def test_the_configuration_beside_a_file_of_an_encoder_is_checked_if_it_is_its_o
                           ({"use_mean_pooling": False}, "use_mean_pooling is False")):
     config.write_text(json.dumps(values | change))
     with pytest.raises(UserError, match=f"config.json: {message}"):
-      load.load_part(file, "image", size, like)
+      parts.load_part(file, "image", size, like)
   for own in (values, values | {"hidden_size": 768, "hidden_act": "relu"}):  # its own, and another model's
     config.write_text(json.dumps(own))
-    jax.tree.map(np.testing.assert_array_equal, load.load_part(file, "image", size, like)[0], params)
+    jax.tree.map(np.testing.assert_array_equal, parts.load_part(file, "image", size, like)[0], params)
   config.write_text(json.dumps(values))
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(
     {"image_processor_type": "BeitImageProcessor", "size": {"height": 32, "width": 32}, "do_center_crop": False,
@@ -578,9 +578,9 @@ def test_a_directory_without_weights_says_what_was_looked_for(tmp_path):
     "model_type": "gptj", "vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2,
     "rotary_dim": 16}))
   with pytest.raises(UserError, match=r"no weights there; looked for model.safetensors, .* and flax_model.msgpack"):
-    load.load_part(str(tmp_path), "lm", GPTJ_MU, lm_like())
+    parts.load_part(str(tmp_path), "lm", GPTJ_MU, lm_like())
   with pytest.raises(UserError, match="no such file or directory"):
-    load.load_part(str(tmp_path / "no"), "lm", GPTJ_MU, lm_like())
+    parts.load_part(str(tmp_path / "no"), "lm", GPTJ_MU, lm_like())
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
@@ -607,7 +607,7 @@ def test_transformers_opens_an_exported_gptj_and_gives_the_same_logits(tmp_path,
 
   got = np.asarray(logits(params, tokens))
   assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
-  back, _ = load.load_part(path, "lm", GPTJ_MU, lm_like())
+  back, _ = parts.load_part(path, "lm", GPTJ_MU, lm_like())
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
@@ -648,7 +648,7 @@ def test_a_beit_saved_by_transformers_loads(tmp_path, transformers, form):
   model.save_pretrained(path)
   transformers.BeitImageProcessor(do_resize=True).save_pretrained(path)
   like, _ = encoder_like(size)
-  got, stats = load.load_part(path, "image", size, like)
+  got, stats = parts.load_part(path, "image", size, like)
   assert stats == {}
   there = load_file(os.path.join(path, "model.safetensors"))
   start = "beit." if form == "headed" else ""
@@ -671,7 +671,7 @@ def test_a_beit_of_another_build_is_refused_by_name(tmp_path, change, message):
   config = BEIT_CONFIG | {"model_type": "beit", "use_shared_relative_position_bias": True}
   (tmp_path / "config.json").write_text(json.dumps(config | change))
   with pytest.raises(UserError, match=f"{tmp_path / 'config.json'}: {message}"):
-    load.load_part(str(tmp_path), "image", size, like)
+    parts.load_part(str(tmp_path), "image", size, like)
 
 
 TABLES = {  # by name: (size of the encoder, table, a tensor's name, our path of it)
@@ -700,7 +700,7 @@ def test_an_encoder_goes_through_its_table_and_back(tmp_path, table, kind):
       (tmp_path / "config.json").write_text(json.dumps({"architecture": "nf_resnet50", "num_classes": 1000}))
     return str(tmp_path if kind == "directory" else tmp_path / "model.safetensors")
 
-  got, stats = load.load_part(write(tensors), "image", size, like)
+  got, stats = parts.load_part(write(tensors), "image", size, like)
   assert stats == {}
   jax.tree.map(np.testing.assert_array_equal, got, params)
   for change, message in (
@@ -712,7 +712,7 @@ def test_an_encoder_goes_through_its_table_and_back(tmp_path, table, kind):
     change(changed)
     path = write(changed)
     with pytest.raises(UserError, match=f"^{path}: {message}"):
-      load.load_part(path, "image", size, like)
+      parts.load_part(path, "image", size, like)
 
 
 def test_the_references_nf_resnet_ignores_its_classifier_and_refuses_other_networks(tmp_path):
@@ -721,13 +721,13 @@ def test_the_references_nf_resnet_ignores_its_classifier_and_refuses_other_netwo
   tensors = convert.export(nfnet.TIMM_WEIGHTS, random_tree(like))
   save_file(tensors | {"head.fc.weight": np.zeros((9, 8), np.float32), "head.fc.bias": np.zeros(9, np.float32)},
             tmp_path / "model.safetensors")
-  load.load_part(str(tmp_path), "image", size, like)
+  parts.load_part(str(tmp_path), "image", size, like)
   (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
   with pytest.raises(UserError, match="this is 'resnet50' of timm, and the config asks for an NF-ResNet of timm's"):
-    load.load_part(str(tmp_path), "image", size, like)
+    parts.load_part(str(tmp_path), "image", size, like)
   save_file({"w": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
   with pytest.raises(UserError, match=r"no weights of a 'nf_resnet' encoder: none of the tensors is stem.conv.weight"):
-    load.load_part(str(tmp_path / "other.safetensors"), "image", size, like)
+    parts.load_part(str(tmp_path / "other.safetensors"), "image", size, like)
 
 
 def clip_encoder(size):
@@ -740,16 +740,16 @@ def test_an_image_tower_of_a_clip_is_an_encoder(tmp_path, name, to):
   params, stats = random_model(size)
   export.save(str(tmp_path / "out"), to, size, params, stats)
   like, stats_like = encoder_like(clip_encoder(size))
-  got, got_stats = load.load_part(str(tmp_path / "out"), "image", clip_encoder(size), like, stats_like)
+  got, got_stats = parts.load_part(str(tmp_path / "out"), "image", clip_encoder(size), like, stats_like)
   assert_equal(jax.device_get((got, got_stats)), (params["image"], stats.get("image", {})))
   other = clip_encoder(size)
   other.activation = "quick_gelu"
   with pytest.raises(UserError, match=r"has activation='gelu', but this config's model has 'quick_gelu'; set --config"
                                       r".model.image.activation=gelu"):
-    load.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
+    parts.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
   other.activation, other.tower = "gelu", dataclasses.replace(size.image, heads=1)
   with pytest.raises(UserError, match=rf"set --config.model.image.tower.heads={size.image.heads}"):
-    load.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
+    parts.load_part(str(tmp_path / "out"), "image", other, like, stats_like)
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPVisionModelWithProjection"])
@@ -771,7 +771,7 @@ def test_an_image_tower_alone_is_an_encoder_and_no_clip(tmp_path, transformers, 
     out = model(torch.tensor(images).permute(0, 3, 1, 2))
   want = (out.last_hidden_state[:, 1:], out.pooler_output if name == "CLIPVisionModel" else out.image_embeds)
   for source in ("tower", "tower/model.safetensors"):
-    params, _ = load.load_part(str(tmp_path / source), "image", size, encoder_like(size)[0])
+    params, _ = parts.load_part(str(tmp_path / source), "image", size, encoder_like(size)[0])
     encoder = Encoder.from_config(size, Compute(dtype="float32"))
     got, _ = jax.jit(lambda params, encoder=encoder: encoder.encode(params, {}, images))(params)
     for ours, theirs in zip(got[:2], want, strict=True):
@@ -782,13 +782,13 @@ def test_an_image_tower_alone_is_an_encoder_and_no_clip(tmp_path, transformers, 
   if name == "CLIPVisionModel":
     size.embed_dim, size.features = 512, "pooled"
     with pytest.raises(UserError, match=r"pooled output has a width of 64, .*; set --config.model.image.embed_dim=64"):
-      load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
+      parts.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
     size.features = "tokens"
-    params, _ = load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
+    params, _ = parts.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
     assert params["head"]["kernel"].shape == (64, 512) and not params["head"]["kernel"].any()
   size.tower.heads = 2
   with pytest.raises(UserError, match=r"has image.heads=4, but this config's model has 2"):
-    load.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
+    parts.load_part(str(tmp_path / "tower"), "image", size, encoder_like(size)[0])
 
 
 @pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPTextModelWithProjection"])
@@ -802,9 +802,9 @@ def test_a_text_tower_alone_starts_a_text_tower_if_it_is_projected(tmp_path, tra
     load.load(str(tmp_path))
   if name == "CLIPTextModel":
     with pytest.raises(UserError, match=r"text/head/kernel: no tensor 'text_projection.weight'"):
-      load.load_into(str(tmp_path), "text", size, load.shapes(size)["text"])
+      load.load_into(str(tmp_path), "text", size, formats.shapes(size)["text"])
   else:
-    got, _ = load.load_into(str(tmp_path), "text", size, load.shapes(size)["text"])
+    got, _ = load.load_into(str(tmp_path), "text", size, formats.shapes(size)["text"])
     np.testing.assert_array_equal(got["head"]["kernel"], model.text_projection.weight.detach().numpy().T)
 
 
@@ -841,9 +841,9 @@ def test_wrappers_come_off_an_encoder_and_a_language_model_too(tmp_path, capsys,
     state = {f"module.{k}": torch.tensor(v) for k, v in tensors.items()}
     torch.save({"model_ema": state, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
                tmp_path / file)
-  got, _ = load.load_part(str(tmp_path / "image.pth"), "image", size, like)
+  got, _ = parts.load_part(str(tmp_path / "image.pth"), "image", size, like)
   jax.tree.map(np.testing.assert_array_equal, got, params)
-  got, _ = load.load_part(str(tmp_path / "lm.pt"), "lm", GPTJ_MU, lm_like())
+  got, _ = parts.load_part(str(tmp_path / "lm.pt"), "lm", GPTJ_MU, lm_like())
   jax.tree.map(np.testing.assert_array_equal, got, lm)
   assert capsys.readouterr().err.count("names are taken without 'model_ema.module.'; optimizer set aside") == 2
 
@@ -901,7 +901,7 @@ def test_an_encoder_loads_from_the_workdir_of_a_clip(tmp_path, name):
   mesh = parallel.make_mesh({"fsdp": 8})
   like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16, sharding=s), like,
                       parallel.shardings(like, clip.sharding(size), mesh))
-  got, got_stats = load.load_part(path, "image", clip_encoder(size), like, stats_like)
+  got, got_stats = parts.load_part(path, "image", clip_encoder(size), like, stats_like)
   assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(ml_dtypes.bfloat16)}
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b.astype(ml_dtypes.bfloat16)), got,
                params["image"])
@@ -918,16 +918,16 @@ def test_a_language_model_loads_from_the_workdir_of_a_run_that_trained_it(tmp_pa
   like = lm_like()
   like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16, sharding=s), like,
                       parallel.shardings(like, gptj.SHARDING, mesh))
-  got, stats = load.load_part(path, "lm", GPTJ_MU, like)
+  got, stats = parts.load_part(path, "lm", GPTJ_MU, like)
   assert stats == {}
   for x, w, spec in zip(*map(jax.tree.leaves, (got, params, like)), strict=True):
     np.testing.assert_array_equal(np.asarray(x), w.astype(ml_dtypes.bfloat16), strict=True)
     assert x.sharding == spec.sharding
   wider = GPTJSize(**{**vars(GPTJ_MU), "width": 128})
   with pytest.raises(UserError, match=rf"{start}width is 64, but this config's part 'lm' has 128"):
-    load.load_part(path, "lm", wider, lm_like(wider))
+    parts.load_part(path, "lm", wider, lm_like(wider))
   with pytest.raises(UserError, match="a run whose model has no part 'image'"):
-    load.load_part(path, "image", encoders.encoder_size("beit_l16_mu"), {})
+    parts.load_part(path, "image", encoders.encoder_size("beit_l16_mu"), {})
 
 
 def test_a_clip_with_a_frozen_resnet_loads_with_the_statistics_that_it_started_from(tmp_path):
@@ -948,14 +948,14 @@ def test_a_part_that_was_frozen_in_a_run_comes_from_where_the_run_had_it(tmp_pat
   values |= {"trainable": ["prompt"], "checkpoint.best": "", "init.lm": str(tmp_path / "lm")}
   prompt = {"linear": {"bias": np.ones(3, np.float32)}}
   path = workdir(str(tmp_path / "run"), values, {"prompt": prompt}, {})
-  got, _ = load.load_part(path, "lm", GPTJ_MU, lm_like())
+  got, _ = parts.load_part(path, "lm", GPTJ_MU, lm_like())
   jax.tree.map(np.testing.assert_array_equal, got, params)
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prompt)
-  got, _ = load.load_part(path, "prompt", None, like)
+  got, _ = parts.load_part(path, "prompt", None, like)
   jax.tree.map(np.testing.assert_array_equal, got, prompt)
   like["linear"]["bias"] = jax.ShapeDtypeStruct((4,), np.float32)
   with pytest.raises(UserError, match=r"linear/bias: expected \(4,\), got \(3,\)"):
-    load.load_part(path, "prompt", None, like)
+    parts.load_part(path, "prompt", None, like)
 
 
 # What is not a model, or not safe to open

@@ -23,7 +23,7 @@ from limber_jax.models.limber import part
 from limber_jax.models.spec import decoder_of
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.training.setup import Setup, check_frozen, setup
-from limber_jax.weights import load, projection
+from limber_jax.weights import parts, projection
 
 
 def read_run(workdir: str) -> Config:
@@ -92,7 +92,7 @@ def open_projection(path: str, config: Config, name: str, *, blind: bool = False
   digests = {"image": s.digests[part("image", cast(Captioning, s.task).model.encoder_of(name))], "lm": s.digests["lm"]}
   projection.check(projection.load(path)[1], digests, path)
   here = part("prompt", name)
-  return Captioner(s, {here: load.load_part(path, "prompt", None, s.like.params[here])[0]}, {}, name, blind=blind)
+  return Captioner(s, {here: parts.load_part(path, "prompt", None, s.like.params[here])[0]}, {}, name, blind=blind)
 
 
 def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: str = "") -> int:

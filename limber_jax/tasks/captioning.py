@@ -24,7 +24,7 @@ from limber_jax.models.limber import Limber, part
 from limber_jax.models.prompt import prefix_inputs
 from limber_jax.runtime.parallel import WHOLE, Rules, within
 from limber_jax.tasks import microbatches
-from limber_jax.weights import load
+from limber_jax.weights import parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Captioning:
            ) -> tuple[dict[str, Any], dict[str, Any]]:
     kind, _, name = part.partition("@")
     size = {"image": lambda: self.model.encoders[name].size, "lm": lambda: self.model.size.lm}.get(kind, lambda: None)()
-    return load.load_part(path, kind, size, like, stats, resample)
+    return parts.load_part(path, kind, size, like, stats, resample)
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     trained = {k: v for k, v in params.items() if k in self.trainable}

@@ -17,7 +17,7 @@ from limber_jax.models.limber import target_hidden
 from limber_jax.models.spec import decoder_of
 from limber_jax.runtime.parallel import Rules, within
 from limber_jax.tasks import microbatches
-from limber_jax.weights import load
+from limber_jax.weights import parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LanguageModelling:
   def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
            ) -> tuple[dict[str, Any], dict[str, Any]]:
     del resample  # its positions are rotations
-    return load.load_part(path, part, self.model.size, like, stats)
+    return parts.load_part(path, part, self.model.size, like, stats)
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     count = batch["mask"][:, 1:].sum().astype(jnp.float32)
