@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from limber_jax import cli, registry
 from limber_jax.data import checks, sources
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
-from limber_jax.data.pipeline import shuffled_index
+from limber_jax.data.order import shuffled_index
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError

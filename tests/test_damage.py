@@ -19,7 +19,8 @@ from PIL import Image
 from limber_jax import registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
 from limber_jax.data import bad_records, images, transforms
-from limber_jax.data.pipeline import shuffled_index, train_batches
+from limber_jax.data.order import shuffled_index
+from limber_jax.data.pipeline import train_batches
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.pack import pack

@@ -12,7 +12,8 @@ import pytest
 from limber_jax.config import Data, Source
 from limber_jax.config import Tokenizer as TokenizerConfig
 from limber_jax.data import transforms
-from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, shuffled_index, train_batches
+from limber_jax.data.order import shuffled_index
+from limber_jax.data.pipeline import Batches, data_fingerprint, eval_batches, train_batches
 from limber_jax.data.shared_memory import Receiver
 from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer

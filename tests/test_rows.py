@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import environment, losses
 
-from limber_jax.data.pipeline import shuffled_index
+from limber_jax.data.order import shuffled_index
 from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
 

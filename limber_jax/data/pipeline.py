@@ -9,17 +9,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import traceback
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import grain
@@ -30,58 +25,16 @@ from grain.experimental import ThreadPrefetchIterDataset
 from limber_jax.config import Data
 from limber_jax.data import shared_memory
 from limber_jax.data.images import ImageOptions
+from limber_jax.data.order import TRIES, seed_in_turn, shuffled_index
 from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
+from limber_jax.data.workers import Watch, sent, start_worker
 from limber_jax.errors import UserError
-from limber_jax.runtime.signals import SIGNALS
 
 Batch = dict[str, np.ndarray]
 
 PIECE = 32  # examples, at most, that one reading thread prepares at a time and one worker sends at once
-TRIES = 100  # records that may stand at a position before it is given up: half of all could be damaged
-STOPPED = 10  # seconds that a worker may be stopped
-_ROUNDS = 6
-_64 = (1 << 64) - 1
-
-
-def shuffled_index(n: int, seed: int, position: int) -> int:
-  """Returns the index of the record at a position of the endless training stream.
-
-  Each epoch of n positions visits every record once, in a permutation of its own: a Feistel network over the least
-  power of four that holds n, walked until it lands below n. It needs no memory, whatever n is. (Grain's own shuffle
-  walks over at least 2^16 numbers: 67 ms a record where n = 2, measured with 0.2.18.)
-
-  Args:
-    n: number of records.
-    seed: at least 0.
-    position: at least 0.
-  """
-  epoch, x = divmod(position, n)
-  half = max(3, ((n - 1).bit_length() + 1) // 2)  # bits; fewer than 3 shuffle poorly
-  mask = (1 << half) - 1
-  while True:
-    left, right = x >> half, x & mask
-    for key in _round_keys(seed, epoch):
-      mixed = (right + key) & _64  # splitmix64's output function
-      mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64
-      mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64
-      left, right = right, left ^ (mixed >> 32 & mask)
-    x = left << half | right
-    if x < n:
-      return x
-
-
-@functools.lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-  entropy = np.random.SeedSequence((seed, epoch), spawn_key=(1,))  # apart from the random numbers of examples
-  return tuple(entropy.generate_state(_ROUNDS, np.uint64).tolist())
-
-
-@functools.lru_cache(maxsize=TRIES)
-def _seed_in_turn(seed: int, turn: int) -> int:
-  """Returns the seed of the order that says what stands in for a record, where `turn` others could not."""
-  return int(np.random.SeedSequence((seed, turn), spawn_key=(3,)).generate_state(1, np.uint64)[0]) if turn else seed
 
 
 class Batches(Iterator[Batch]):
@@ -91,7 +44,7 @@ class Batches(Iterator[Batch]):
   """
 
   def __init__(self, iterator: Any, join: shared_memory.Receiver, workers: int = 0):
-    self._watch = _Watch() if workers else None
+    self._watch = Watch() if workers else None
     self._held = [iterator, join, *([self._watch] if workers else [])]
     # Also when the interpreter ends: Grain's own iterators then fail to close themselves, and say so on the terminal.
     self.close = weakref.finalize(self, _close, self._held)
@@ -128,80 +81,6 @@ _ABANDONED: list[list[Any]] = []  # kept, because Grain's iterators wait for the
 def _close(held: list[Any]) -> None:
   while held:
     held.pop(0).close()
-
-
-class _Watch:
-  """Looks every second after the workers of this process. Grain itself sees those that are gone, and waits for ever for
-  one that is stopped: that one is killed here."""
-
-  def __init__(self):
-    self._workers: dict[int, BaseProcess] = {}  # by process number, also when they are gone
-    self._stopped: set[int] = set()
-    self._end = threading.Event()
-    self._thread = threading.Thread(target=self._look, name="watch-data-workers", daemon=True)
-    self._thread.start()
-
-  def _look(self) -> None:
-    seconds = Counter()
-    while not self._end.wait(1):
-      for worker in multiprocessing.active_children():
-        if worker.name.startswith("grain-process-prefetch"):
-          self._workers[worker.pid] = worker
-          seconds[worker.pid] = seconds[worker.pid] + 1 if _is_stopped(worker.pid) else 0
-          if seconds[worker.pid] == STOPPED:
-            self._stopped.add(worker.pid)
-            worker.kill()
-
-  def told(self) -> str:
-    """Returns what became of a worker, "" if nothing is known."""
-    for pid in self._stopped:
-      return f"data worker (process {pid}) was stopped for {STOPPED} seconds by a signal"
-    for pid, worker in self._workers.items():
-      if (code := worker.exitcode) is not None and code < 0:
-        hint = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps because /dev/shm is full"}
-        return f"data worker (process {pid}) was ended by {signal.Signals(-code).name}{hint.get(-code, '')}"
-      if code:
-        return f"data worker (process {pid}) ended with exit code {code}"
-    return ""
-
-  def close(self) -> None:
-    self._end.set()
-    self._thread.join()
-
-
-def _is_stopped(pid: int) -> bool:
-  """Returns whether a process is stopped by a signal; False where the system has no /proc."""
-  try:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-      return file.read().rpartition(b")")[2].split()[0] == b"T"
-  except (OSError, IndexError):
-    return False
-
-
-_sender: shared_memory.Sender | None = None  # of a worker
-
-
-def _start_worker(index: int, count: int, slots_: int) -> None:
-  """Runs first in a worker: signals that go to all processes of a run are its parent's to answer."""
-  global _sender
-  del index, count
-  _sender = shared_memory.Sender(slots_)
-  for number in SIGNALS:
-    signal.signal(number, signal.SIG_IGN)
-  end_with_parent()
-
-
-def end_with_parent() -> None:
-  """Makes this process, a child by multiprocessing, end as soon as its parent does, however that ends.
-
-  Linux' PR_SET_PDEATHSIG would not do: it means the thread that started the child, which Grain ends at once.
-  """
-
-  def wait():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
 
 
 def _told(error: Exception) -> str:
@@ -335,7 +214,7 @@ class _Examples:
     n, own = len(self.source), getattr(self.source, "shuffled_index", None)  # a mixture's, which keeps shares
     damage: dict[int, Unreadable] = {}
     for turn in range(TRIES):
-      seed = _seed_in_turn(self.seed, turn)
+      seed = seed_in_turn(self.seed, turn)
       index = own(seed, position) if own else shuffled_index(n, seed, position)
       if index in damage:
         continue
@@ -393,15 +272,11 @@ def _stack(examples: Sequence[dict[str, Any]]) -> Batch:
   return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def _sent(piece: Batch) -> dict[str, np.ndarray | shared_memory.SharedArray]:
-  return _sender(piece) if _sender else piece
-
-
 def _batches(examples: _Examples, start: int, stop: int, workers: int, threads: int, prefetch: int) -> Batches:
   """Reads pieces in parallel and joins them: whole batches would let a thread hold one each, single examples would
   each cross from a worker on its own."""
   parts = examples.parts
-  pieces = grain.MapDataset.range(start * parts, stop * parts).map(examples).map(_sent)
+  pieces = grain.MapDataset.range(start * parts, stop * parts).map(examples).map(sent)
   ahead = -(-parts // max(workers, 1))  # in all processes together one batch, besides those in `prefetch`
   read = max(threads, ahead) if threads else 0
   stream = pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read))
@@ -410,9 +285,9 @@ def _batches(examples: _Examples, start: int, stop: int, workers: int, threads: 
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which only commands parse
     # For what was read, is on its way, and is being joined.
-    start_worker = functools.partial(_start_worker, slots_=read + 2 * ahead + 2)
+    begin = functools.partial(start_worker, slots_=read + 2 * ahead + 2)
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
-                                start_worker)
+                                begin)
   join = shared_memory.Receiver()
   iterator = iter(ThreadPrefetchIterDataset(stream.batch(parts, batch_fn=join), prefetch_buffer_size=prefetch))
   if prefetch:  # Grain would start even without it, and read on for ever

@@ -11,7 +11,7 @@ import numpy as np
 
 from limber_jax import registry
 from limber_jax.config import Source
-from limber_jax.data.pipeline import shuffled_index
+from limber_jax.data.order import shuffled_index
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 
