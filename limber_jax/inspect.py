@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from limber_jax import cli, registry
 from limber_jax.data import checks, sources
+from limber_jax.data.guess import SourceFlags
 from limber_jax.data.images import PLAIN, ImageFlags, ImageOptions, sniff
 from limber_jax.data.order import shuffled_index
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
 from limber_jax.inference import destination
-from limber_jax.pack import SourceFlags
 from limber_jax.runtime.atomic import atomic_write
 
 SAMPLE = 10_000

@@ -16,12 +16,13 @@ from PIL import Image
 from runs import environment
 
 from limber_jax.config import Evaluation, Source
+from limber_jax.data.guess import guess
+from limber_jax.data.packing import pack
 from limber_jax.data.sources.clip_benchmark import ClipBenchmark
 from limber_jax.errors import UserError
 from limber_jax.evals import clip_benchmark, suites
 from limber_jax.inspect import inspect
 from limber_jax.metrics import classification
-from limber_jax.pack import guess, pack
 from tests import layouts
 
 CLASSES = ["tench", "golden retriever", "St. Bernard's dog", "crane", "ice cream", "crane", "a {} in braces"]

@@ -20,10 +20,10 @@ from limber_jax import registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
 from limber_jax.data import bad_records, images, transforms
 from limber_jax.data.order import shuffled_index
+from limber_jax.data.packing import pack
 from limber_jax.data.pipeline import train_batches
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.pack import pack
 from limber_jax.runtime import parallel
 from limber_jax.training.loop import train
 from tests import layouts

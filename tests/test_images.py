@@ -18,12 +18,12 @@ from limber_jax import registry
 from limber_jax.config import Data, Source
 from limber_jax.data import bounds, images, transforms
 from limber_jax.data.images import ImageOptions
+from limber_jax.data.packing import pack
 from limber_jax.data.pipeline import data_fingerprint
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.data.transforms import Decode, ResizeCrop, decode
 from limber_jax.errors import UserError
 from limber_jax.inference.images import find
-from limber_jax.pack import pack
 from limber_jax.training.setup import feature_specs, make_context
 from tests import layouts
 from tests.runs import tiny, tiny_limber

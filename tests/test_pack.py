@@ -16,10 +16,11 @@ from PIL import Image
 
 from limber_jax import registry
 from limber_jax.config import Source
+from limber_jax.data.guess import guess
+from limber_jax.data.packing import pack
 from limber_jax.data.sources.packed import Packed
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError
-from limber_jax.pack import guess, pack
 from limber_jax.runtime.lock import Lock
 from tests import layouts
 

@@ -13,10 +13,10 @@ from PIL import Image
 from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.data.contents import contents
+from limber_jax.data.packing import pack
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.sources.digits import CLASSES, TEMPLATES, Digits
 from limber_jax.errors import UserError
-from limber_jax.pack import pack
 from tests import layouts, test_clip_benchmark
 from tests.standins import write_awa2, write_coco, write_imagenet_folders, write_vqa2
 

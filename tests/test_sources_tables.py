@@ -25,12 +25,13 @@ import pytest
 from limber_jax import registry
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import pipeline, transforms
+from limber_jax.data.guess import guess
+from limber_jax.data.packing import pack
 from limber_jax.data.sources import tars
 from limber_jax.data.sources.mixture import Mixture
 from limber_jax.data.sources.packed import from_bytes, to_bytes
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.pack import guess, pack
 from limber_jax.runtime import parallel
 from limber_jax.training.loop import train
 from tests import layouts

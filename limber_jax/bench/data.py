@@ -38,10 +38,10 @@ from limber_jax import registry
 from limber_jax.bench import measure
 from limber_jax.config import Checkpoint, Compute, Config, Data, Optim, Source, Tokenizer
 from limber_jax.data import pipeline, transforms
+from limber_jax.data.packing import pack
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
-from limber_jax.pack import pack
 from limber_jax.training.loop import train
 
 _IMAGES = flags.DEFINE_integer("images", 512, "JPEG files, of 500 × 375 pixels.", 4)
