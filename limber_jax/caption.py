@@ -5,22 +5,13 @@ whole: stopped or killed, the same command goes on. How captions are written is 
 flags say otherwise. Images that cannot be read are named on stderr and counted; the exit code is then 1.
 """
 
-from collections.abc import Iterator, Sequence
-
 from absl import flags
 
 from limber_jax import cli
 from limber_jax.data.images import ImageOptions
-from limber_jax.inference.captioner import Captioner, Written
+from limber_jax.inference.captioner import captions
 from limber_jax.inference.flags import Flags
 from limber_jax.inference.images import find
-
-
-def captions(model: Captioner, paths: Sequence[str], start: int = 0) -> Iterator[Written]:
-  """Yields the caption of each image from number `start` on: what follows it and the prompt of the model's decoding."""
-  for written in model.write([(path, (0, model.decoding.prompt)) for path in paths], start=start):
-    yield written._replace(text=written.text.strip())
-
 
 if __name__ == "__main__":
   _flags = Flags()

@@ -5,10 +5,6 @@ whole: stopped or killed, the same command goes on. Labels are used as they are 
 sentences. Images that cannot be read are named on stderr and counted; the exit code is then 1.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 from absl import flags
 
 from limber_jax import cli, config
@@ -16,27 +12,10 @@ from limber_jax.data.images import ImageFlags
 from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import load_templates
 from limber_jax.inference import destination
-from limber_jax.inference.classifier import Classifier, read_labels
+from limber_jax.inference.classifier import Classifier, read_labels, row, shown
 from limber_jax.inference.images import find, own_images
 from limber_jax.inference.output import OutFlags
 from limber_jax.weights import load
-
-
-def _row(path: str, labels: Sequence[str], found: np.ndarray | str) -> dict[str, Any]:
-  """Returns what is written about an image, of its probabilities or of why it cannot be read."""
-  if isinstance(found, str):
-    return {"image": path, "error": found}
-  best = int(np.argmax(found))
-  return {"image": path, "label": labels[best], "probability": float(found[best]),
-          "probabilities": dict(zip(labels, found.tolist(), strict=True))}
-
-
-def _shown(row: dict[str, Any]) -> dict[str, str]:
-  """Returns the columns of a row: the likeliest label, and the next two."""
-  (label, p), *others = sorted(row["probabilities"].items(), key=lambda pair: -pair[1])
-  return {"image": row["image"], "label": label, "p": f"{p:.1%}",
-          "next": ", ".join(f"{other} {q:.1%}" for other, q in others[:2])}
-
 
 if __name__ == "__main__":
   _weights = flags.DEFINE_string("weights", None, "A workdir of limber_jax.train, or weights of Hugging Face, "
@@ -68,7 +47,7 @@ if __name__ == "__main__":
                          images=images)
       done = output.resume(lambda: {"command": "classify", **model.key()}, [{"image": p} for p in paths],
                            model.batch_size)
-      rows = (_row(path, labels, result) for path, result in model.classify(paths[done:]))
-      return output.write(rows, widths, len(paths), shown=_shown)
+      rows = (row(path, labels, result) for path, result in model.classify(paths[done:]))
+      return output.write(rows, widths, len(paths), shown=shown)
 
   cli.run(_main, prints=_out.prints)

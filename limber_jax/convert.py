@@ -8,27 +8,13 @@ With --to=projection SRC is a workdir where a linear map was trained between fro
 holds it; `limber_jax.caption --projection=DST` captions with it wherever these models are.
 """
 
-import jax
 from absl import flags
 
 from limber_jax import cli
 from limber_jax.errors import UserError
 from limber_jax.inference import destination, projections
-from limber_jax.weights import beside, export, load, preprocessing
-
-
-def convert(source: str, destination: str, to: str, model: str = "") -> None:
-  """Writes the model at `source` into the new directory `destination`; raises UserError as `load` and `save` do."""
-  export.check_new(destination)
-  loaded = load.load(source, model)
-  export.save(destination, to, loaded.size, loaded.params, loaded.stats)
-  if note := preprocessing.otherwise(loaded.size, loaded.size.image.image_size, to):
-    print(f"--to={to}: {note}")
-  count = sum(x.size for x in jax.tree.leaves(loaded.params))
-  for line in beside.keep(source, destination, to):
-    print(line)
-  print(f"{destination}: {count / 1e6:.2f} M parameters for {to}")
-
+from limber_jax.weights import export
+from limber_jax.weights.rewrite import rewrite
 
 if __name__ == "__main__":
   _FORMATS = (*export.FORMATS, "projection")
@@ -54,6 +40,7 @@ if __name__ == "__main__":
       raise UserError("--checkpoint and --map are for --to=projection")
     else:
       destination.directory(argv[1], what=argv[1])
-      convert(*argv, _to.value, _model.value)
+      for line in rewrite(*argv, _to.value, _model.value):
+        print(line)
 
   cli.run(_main)

@@ -5,40 +5,13 @@ tables as the source `captions` reads them (.tsv, .csv), or any other text with 
 --config.data.tokenizer.name=bpe --config.data.tokenizer.path=DIR.
 """
 
-import io
-from collections.abc import Iterator
-
 from absl import flags
 
-from limber_jax import cli, registry
-from limber_jax.config import Source
-from limber_jax.data import text
+from limber_jax import cli
+from limber_jax.data.corpus import captions, lines
 from limber_jax.data.tokenizers import BpeTokenizer
 from limber_jax.errors import UserError
 from limber_jax.inference import destination
-from limber_jax.runtime import inputs
-
-
-def captions(settings: Source) -> Iterator[str]:
-  """Yields every caption of a data source."""
-  source = registry.lookup("data source", registry.SOURCES, settings.name)(settings)
-  for index in range(len(source)):
-    record = source.annotation(index)
-    yield from record.get("texts", (record["text"],))
-
-
-def lines(path: str) -> Iterator[str]:
-  """Yields every caption of a file."""
-  if path.endswith((".tsv", ".csv")):
-    yield from captions(Source(name="captions", path=path))
-    return
-  try:
-    with inputs.opened(path) as file:
-      text.check_encoding(file.read(64), f"--source={path}")
-      file.seek(0)
-      yield from map(text.clean, io.TextIOWrapper(file, "utf-8-sig"))
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--source={path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _vocab(task: str, size: int) -> str:

@@ -16,10 +16,10 @@ import pytest
 import runs
 
 from limber_jax import config as config_lib
-from limber_jax.caption import captions
 from limber_jax.config import Decoding
 from limber_jax.errors import UserError
 from limber_jax.inference import output, projections
+from limber_jax.inference.captioner import captions
 from limber_jax.inference.flags import change_decoding
 from limber_jax.inference.output import Output
 from limber_jax.inference.projections import open_projection, open_run, read_projection, read_run, to_use

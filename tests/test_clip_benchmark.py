@@ -17,11 +17,11 @@ from runs import environment
 
 from limber_jax.config import Evaluation, Source
 from limber_jax.data.guess import guess
+from limber_jax.data.inspection import inspect
 from limber_jax.data.packing import pack
 from limber_jax.data.sources.clip_benchmark import ClipBenchmark
 from limber_jax.errors import UserError
 from limber_jax.evals import clip_benchmark, suites
-from limber_jax.inspect import inspect
 from limber_jax.metrics import classification
 from tests import layouts
 

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from runs import environment, losses
 
-from limber_jax import encode as encode_lib
 from limber_jax.config import Checkpoint, Compute, Config, Data, Mesh, Optim, Source, Tokenizer
 from limber_jax.data import features
 from limber_jax.data.sources.digits import Digits
-from limber_jax.encode import encode
 from limber_jax.errors import UserError
+from limber_jax.inference import encoding
+from limber_jax.inference.encoding import encode
 from limber_jax.models import encoders, gptj
 from limber_jax.models.limber import LimberConfig, Map
 from limber_jax.runtime import parallel
@@ -223,7 +223,7 @@ class TestGoingOn:
       done, said = quiet(limber(), out)
     assert not done and said[-1].startswith("stopped by SIGTERM")
     assert not any(name.endswith(".tmp") for name in os.listdir(out))
-    monkeypatch.setattr(encode_lib, "PROGRESS", 0)
+    monkeypatch.setattr(encoding, "PROGRESS", 0)
     done, said = quiet(limber(), out)
     assert done and re.fullmatch(r"\d+ of 264 images  [\d,]+ images/s  left 0:00:\d\d", said[1])
     assert contents(out) == contents(written)
@@ -248,7 +248,7 @@ class TestGoingOn:
       quiet(limber(), tmp_path)
 
   def test_no_room_is_told_before_the_work(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode_lib.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(UserError, match=r"360 images with 4,096 bytes of features each take 0\.0 GB, only 0\.0 GB are"):
       quiet(limber(), tmp_path / "features")
 

@@ -20,8 +20,8 @@ from limber_jax.evals.base import Stopped
 from limber_jax.evals.vqa import Vqa
 from limber_jax.inference.captioner import Captioner
 from limber_jax.inference.projections import to_use
+from limber_jax.inference.questions import answers
 from limber_jax.training.setup import make_context, setup
-from limber_jax.vqa import answers
 from tests import made, runs
 from tests.standins import write_vqa2
 

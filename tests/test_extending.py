@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from limber_jax import config as config_lib
 from limber_jax import registry
-from limber_jax.caption import captions
 from limber_jax.config import Decoding, Evaluation, Init, Source, Tokenizer
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
+from limber_jax.inference.captioner import captions
 from limber_jax.inference.projections import (
   export_projection,
   open_projection,

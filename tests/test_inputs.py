@@ -10,9 +10,8 @@ import runs
 import test_images
 from PIL import Image
 
-from limber_jax import train_tokenizer, vqa
 from limber_jax.config import Evaluation, Source
-from limber_jax.data import tokenizers
+from limber_jax.data import corpus, tokenizers
 from limber_jax.data.sources import annotations, folder
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.sources.folder import Folder
@@ -20,7 +19,7 @@ from limber_jax.data.sources.jsonl import Jsonl
 from limber_jax.errors import UserError
 from limber_jax.evals import zeroshot
 from limber_jax.evals.splits import named
-from limber_jax.inference import classifier, images
+from limber_jax.inference import classifier, images, questions
 from limber_jax.runtime import inputs, parallel
 from limber_jax.training.setup import make_context, make_eval
 from limber_jax.weights import configs, files
@@ -112,8 +111,8 @@ def reads(path):
     "table": lambda: Captions(Source("captions", path)), "lines": lambda: Jsonl(Source("jsonl", path)),
     "annotations": lambda: annotations.load(path, "it"), "folder": lambda: Folder(Source("folder", path)),
     "templates": lambda: zeroshot.load_templates(path), "labels": lambda: classifier.read_labels([], path),
-    "questions": lambda: vqa.read_lines(path, "--questions", ("image",)), "weights": lambda: files.tensors(path),
-    "captions": lambda: list(train_tokenizer.lines(path)), "image": lambda: folder.read_image(path),
+    "questions": lambda: questions.read_lines(path, "--questions", ("image",)), "weights": lambda: files.tensors(path),
+    "captions": lambda: list(corpus.lines(path)), "image": lambda: folder.read_image(path),
     "configuration": lambda: configs.size_in(path), "clip": lambda: tokenizers.ClipTokenizer(path),
     "bpe": lambda: tokenizers.BpeTokenizer(path), "gpt2": lambda: tokenizers.Gpt2Tokenizer(path),
   }

@@ -10,9 +10,9 @@ from PIL import Image
 
 from limber_jax import registry
 from limber_jax.config import Source
+from limber_jax.data.inspection import _kind, contact_sheet, inspect, lines
 from limber_jax.data.packing import pack
 from limber_jax.errors import UserError
-from limber_jax.inspect import _kind, contact_sheet, inspect, lines
 from tests import layouts, standins
 
 

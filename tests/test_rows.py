@@ -110,7 +110,7 @@ from absl import flags
 sys.path.insert(0, {tests!r})
 flags.FLAGS.mark_as_parsed()
 from limber_jax.training import loop
-from limber_jax import encode
+from limber_jax.inference import encoding
 from limber_jax.runtime import parallel
 from limber_jax.config import Checkpoint, Evaluation, Source
 from limber_jax.data.bad_records import BadRecords
@@ -132,7 +132,7 @@ if what == "encode":
   limber = tiny_limber(mesh=mesh)
   limber.data.crop = "own"
   limber.model.lm = dataclasses.replace(limber.model.lm, vocab=260)  # divides over `tensor`
-  encode.encode(limber, workdir, batch_size=32, shard_mb=0.5)
+  encoding.encode(limber, workdir, batch_size=32, shard_mb=0.5)
 else:
   rows = parallel.local_rows(config.batch_size, parallel.make_mesh(dict(zip(parallel.AXES, mesh))))
   log, read = open(f"{{workdir}}.rows{{jax.process_index()}}", "a", 1), BadRecords.read

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 
-from limber_jax import health
+from limber_jax.runtime import health
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tpu_setup.sh"

@@ -12,13 +12,13 @@ import pytest
 from limber_jax import config as config_lib
 from limber_jax.config import Data, Source
 from limber_jax.data import pipeline
+from limber_jax.data.inspection import inspect
 from limber_jax.data.packing import pack
 from limber_jax.data.sources.tar_index import Rule, open_shards
 from limber_jax.data.sources.tars import members
 from limber_jax.data.sources.webdataset import Webdataset
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.inspect import inspect
 from tests import layouts
 from tests.runs import tiny
 

@@ -16,15 +16,15 @@ from limber_jax import registry
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import checks
 from limber_jax.data import text as text_lib
+from limber_jax.data.inspection import inspect, lines
 from limber_jax.data.packing import pack
 from limber_jax.data.pipeline import data_fingerprint
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.zeroshot import lines as list_lines
-from limber_jax.inspect import inspect, lines
+from limber_jax.inference.questions import read_lines
 from limber_jax.training.loop import train
-from limber_jax.vqa import read_lines
 from tests import layouts
 from tests.runs import tiny
 

@@ -10,10 +10,11 @@ import pytest
 import runs
 from test_caption import command, opened
 
+from limber_jax.decoding.interleaved import question_text
 from limber_jax.errors import UserError
 from limber_jax.inference.captioner import Written
 from limber_jax.inference.projections import read_run, setup, to_use
-from limber_jax.vqa import answers, question_text, read_lines
+from limber_jax.inference.questions import answers, read_lines
 
 LENGTH = 160  # of the sequence by hand
 END = 258     # id that ends a text, and starts the next

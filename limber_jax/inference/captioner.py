@@ -163,3 +163,9 @@ class Captioner:
       batch = batch | {"key": row_keys(jax.random.key(self.decoding.seed), batch["number"])}
     return interleaved.decode(self._model, params, batch, prompts, own, eos=self._tokenizer.eot, settings=self.decoding,
                              prefix=prefix)
+
+
+def captions(model: Captioner, paths: Sequence[str], start: int = 0) -> Iterator[Written]:
+  """Yields the caption of each image from number `start` on: what follows it and the prompt of the model's decoding."""
+  for written in model.write([(path, (0, model.decoding.prompt)) for path in paths], start=start):
+    yield written._replace(text=written.text.strip())

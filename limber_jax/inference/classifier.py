@@ -114,3 +114,19 @@ def read_labels(given: Sequence[str], path: str) -> list[str]:
   if double := next((label for i, label in enumerate(labels) if label in labels[:i]), None):
     raise UserError(f"the label {double!r} is given twice")
   return labels
+
+
+def row(path: str, labels: Sequence[str], found: np.ndarray | str) -> dict[str, Any]:
+  """Returns what is written about an image, of its probabilities or of why it cannot be read."""
+  if isinstance(found, str):
+    return {"image": path, "error": found}
+  best = int(np.argmax(found))
+  return {"image": path, "label": labels[best], "probability": float(found[best]),
+          "probabilities": dict(zip(labels, found.tolist(), strict=True))}
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+  """Returns the columns of a row: the likeliest label, and the next two."""
+  (label, p), *others = sorted(row["probabilities"].items(), key=lambda pair: -pair[1])
+  return {"image": row["image"], "label": label, "p": f"{p:.1%}",
+          "next": ", ".join(f"{other} {q:.1%}" for other, q in others[:2])}
