@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from limber_jax import cli, report
+from limber_jax import cli
 from limber_jax import config as config_lib
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
@@ -32,6 +32,7 @@ from limber_jax.evals.base import Context, Stopped
 from limber_jax.evals.splits import named
 from limber_jax.inference import destination
 from limber_jax.models import clip
+from limber_jax.reports import report, text
 from limber_jax.runtime import atomic, lock, parallel, peers
 from limber_jax.runtime.signals import Interrupted, StopRequest
 from limber_jax.training.setup import Setup, check_frozen, evaluate, make_context, make_eval, setup
@@ -100,7 +101,7 @@ def _results(config, workdir, out, names, checkpoint, weights, model, data, stop
   what = {"name": config.name, "run": None if weights else workdirs.identity(workdir), "step": step,
           "seed": config.seed, "weights": digests,
           "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
-  parallel.broadcast_from_process_0(lambda: _there(what, os.path.join(out, FILE)) and None)  # before hours of work
+  parallel.broadcast_from_process_0(lambda: earlier_results(what, os.path.join(out, FILE)) and None)  # before hours of work
   context = dataclasses.replace(
     make_context(s, out, stop, waiting), items=os.path.join(out, "evaluation"), key=_key(s, digests))
   found, failed = {}, {}
@@ -218,7 +219,7 @@ def write(found: dict[str, Any], out: str) -> None:
     _write(found, out, path)
 
 
-def _there(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, bool]:
+def earlier_results(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, bool]:
   """Returns (what the results.json at `path` holds, None if there is none; whether it is of the same as `what`).
 
   Raises UserError if it is no such file, or of another run or of other weights.
@@ -247,7 +248,7 @@ def _there(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, bool
 
 
 def _write(found: dict[str, Any], out: str, path: str) -> None:
-  earlier, same = _there(found, path)
+  earlier, same = earlier_results(found, path)
   if same:
     for key in ("evaluations", "failed"):
       found[key] = {n: e for n, e in earlier[key].items()
@@ -302,7 +303,7 @@ if __name__ == "__main__":
     if jax.process_index() == 0:
       out = _out.value or _workdir.value
       write(found, out)
-      rows = {f"{name}/{key}": report.shown(key, value)
+      rows = {f"{name}/{key}": text.shown(key, value)
               for name, e in found["evaluations"].items() for key, value in e["figures"].items()}
       width = max(map(len, rows))
       print(f"step {found['step']}; scores times 100, as in report.md")

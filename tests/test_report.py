@@ -10,9 +10,11 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from limber_jax import report
 from limber_jax.errors import UserError
-from limber_jax.reports import published
+from limber_jax.reports import figures as figures_lib
+from limber_jax.reports import published, report
+from limber_jax.reports import runs as runs_lib
+from limber_jax.reports.text import escape, markdown, number
 
 # As LiMBeR's table 1 has them, typed from the paper's facts and not from published.json: NoCaps CIDEr-D in, out, near
 # and all, CLIP-S, RefCLIP-S; COCO CIDEr-D, CLIP-S, RefCLIP-S.
@@ -56,7 +58,7 @@ def limber(name, cider=0.5485, shots0=0.333333):
 
 
 def runs(*several):
-  return [report.of(r, f"runs/{i}") for i, r in enumerate(several)]
+  return [runs_lib.of(r, f"runs/{i}") for i, r in enumerate(several)]
 
 
 def cells(text, title):
@@ -147,7 +149,7 @@ def test_a_data_set_is_known_by_the_name_of_its_evaluation(name, evaluation, dat
   (0.00049, "0.0"), (0.0005, "0.1"), (None, "–"), (math.nan, "nan"), (-math.inf, "-inf"),
   (1e300, "1e+302"), (3, "300.0")])
 def test_scores_are_times_100_and_rounded_half_up(value, text):
-  assert report.number(value) == text
+  assert number(value) == text
 
 
 def test_vqa_has_two_digits():
@@ -158,7 +160,7 @@ def test_vqa_has_two_digits():
 
 def test_columns_line_up_and_nothing_in_a_cell_breaks_the_table():
   rows = [("a|b", 1), ("new\nline *x* `y` <img> _z_", "–"), ("back\\slash", 12.5)]
-  text = report.markdown(("name", "value"), rows, 1)
+  text = markdown(("name", "value"), rows, 1)
   lines = text.splitlines()
   assert len({len(line) for line in lines}) == 1 and len(lines) == 5
   assert lines[2].startswith("| a\\|b ") and lines[2].endswith("|     1 |")
@@ -167,7 +169,7 @@ def test_columns_line_up_and_nothing_in_a_cell_breaks_the_table():
 
 
 def test_underscores_within_words_stay():
-  assert report.escape("limber_nfrn50_tuned") == "limber_nfrn50_tuned"
+  assert escape("limber_nfrn50_tuned") == "limber_nfrn50_tuned"
 
 
 # The report of one run
@@ -350,7 +352,7 @@ def test_of_two_evaluations_of_a_data_set_the_one_with_its_name_is_in_the_table(
   ("imagenet_v2", "zeroshot", {"source.path": "data/a", "classes": "imagenet"}, "imagenet_v2"),
   ("coco", "shift", {"source.path": "data/a", "classes": "objectnet"}, "objectnet")])
 def test_a_data_set_is_known_by_name_classes_or_file(name, kind, protocol, data):
-  run = report.of(results(evaluations={name: entry(kind, {"x": 0.5}, protocol=protocol)}), "")
+  run = runs_lib.of(results(evaluations={name: entry(kind, {"x": 0.5}, protocol=protocol)}), "")
   assert run.data == {name: data} and run.scores == {(kind, ""): {f"{data}/x": 0.5}}
 
 
@@ -377,12 +379,12 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     image = imread(tmp_path / f"report_{name}.png")
     assert image.shape[1] > 300 and len(set(map(tuple, image.reshape(-1, image.shape[2])[::7].tolist()))) > 3
   assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "report_vqa.png").exists()
-  assert set(report.pictured(runs(limber("magma"), limber("my$model"), clip))) == {"captioning", "vqa", "zeroshot"}
-  assert report.pictured(runs(results())) == {}
+  assert set(figures_lib.pictured(runs(limber("magma"), limber("my$model"), clip))) == {"captioning", "vqa", "zeroshot"}
+  assert figures_lib.pictured(runs(results())) == {}
 
 
 def test_bars_and_lines_are_where_the_figures_are():
-  figures = report.pictured(runs(limber("limber_clip", cider=0.5, shots0=0.3)))
+  figures = figures_lib.pictured(runs(limber("limber_clip", cider=0.5, shots0=0.3)))
   bars = figures["captioning"].axes[0].containers
   assert [b.get_height() for b in bars[0]] == [50, 70]
   assert [b.get_height() for b in bars[1]] == [54.9, 76.2]
@@ -411,7 +413,7 @@ def damaged(change):
 ])
 def test_another_layout_is_named(change, message):
   with pytest.raises(UserError) as error:
-    report.of(damaged(change), "runs/a")
+    runs_lib.of(damaged(change), "runs/a")
   assert message in str(error.value) and "runs/a" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -427,7 +429,7 @@ def test_results_that_cannot_be_read_are_told_in_one_line(content, message, tmp_
   if content is not None:
     (tmp_path / "results.json").write_bytes(content)
   with pytest.raises(UserError) as error:
-    report.read(str(tmp_path))
+    runs_lib.read(str(tmp_path))
   assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -443,7 +445,7 @@ def test_the_command_prints_and_writes_and_names_mistakes(tmp_path):
 
   printed = call("limber_clip")
   assert printed.returncode == 0, printed.stderr
-  assert printed.stdout == report.report([report.read(str(tmp_path / "limber_clip"))]) and printed.stderr == ""
+  assert printed.stdout == report.report([runs_lib.read(str(tmp_path / "limber_clip"))]) and printed.stderr == ""
   written = call("limber_clip", "limber_beit", "--out=out/table.md")
   assert written.returncode == 0, written.stderr
   assert written.stdout == "written to out/table.md\n"
