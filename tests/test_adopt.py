@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from limber_jax import config as config_lib
-from limber_jax import evaluate
 from limber_jax.config import Compute, Data, Init, Optim, Source, Tokenizer
 from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.sources.digits import Digits
@@ -23,6 +22,7 @@ from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.tasks.contrastive import Contrastive
+from limber_jax.training import results
 from limber_jax.training.loop import train
 from limber_jax.training.setup import make_context
 from limber_jax.weights import export, load, parts, projection
@@ -101,7 +101,7 @@ def test_embeddings_equal_the_other_librarys_from_file_to_embedding(tmp_path, ph
   np.testing.assert_allclose(cosine(by_classify, want), 1, atol=1e-5)
 
   config = tiny(mesh=(8, 1, 1))                                                   # evaluate --weights
-  s, params, stats, _ = evaluate.imported(config, str(tmp_path), path)
+  s, params, stats, _ = results.imported(config, str(tmp_path), path)
   transform = make_context(s, "").transform
   images = np.stack([transform({"image": Path(p).read_bytes(), "text": "a"}, None)["image"] for p in photos])
   frozen = {**s.frozen.params, **params}
@@ -131,7 +131,7 @@ def test_a_run_has_the_preprocessing_of_its_weights_for_good(tmp_path, squash):
   (tmp_path / "copy" / "preprocessor_config.json").unlink()  # from now on the run alone knows
   assert load.open_model(str(tmp_path / "run")).size == dataclasses.replace(SIZE, **SQUASH)
   assert adopt(config, str(tmp_path / "run")) == dataclasses.replace(SIZE, **SQUASH)
-  s, *_ = evaluate.trained(config, str(tmp_path / "run"), "latest")
+  s, *_ = results.trained(config, str(tmp_path / "run"), "latest")
   assert s.config.model.resize == "squash"
   assert make_context(s, "").transform.steps[1].rules[0][1].crop == "squash"
   train(config, str(tmp_path / "run"), log=said.append)  # goes on, that is, has nothing left to do

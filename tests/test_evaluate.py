@@ -25,11 +25,13 @@ from standins import (
   write_vqa2,
 )
 
-from limber_jax import cli, evaluate
+from limber_jax import cli
 from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
 from limber_jax.models.clip import openai_weights
+from limber_jax.reports import results_file
 from limber_jax.runtime.lock import Lock
+from limber_jax.training import results
 from limber_jax.weights import convert, load
 
 TESTS = os.path.dirname(__file__)
@@ -185,15 +187,15 @@ def test_missing_data_are_named_and_the_others_go_on(clip, data, capsys):
   config, workdir = clip
   config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
   config.evals["retrieval"].source.path = "data/nowhere.json"
-  found = evaluate.results(config, str(workdir), data=str(data))
+  found = results.results(config, str(workdir), data=str(data))
   assert found["evaluations"].keys() == {"digits"} and found["failed"].keys() == {"retrieval"}
   assert f"retrieval: not evaluated: {found['failed']['retrieval']}" in capsys.readouterr().err
   assert "nowhere.json" in found["failed"]["retrieval"] and "https://" in found["failed"]["retrieval"]
-  evaluate.write(found, str(workdir))
+  results_file.write(found, str(workdir))
   # With the data there, the one that was missing is added to what there is.
   config.evals["retrieval"].source.path = str(data / "coco/dataset_coco.json")
-  more = evaluate.results(config, str(workdir), only=("retrieval",))
-  evaluate.write(more, str(workdir))
+  more = results.results(config, str(workdir), only=("retrieval",))
+  results_file.write(more, str(workdir))
   found = json.loads((workdir / "results.json").read_text())
   assert found["evaluations"].keys() == {"digits", "retrieval"} and not found["failed"]
 
@@ -205,7 +207,7 @@ def test_a_file_cut_in_half_fails_its_evaluation_alone(clip, data, tmp_path):
   (tmp_path / "cut.json").write_bytes(whole[: len(whole) // 2])
   config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
   config.evals["retrieval"].source.path = str(tmp_path / "cut.json")
-  found = evaluate.results(config, str(workdir), data=str(data))
+  found = results.results(config, str(workdir), data=str(data))
   assert found["evaluations"].keys() == {"digits"}
   assert "cut.json" in found["failed"]["retrieval"] and "byte" in found["failed"]["retrieval"]
 
@@ -216,8 +218,8 @@ def test_two_commands_do_not_run_one_evaluation_in_one_workdir_but_others_may(cl
   config.evals = {name: config.evals[name] for name in ("digits", "retrieval")}
   with Lock(workdir / "evaluation" / "retrieval.lock"), Lock(workdir / ".lock"):  # one is trained further beside
     with pytest.raises(UserError, match=rf"evaluation/retrieval is in use by process {os.getpid()} on host .*--only"):
-      evaluate.results(config, str(workdir), data=str(data))
-    assert evaluate.results(config, str(workdir), data=str(data), only=("digits",))["evaluations"].keys() == {"digits"}
+      results.results(config, str(workdir), data=str(data))
+    assert results.results(config, str(workdir), data=str(data), only=("digits",))["evaluations"].keys() == {"digits"}
   assert not list(workdir.rglob("*.lock"))
 
 
@@ -230,31 +232,31 @@ def test_mistakes_are_one_line(clip, data, tmp_path):
       ({"weights": str(tmp_path / "none")}, "none"),
   ):
     with pytest.raises(UserError, match=message):
-      evaluate.results(config, str(workdir), data=str(data), **changes)
+      results.results(config, str(workdir), data=str(data), **changes)
   with pytest.raises(UserError, match=r"no run there .*--weights"):
-    evaluate.results(config, str(tmp_path / "nothing"))
+    results.results(config, str(tmp_path / "nothing"))
   config.evals = {"captions": config.evals["digits"]}
   config.evals["captions"].name = "captions"
   with pytest.raises(UserError, match="evaluation 'captions' asks a model for 'generate', which task 'contrastive'"):
-    evaluate.results(config, str(workdir), data=str(data))
+    results.results(config, str(workdir), data=str(data))
 
 
 @pytest.mark.process
 def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_path):
   config, workdir = clip
   config.evals = {"digits": config.evals["digits"]}
-  trained = evaluate.results(config, str(workdir), data=str(data))
+  trained = results.results(config, str(workdir), data=str(data))
   config.name, config.seed = "other", 5  # nothing of this experiment's weights is looked at
-  found = evaluate.results(config, str(tmp_path / "imported"), weights=str(workdir), data=str(data))
+  found = results.results(config, str(tmp_path / "imported"), weights=str(workdir), data=str(data))
   assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
   assert {k: found["weights"][k] for k in ("image", "text")} == {k: trained["weights"][k] for k in ("image", "text")}
   loaded = load.load(str(workdir))
   file = str(tmp_path / "x.safetensors")
   save_file(convert.export(openai_weights(loaded.size.image.kind), loaded.params), file)
   with pytest.raises(UserError, match=r"says neither how many heads nor which activation .* --model="):
-    evaluate.results(config, str(tmp_path / "alone"), weights=file, data=str(data))
+    results.results(config, str(tmp_path / "alone"), weights=file, data=str(data))
   config.model = None  # what the experiment says of a model is not looked at
-  found = evaluate.results(config, str(tmp_path / "alone"), weights=file, model=str(workdir), data=str(data))
+  found = results.results(config, str(tmp_path / "alone"), weights=file, model=str(workdir), data=str(data))
   assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
 
 
@@ -263,8 +265,8 @@ def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
   run = Run(tmp_path, "limber", data)
   config = cli.load_experiment(str(run.experiment))
   config.evals = {"awa2": config.evals["awa2"]}
-  trained = evaluate.results(config, str(tmp_path / "workdir"), data=str(data))
-  found = evaluate.results(config, str(tmp_path / "imported"), weights=str(tmp_path / "workdir"), data=str(data))
+  trained = results.results(config, str(tmp_path / "workdir"), data=str(data))
+  found = results.results(config, str(tmp_path / "imported"), weights=str(tmp_path / "workdir"), data=str(data))
   assert found["evaluations"]["awa2"]["figures"]["right"] == trained["evaluations"]["awa2"]["figures"]["right"]
   assert found["weights"]["prompt"] == trained["weights"]["prompt"]
 
@@ -277,7 +279,7 @@ def test_results_that_are_no_results_are_never_written_over(text, tmp_path):
            "failed": {}}
   (tmp_path / "results.json").write_text(text)
   with pytest.raises(UserError, match=r"results.json: not what this command writes \(.*move it away"):
-    evaluate.write(found, str(tmp_path))
+    results_file.write(found, str(tmp_path))
   assert (tmp_path / "results.json").read_text() == text
 
 
@@ -285,27 +287,27 @@ def test_results_that_are_no_results_are_never_written_over(text, tmp_path):
 def test_results_of_something_else_are_refused_before_anything_is_measured(clip, data, tmp_path, monkeypatch):
   config, workdir = clip
   config.evals = {"digits": config.evals["digits"]}
-  found = evaluate.results(config, str(workdir), data=str(data))
+  found = results.results(config, str(workdir), data=str(data))
   assert found["run"] == workdirs.identity(str(workdir)) and len(found["run"]) == 32
-  evaluate.write(found, str(workdir))
+  results_file.write(found, str(workdir))
   before, own = (workdir / "results.json").read_bytes(), copy.deepcopy(config)
   file = str(tmp_path / "x.safetensors")
   loaded = load.load(str(workdir))
   other = jax.tree.map(lambda x: x + 1, loaded.params)
   save_file(convert.export(openai_weights(loaded.size.image.kind), other), file)
   measured = []
-  real = evaluate._one
-  monkeypatch.setattr(evaluate, "_one", lambda *args: measured.append(1) or real(*args))
+  real = results._one
+  monkeypatch.setattr(results, "_one", lambda *args: measured.append(1) or real(*args))
   with pytest.raises(UserError, match=r"results.json is of something else, of .*--out=DIRECTORY"):
-    evaluate.results(config, str(workdir), weights=file, model=str(workdir), data=str(data))
+    results.results(config, str(workdir), weights=file, model=str(workdir), data=str(data))
   assert not measured and (workdir / "results.json").read_bytes() == before
   out = str(tmp_path / "out")
-  found = evaluate.results(config, str(workdir), weights=file, model=str(workdir), data=str(data), out=out)
-  evaluate.write(found, out)
+  found = results.results(config, str(workdir), weights=file, model=str(workdir), data=str(data), out=out)
+  results_file.write(found, out)
   assert found["run"] is None and (workdir / "results.json").read_bytes() == before
   assert {p.name for p in (tmp_path / "out").iterdir()} >= {"results.json", "report.md", "evaluation"}
   with pytest.raises(UserError, match=r"results.json is of something else, of weights"):  # and the other way round
-    evaluate.results(own, str(workdir), data=str(data), out=out)
+    results.results(own, str(workdir), data=str(data), out=out)
 
 
 @pytest.mark.process
@@ -314,11 +316,11 @@ def test_results_of_another_step_of_the_run_are_kept_beside(tmp_path, capsys):
            "model": "", "evaluations": {}, "failed": {}}
   written = []
   for step, digest in ((1, "ab"), (2, "cd"), (1, "ab"), (2, "cd")):
-    evaluate.write(found | {"step": step, "weights": {"image": digest}}, str(tmp_path))
+    results_file.write(found | {"step": step, "weights": {"image": digest}}, str(tmp_path))
     written.append(capsys.readouterr().err)
   assert sorted(p.name for p in tmp_path.glob("*.json")) == [
     "results-step1-2.json", "results-step1.json", "results-step2.json", "results.json"]
   assert written[0] == "" and all("it is kept as results-step" in line for line in written[1:])
   for other in ({"run": "77"}, {"run": None}):
     with pytest.raises(UserError, match=r"is of something else, of x at step 2 of the run 9f"):
-      evaluate.write(found | {"weights": {"image": "ef"}} | other, str(tmp_path))
+      results_file.write(found | {"weights": {"image": "ef"}} | other, str(tmp_path))
