@@ -206,7 +206,7 @@ class TestGoingOn:
     for record in (150, 1, 97):
       with monkeypatch.context() as patch:
         patch.setattr(features, "ShardWriter", stopped_at(record, kill))
-        patch.setattr(features.ShardWriter, "abandon", lambda self: None)  # a killed process tidies nothing up
+        patch.setattr(features.ShardWriter, "detach", lambda self: None)  # a killed process tidies nothing up
         with pytest.raises(Killed):
           quiet(limber(), out)
       assert any(name.endswith(".tmp") for name in os.listdir(out)) and "manifest.json" not in os.listdir(out)
