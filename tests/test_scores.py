@@ -77,7 +77,7 @@ import json, os, random, resource, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("ignore")
 import numpy as np
-from limber_jax.training import loop
+from limber_jax.training import evaluations, loop
 from limber_jax.config import Checkpoint
 from limber_jax.data.sources.digits import Digits
 from limber_jax.checkpoints.scores import Scores
@@ -89,7 +89,7 @@ POINTS = [(step, name) for name, e in evals.items() for step in range(e.every, S
 KINDS = ("exception", "damage", "kill", "memory")
 
 def run(workdir, faults):
-  now, begin, evaluate, read = [], Scores.begin, loop.evaluate, Digits.__getitem__
+  now, begin, evaluate, read = [], Scores.begin, evaluations.evaluate, Digits.__getitem__
   spent = os.path.join(workdir, "spent")
 
   def begun(self, step, name):
@@ -122,7 +122,7 @@ def run(workdir, faults):
     finally:
       Digits.__getitem__ = read
 
-  Scores.begin, loop.evaluate = begun, failing
+  Scores.begin, evaluations.evaluate = begun, failing
   loop.train(tiny(steps=STEPS, checkpoint=Checkpoint(every=EVERY), evals=evals), workdir, log=lambda line: None)
 
 rng, out = random.Random(0), []
