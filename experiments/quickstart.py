@@ -1,6 +1,11 @@
 """A small CLIP on scikit-learn's handwritten digits: real images, captions in words, no download, two minutes."""
 
-from limber_jax.config import Checkpoint, Compute, Config, Data, Evaluation, Optim, Source, Tokenizer
+from limber_jax.config import Checkpoint, Compute, Config, Data, Optim, Source, Tokenizer
+from limber_jax.evals.linear_probe import LinearProbe
+from limber_jax.evals.overlap import Overlap
+from limber_jax.evals.retrieval import Retrieval
+from limber_jax.evals.similarity import Similarity
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.models import clip
 
 TRAIN, HELD_OUT = Source(name="digits", split="train"), Source(name="digits", split="test")
@@ -18,13 +23,12 @@ def get_config() -> Config:
     compute=Compute(dtype="float32"),  # CPUs have no fast bfloat16
     checkpoint=Checkpoint(every=150, keep=2, best="zeroshot/top1"),
     evals={
-      "zeroshot": Evaluation(name="zeroshot", source=HELD_OUT, every=150),
-      "retrieval": Evaluation(name="retrieval", source=HELD_OUT, every=0),
-      "similarity": Evaluation(name="similarity", source=HELD_OUT, every=0),
+      "zeroshot": ZeroShot(source=HELD_OUT, every=150),
+      "retrieval": Retrieval(source=HELD_OUT, every=0),
+      "similarity": Similarity(source=HELD_OUT, every=0),
       # By limber_jax.evaluate only:
-      "probe": Evaluation(name="linear_probe", source=HELD_OUT, train=TRAIN, every=-1, shots=(0, 1, 2, 4, 8, 16),
-                          seeds=(0, 1, 2)),
-      "overlap": Evaluation(name="overlap", source=HELD_OUT, train=TRAIN, every=-1, threshold=0.995),
+      "probe": LinearProbe(source=HELD_OUT, train=TRAIN, every=-1, shots=(0, 1, 2, 4, 8, 16), seeds=(0, 1, 2)),
+      "overlap": Overlap(source=HELD_OUT, train=TRAIN, every=-1, threshold=0.995),
     },
     log_every=10,
   )

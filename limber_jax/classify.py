@@ -10,7 +10,7 @@ from absl import flags
 from limber_jax import cli, config
 from limber_jax.data.images import ImageFlags
 from limber_jax.errors import UserError
-from limber_jax.evals.zeroshot import load_templates
+from limber_jax.evals.prompts import load_templates
 from limber_jax.inference import destination
 from limber_jax.inference.classifier import Classifier, read_labels, row, shown
 from limber_jax.inference.images import find, own_images

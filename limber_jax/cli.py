@@ -216,6 +216,8 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     except UserError as broken:
       return str(broken)
     for name in given:
+      if re.fullmatch(r"evals\.[^.]+\.name", name) and name in known:
+        return f"--config.{name}: what an evaluation is stands in the experiment's file; this is {known[name]!r}"
       if name not in known:
         groups = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
         if name in groups:

@@ -11,9 +11,9 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from limber_jax import ranges, registry
+from limber_jax import config_history, ranges, registry
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.ranges import COUNT, LATER, SEEDS, ranged
 
@@ -188,29 +188,29 @@ class Checkpoint:
 
 @dataclass
 class Evaluation:
-  """One evaluation during training and in `limber_jax.evaluate`."""
+  """What all evaluations have. Each is a dataclass that derives from this, in a file of its own in `limber_jax.evals`.
 
-  name: str = "zeroshot"     # a name in registry.EVALS, whose docstring says which of the fields below it uses
+  It adds its own settings and a line in registry.EVALS, and opens itself: `open`.
+  """
+
+  name: ClassVar[str] = ""               # its own in registry.EVALS
+  needs: ClassVar[tuple[str, ...]] = ()  # the keys of task.predict() that it uses
+  files: ClassVar[tuple[str, ...]] = ()  # those of its fields that may hold the path of a file
+
   source: Source = field(default_factory=Source)
   # steps; 0 = only at the end; -1 = only by limber_jax.evaluate, never in training
   every: int = ranged(1000, at_least=-1, at_most=COUNT)
   batch_size: int = ranged(256, at_least=1, at_most=2**20)
-  classes: str = ""          # a built-in list (imagenet, food101, …) | a file, one class a line; "" = the source's own
-  # a built-in list (imagenet80, imagenet7, single, food101, …) | a file, one a line, {} for the class | one itself
-  # "" = the source's own, and where it has none imagenet7
-  templates: str = ""
-  train: Source | None = None       # of probes: what they learn from; vqa: what examples are drawn from
-  validation: Source | None = None  # of probes: where the strength is chosen; None = a part of `train`
-  metrics: tuple[str, ...] = ()     # which figures; () = the evaluation's own choice
-  scorer: str = ""                  # weights of the CLIP behind CLIPScore; "" leaves CLIPScore out
-  scorer_model: str = ""            # what those are of, if nothing beside them says it: a size or a configuration file
-  # examples before a question, or a class
-  shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT, nonempty=True)
-  # of what is drawn: a figure is the mean over them
-  seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS, nonempty=True)
-  damaged: float = ranged(0.01, at_least=0, at_most=1)  # the share of items that may be unreadable
-  # of overlap: the cosine from which on two images count as the same
-  threshold: float = ranged(0.95, at_least=-1, at_most=1)
+  max_bad_fraction: float = ranged(0.01, at_least=0, at_most=1)  # the share of items that may be unreadable
+
+  def open(self, context: Any) -> Any:
+    """Returns the `evals.base.Eval` of an `evals.base.Context`; raises UserError if data are missing or unfit."""
+    raise NotImplementedError
+
+
+def evaluation_of(name: str) -> type[Evaluation]:
+  """Returns the dataclass of an evaluation by its name in the registry; raises UserError with the nearest one."""
+  return registry.lookup("evaluation", registry.EVALS, name)
 
 
 @dataclass
@@ -280,6 +280,14 @@ def check(config: Config, start: str = "config.") -> None:
   """
   ranges.check(config, start)
   check_model(config)
+  for name, evaluation in config.evals.items():
+    where, cls = f"{start}evals.{name}", type(evaluation)
+    if evaluation.name != cls.name:
+      raise UserError(f"{where}.name={evaluation.name!r}: what an evaluation is stands in the experiment's file; this "
+                      f"is {cls.name!r}")
+    if cls.name not in registry.EVALS:
+      raise UserError(f"{where}: expected an evaluation of the registry, such as "
+                      f"limber_jax.evals.zeroshot.ZeroShot(), got {cls.__name__}")
 
 
 def check_model(config: Config) -> None:
@@ -316,6 +324,7 @@ def flatten(config: Any, prefix: str = "", *, known: bool = False) -> dict[str, 
   else:
     items = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
              if not (known and LATER.items() <= f.metadata.items() and getattr(config, f.name) == f.default)}
+    items = {"name": config.name} | items if isinstance(config, Evaluation) else items
   out: dict[str, Any] = {}
   for key, value in items.items():
     name = f"{prefix}{key}"
@@ -332,7 +341,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, where: str) -> Config:
-  """Returns the configuration whose `to_json` gave `text`.
+  """Returns the configuration whose `to_json` gave `text`, that of an earlier release included.
 
   Args:
     text: JSON.
@@ -349,7 +358,7 @@ def from_json(text: str, where: str) -> Config:
   if not isinstance(values, dict):
     raise UserError(f"{where}: no configuration, for it is no JSON object")
   try:
-    return unflatten(Config, values)
+    return unflatten(Config, config_history.upgrade(values))
   except UserError as error:
     raise UserError(f"{where}: {error}") from error
 
@@ -391,6 +400,12 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
       if (kind := read(str, f"{start}kind")) not in kinds:
         raise UserError(f"{start}kind: expected one of {', '.join(kinds)}, got {kind!r}")
       cls = kinds[kind]
+    if cls is Evaluation:
+      name = read(str, f"{start}name")
+      try:
+        cls = evaluation_of(name)
+      except UserError as error:
+        raise UserError(f"{start}name: {error}") from error
     hints = ranges.hints_of(cls)
     if cls is Config:
       hints["model"] = registry.lookup("task", registry.SIZES, read(str, "task"))

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from limber_jax import ranges, registry
-from limber_jax.config import Config
+from limber_jax.config import Config, Evaluation, evaluation_of
 
 WIDTH = 100
 
@@ -94,22 +94,34 @@ def _fields(cls: type, start: str) -> list[tuple[str, dataclasses.Field, Any, st
     groups = [o for o in options if dataclasses.is_dataclass(o)]
     if cls is Config and f.name == "model":
       continue
-    if not groups or (cls.__name__ == "Evaluation" and f.name in ("train", "validation")):
+    if not groups or (issubclass(cls, Evaluation) and types.NoneType in options):  # whose fields are those of `source`
       out.append((name, f, hint, comments[f.name]))
       continue
     name += ".NAME" if inner is not hint else ""
     for group in groups:
       found = _fields(group, f"{name}.")
       out += [(n, x, h, f"[{group.__name__}] {c}".strip() if len(groups) > 1 else c) for n, x, h, c in found]
+    if Evaluation in groups:  # what each of them has beside
+      for own in map(evaluation_of, registry.EVALS):
+        out += [(n, x, h, f"[{own.name}] {c}".strip()) for n, x, h, c in _fields(own, f"{name}.")
+                if n.split(".")[3] not in Evaluation.__dataclass_fields__]
   return out
 
 
 def comments_of(cls: type) -> dict[str, str]:
   """Returns the comment of each field of a dataclass: what stands behind it, after what stands in lines before it."""
+  own = {f.name: "" for f in dataclasses.fields(cls)}
+  for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    own |= {name: comment for name, comment in _comments_in(base).items() if name in own}
+  return own
+
+
+def _comments_in(cls: type) -> dict[str, str]:
+  """Returns the comments of the fields that stand in the body of a dataclass itself."""
   source = textwrap.dedent(inspect.getsource(cls))
   comments = {t.start[0]: (t.string.lstrip("# ").rstrip(), t.line.lstrip().startswith("#"))
               for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-  out = {f.name: "" for f in dataclasses.fields(cls)}
+  out = {}
   for node in ast.parse(source).body[0].body:
     if isinstance(node, ast.AnnAssign):
       above = []

@@ -12,6 +12,7 @@ from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.runtime import parallel
 
 
@@ -55,8 +56,10 @@ def install(monkeypatch: Any) -> Any:
   return set_
 
 
-def config(**fields):
-  return Evaluation(**{"source": Source(name="made"), "batch_size": 8, "templates": "{}", **fields})
+def config(cls: type[Evaluation] = ZeroShot, **fields: Any) -> Any:
+  """Returns an evaluation of what is installed; where it has classes in sentences, these are the classes alone."""
+  own = {"templates": "{}"} if hasattr(cls, "templates") else {}
+  return cls(**{"source": Source(name="made"), "batch_size": 8, **own, **fields})
 
 
 def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):

@@ -17,13 +17,13 @@ from limber_jax.config import (
   Config,
   Data,
   Decoding,
-  Evaluation,
   Mesh,
   Optim,
   Source,
   Tokenizer,
   to_json,
 )
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import LimberConfig, Map, PromptSize
@@ -96,9 +96,9 @@ def resident() -> int:
     return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def zeroshot(every: int = 2) -> dict[str, Evaluation]:
+def zeroshot(every: int = 2) -> dict[str, ZeroShot]:
   """Returns one evaluation on held-out digits."""
-  return {"zeroshot": Evaluation(source=Source(name="digits", split="test"), every=every, batch_size=64)}
+  return {"zeroshot": ZeroShot(source=Source(name="digits", split="test"), every=every, batch_size=64)}
 
 
 def losses(workdir: Any, torn: bool = False) -> dict[int, str]:

@@ -15,7 +15,7 @@ import sklearn.metrics
 from PIL import Image
 from runs import environment
 
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source
 from limber_jax.data.guess import guess
 from limber_jax.data.inspection import inspect
 from limber_jax.data.packing import pack
@@ -289,11 +289,13 @@ def test_a_split_is_never_chosen_where_there_are_several(sets, tmp_path):
 
 def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_figures(sets, tmp_path):
   found = suites.clip_benchmark(str(sets))
-  assert {k: (e.name, e.source.split, e.templates, e.classes, e.every) for k, e in found.items()} == {
-    "wds_vtab_flowers": ("zeroshot", "test", "", "", -1), "wds_mnist": ("zeroshot", "test", "", "", -1),
-    "wds_voc2007_multilabel": ("zeroshot", "test", "", "", -1), "wds_flickr8k": ("retrieval", "test", "", "", -1),
-    "wds_wilds_fmow": ("zeroshot", "test", "", "", -1)}
-  assert {k: e.metrics for k, e in found.items() if e.metrics} == {
+  assert {k: (e.name, e.source.split, e.every) for k, e in found.items()} == {
+    "wds_vtab_flowers": ("zeroshot", "test", -1), "wds_mnist": ("zeroshot", "test", -1),
+    "wds_voc2007_multilabel": ("zeroshot", "test", -1), "wds_flickr8k": ("retrieval", "test", -1),
+    "wds_wilds_fmow": ("zeroshot", "test", -1)}
+  labelled_sets = {k: e for k, e in found.items() if e.name == "zeroshot"}
+  assert {(e.classes, e.templates) for e in labelled_sets.values()} == {("", "")}
+  assert {k: e.metrics for k, e in labelled_sets.items() if e.metrics} == {
     "wds_wilds_fmow": ("top1", "top5", "mean_per_class", "worst_group")}
   write_set(tmp_path / "vtab" / "pets", "test", labelled(4), classes=CLASSES, templates=TEMPLATES)
   write_set(tmp_path / "vtab" / "pets", "train", labelled(6, seed=1))
@@ -435,4 +437,3 @@ def test_figures_are_written_in_their_forms_without_those_that_are_not_theirs():
      "metrics": {"acc1": 0.5, "acc5": 0.75, "mean_per_class_recall": 0.25, "main_metric": 0.5}},
     {"key": "vtab/pcam", "dataset": "PatchCamelyon",
      "metrics": {"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.5, "main_metric": 0.5}}]
-  assert Evaluation().templates == ""

@@ -14,7 +14,6 @@ from limber_jax import cli, help, ranges, registry
 from limber_jax.checkpoints import workdirs
 from limber_jax.config import (
   Compute,
-  Evaluation,
   Optim,
   Source,
   check,
@@ -25,6 +24,11 @@ from limber_jax.config import (
   to_json,
 )
 from limber_jax.errors import UserError
+from limber_jax.evals.captions import Captions
+from limber_jax.evals.linear_probe import LinearProbe
+from limber_jax.evals.vqa import Vqa
+from limber_jax.evals.words import Words
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training.loop import train
 from limber_jax.training.setup import setup
@@ -50,9 +54,9 @@ def test_names_with_dots_come_back():
 
 def test_a_run_of_before_a_setting_was_there_has_its_default():
   config = cli.load_experiment(str(LIMBER))
-  config.optim.lr, config.evals["more"] = 5.0, Evaluation(train=Source(split="test"), shots=(1, 2))
+  config.optim.lr, config.evals["more"] = 5.0, LinearProbe(train=Source(split="test"), shots=(1, 2))
   values = json.loads(to_json(config))
-  for name in [n for n in values if n.startswith(("captions.", "evals.digits.train", "evals.more.source."))]:
+  for name in [n for n in values if n.startswith(("captions.", "evals.digits.classes", "evals.more.source."))]:
     del values[name]
   del values["optim.clip_norm"], values["evals.more.validation"]
   back = from_json(json.dumps(values), "x")
@@ -127,10 +131,10 @@ def test_a_number_out_of_its_range_is_one_line_wherever_it_is_read(name, value, 
   ({"data": {"workers": 2}}, "data: expected Data, got {'workers': 2}"),
   ({"steps": "10"}, "steps: expected int, got '10'"), ({"steps": 10.0}, "steps: expected int, got 10.0"),
   ({"model": "clip_vit_b32"}, "model: expected a size, such as models.clip.SIZES"),
-  ({"evals": {"a.b": Evaluation()}}, "evals: expected names without dots, got 'a.b'"),
+  ({"evals": {"a.b": ZeroShot()}}, "evals: expected names without dots, got 'a.b'"),
   ({"evals": {"a": {"name": "zeroshot"}}}, "evals.a: expected Evaluation, got {'name': 'zeroshot'}"),
   ({"optim": Optim(eps=1e-50)}, "optim.eps=1e-50: it is 0 in float32, whose numbers begin at 1.2e-38$"),
-  ({"evals": {"a": Evaluation(seeds=())}}, r"evals.a.seeds=\(\): wanted one at least$"),
+  ({"evals": {"a": Vqa(seeds=())}}, r"evals.a.seeds=\(\): wanted one at least$"),
   ({"trainable": "prompt"}, r"trainable: expected tuple\[str, ...\], got 'prompt'")])
 def test_what_cannot_be_in_an_experiment_is_named(change, message, tmp_path):
   config = cli.load_experiment(str(LIMBER))
@@ -143,7 +147,7 @@ def test_what_cannot_be_in_an_experiment_is_named(change, message, tmp_path):
 @pytest.mark.parametrize("best", ["top1", "digit/top1", "digits", "words/top1"])
 def test_the_best_checkpoint_is_by_a_metric_of_an_evaluation_in_training(best):
   config = cli.load_experiment(str(LIMBER))
-  config.checkpoint.best, config.evals["words"] = best, Evaluation(every=-1)
+  config.checkpoint.best, config.evals["words"] = best, Words(every=-1)
   with pytest.raises(UserError, match=rf"checkpoint.best='{best}': wanted a metric .* such as digits/top1; those of t"):
     check_best(config)
   config.checkpoint.best = "digits/cider"
@@ -192,7 +196,7 @@ def test_a_mistake_in_an_experiment_that_comes_first_is_told_before_anything_is_
 
 
 def test_texts_with_commas_are_several_and_a_group_of_settings_does_not_flood():
-  config = tiny(trainable=("image, text",), evals={"a": Evaluation(metrics=("cider,bleu",))})
+  config = tiny(trainable=("image, text",), evals={"a": Captions(metrics=("cider,bleu",))})
   ranges.split_commas(config)
   assert config.trainable == ("image", "text") and config.evals["a"].metrics == ("cider", "bleu")
   line = cli._group("evals", [f"evals.a.{n}" for n in range(50)])

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from limber_jax import registry
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source
 from limber_jax.errors import UserError
-from limber_jax.evals import datasets, suites, zeroshot
+from limber_jax.evals import datasets, prompts, suites
 from limber_jax.evals.zeroshot import ZeroShot
 from tests.made import PREDICT, config, context
 from tests.test_sources_folder import write
@@ -64,8 +64,8 @@ def test_zero_shot_evaluations_are_of_all_27_and_never_run_in_training():
   assert found.keys() == datasets.CLIP.keys()
   for key, e in found.items():
     assert (e.name, e.every, e.classes) == ("zeroshot", -1, key) and e.source == datasets.CLIP[key].source
-    assert zeroshot.load_classes(e.classes) and zeroshot.load_templates(e.templates)
-  assert len(zeroshot.load_templates(found["imagenet"].templates)) == 80
+    assert prompts.load_classes(e.classes) and prompts.load_templates(e.templates)
+  assert len(prompts.load_templates(found["imagenet"].templates)) == 80
 
 
 @pytest.mark.parametrize("key", datasets.CLIP)
@@ -75,7 +75,7 @@ def test_missing_data_are_one_line_that_says_what_is_expected_where_and_from_whi
   e.batch_size = 8
   e.source = Source(**{**vars(e.source), "path": e.source.path.replace("data/", f"{tmp_path}/", 1)})
   with pytest.raises(UserError) as caught:
-    ZeroShot(e, context())
+    e.open(context())
   message = str(caught.value)
   assert message.startswith(f"{e.source.path}: no such") and s.name in message and s.page in message
   assert ("download_and_prepare" in message) == bool(s.tfds) and "\n" not in message
@@ -84,7 +84,7 @@ def test_missing_data_are_one_line_that_says_what_is_expected_where_and_from_whi
 
 def test_data_of_the_users_own_are_told_as_their_source_tells_it(tmp_path):
   with pytest.raises(UserError, match=r"no such file or directory; wanted a directory or \.tar"):
-    ZeroShot(config(source=Source(name="folder", path=str(tmp_path / "mine"))), context())
+    config(ZeroShot, source=Source(name="folder", path=str(tmp_path / "mine"))).open(context())
 
 
 # The sets that TFDS prepares with more than a class label
@@ -154,8 +154,8 @@ def test_voc_has_several_classes_an_image_and_those_of_difficult_objects_apart(t
     0: ((dog,), (cat,)), 1: ((cat,), ()), 2: ((), (dog,))}
   assert found[0]["text"] == "dog" and "label" not in found[0]
   # The evaluation: cat scores 0.9 on image 0 (not counted), 0.5 on 1, 0.7 on 2; dog is counted on 0 and 1 only.
-  run = ZeroShot(Evaluation(source=Source(name="tfds", path=str(tmp_path), split="test"), batch_size=8,
-                            classes="voc2007", templates="{}"), context())
+  run = ZeroShot(source=Source(name="tfds", path=str(tmp_path), split="test"), batch_size=8, classes="voc2007",
+                 templates="{}").open(context())
   order = [c.names[0] for c in run._classes]
   weights = np.zeros((3, 20))
   weights[:, order.index("cat")], weights[:, order.index("dog")] = (0.9, 0.5, 0.7), (0.2, 0.6, 0.9)
@@ -182,7 +182,7 @@ def test_clevr_counts_are_the_numbers_of_objects(tmp_path):
       assert "wanted 3 to 10 objects, got 0" in str(error)
   assert set(readable) == {3, 5, 10}
   assert all(by == int(np.asarray(Image.open(io.BytesIO(r["image"])))[0, 0, 0]) for by, r in readable.items())
-  names = zeroshot.class_names(Evaluation(classes="clevr_counts"), source)
+  names = prompts.class_names(ZeroShot(classes="clevr_counts"), source)
   assert [names[readable[n]["label"]] for n in (3, 5, 10)] == ["3", "5", "10"]
   assert len(opened("clevr_counts", tmp_path, split="train[2:4]")) == 2  # as 500 of the 2,500 are
 
@@ -199,12 +199,12 @@ def test_kitti_distances_are_those_of_the_nearest_vehicle(tmp_path):
   source = opened("kitti_distance", tmp_path)
   assert {i: source.classes[r["label"]] for i, r in by_value(source).items()} == {
     1: "near", 2: "nearby", 3: "far", 4: "none", 5: "near"}
-  assert zeroshot.class_names(Evaluation(classes="kitti_distance"), source)[1] == "a photo i took with a car nearby."
+  assert prompts.class_names(ZeroShot(classes="kitti_distance"), source)[1] == "a photo i took with a car nearby."
 
 
 def layout(key):
   """Returns ({path below data/: number of the class in the list of classes, or text}, images that count)."""
-  names = [c.key or c.names[0] for c in zeroshot.load_classes(key)]
+  names = [c.key or c.names[0] for c in prompts.load_classes(key)]
   many = range(len(names))
   match key:
     case "ucf101":
@@ -241,10 +241,10 @@ def test_what_no_builder_prepares_is_read_in_its_own_layout(key, tmp_path):
   e.templates, e.batch_size = "{}", 128
   files, count = layout(key)
   write(Path(e.source.path), files)
-  run = ZeroShot(e, context())
+  run = e.open(context())
   assert not run._runners[0].source.damage
   # An image of class k of the list has that axis as its embedding, and so have the names of the class.
-  numbers = {c.names: k for k, c in enumerate(zeroshot.load_classes(key))}
+  numbers = {c.names: k for k, c in enumerate(prompts.load_classes(key))}
   axes = np.array([numbers[c.names] for c in run._classes for _ in c.names], np.int32)
   run._tokens = axes[:, None, None].repeat(2, axis=2)  # [names, templates, T]
   eye = np.eye(len(numbers), dtype=np.float32)

@@ -12,9 +12,10 @@ from limber_jax.config import Compute, Source
 from limber_jax.errors import UserError
 from limber_jax.evals import similarity
 from limber_jax.evals.base import Runner, Stopped
+from limber_jax.evals.prompts import class_names, load_templates
 from limber_jax.evals.retrieval import Retrieval
 from limber_jax.evals.similarity import Similarity
-from limber_jax.evals.zeroshot import ZeroShot, class_names, classifier, load_templates
+from limber_jax.evals.zeroshot import ZeroShot, classifier
 from limber_jax.models import clip
 from limber_jax.runtime import parallel
 from limber_jax.tasks.contrastive import Contrastive
@@ -38,7 +39,7 @@ def test_zeroshot_figures_are_those_counted_by_hand(mesh, made):
   # a half of class a and two thirds of class c; b has no image.
   made([{"label": label} for label in (0, 0, 2, 2, 2)], classes=("a", "b", "c"))
   params = tables([[1, 0], [0, 1], [-1, 0], [-1, 0], [0, 1]], [[1, 0], [0, 1], [-1, 0]])
-  found = ZeroShot(config(), context(mesh))(PREDICT, params, {})
+  found = config(ZeroShot).open(context(mesh))(PREDICT, params, {})
   assert found == {"top1": 3 / 5, "mean_per_class": pytest.approx((1 / 2 + 2 / 3) / 2), "count": 5}
 
 
@@ -48,7 +49,7 @@ def test_zeroshot_equals_scikit_learn(count, made):
   labels = rng.integers(0, 11, count)
   image, text = unit(rng.normal(size=(count, 6))), unit(rng.normal(size=(11, 6)))
   made([{"label": int(label)} for label in labels], classes=tuple(NAMES[:11]))
-  found = ZeroShot(config(), context((4, 2, 1)))(PREDICT, tables(image, text), {})
+  found = config(ZeroShot).open(context((4, 2, 1)))(PREDICT, tables(image, text), {})
   scores, all_ = image @ text.T, np.arange(11)
   for k in (1, 5):
     assert found[f"top{k}"] == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, scores, k=k, labels=all_))
@@ -59,13 +60,13 @@ def test_zeroshot_equals_scikit_learn(count, made):
 
 def test_zeroshot_gives_equal_scores_to_the_first_class(made):
   made([{"label": 0}, {"label": 1}], classes=("a", "b"))
-  assert ZeroShot(config(), context())(PREDICT, tables([[1, 0], [1, 0]], [[1, 0], [1, 0]]), {})["top1"] == 1 / 2
+  assert config(ZeroShot).open(context())(PREDICT, tables([[1, 0], [1, 0]], [[1, 0], [1, 0]]), {})["top1"] == 1 / 2
 
 
 def test_a_model_that_gives_no_numbers_is_never_right(made):
   made([{"label": i, "text": NAMES[i]} for i in range(8)], classes=tuple(NAMES[:8]))
   params = tables(np.full((8, 2), np.nan), np.ones((8, 2)))
-  found = ZeroShot(config(), context())(PREDICT, params, {}) | Retrieval(config(), context())(PREDICT, params, {})
+  found = config(ZeroShot).open(context())(PREDICT, params, {}) | config(Retrieval).open(context())(PREDICT, params, {})
   assert {k for k, v in found.items() if v} == {"count", "images", "captions"}
 
 
@@ -115,7 +116,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, made):
   def refused(match, fields, records=({"label": 0},), classes=("a",), kind=ZeroShot, mesh=(1, 1, 1)):
     made(records, classes)
     with pytest.raises(UserError, match=match):
-      kind(config(**fields), context(mesh))(PREDICT, tables([[1, 0]], [[1, 0]]), {})
+      config(kind, **fields).open(context(mesh))(PREDICT, tables([[1, 0]], [[1, 0]]), {})
 
   refused("did you mean 'imagenet80'", {"templates": "imagnet80"})
   refused("has the line 'a cat', without {}", {"templates": str(bad)})
@@ -142,7 +143,7 @@ def test_functions_are_jitted_once_and_parameters_are_read_each_time(made):
       return PREDICT[name](*args)
     return run
 
-  run = ZeroShot(config(), context((8, 1, 1)))
+  run = config(ZeroShot).open(context((8, 1, 1)))
   image, text = np.eye(2)[np.arange(20) % 2], np.eye(2)
   found = [run({name: noting(name) for name in PREDICT}, tables(x, text), {})["top1"] for x in (image, image[::-1])]
   assert found == [1, 0] and sorted(traced) == ["embed_image", "embed_text"]
@@ -159,18 +160,18 @@ def test_a_signal_stops_between_batches_and_the_next_call_is_whole(kind, made, t
 
   params = tables(np.eye(2)[np.arange(20) % 2], np.eye(2))
   left = [1]
-  run = kind(config(), context(workdir=tmp_path, stop=stop))
+  run = config(kind).open(context(workdir=tmp_path, stop=stop))
   with pytest.raises(Stopped):
     run(PREDICT, params, {})
   left = [1000]
-  assert run(PREDICT, params, {}) == kind(config(), context(workdir=tmp_path))(PREDICT, params, {})
+  assert run(PREDICT, params, {}) == config(kind).open(context(workdir=tmp_path))(PREDICT, params, {})
 
 
 def test_similarity_draws_one_image_of_each_class(tmp_path, made):
   made([{"label": label} for label in (1, 1, 0, 2)], classes=("a", "b", "c"))
   # Images 2 (a), 0 (b) and 3 (c) are drawn; that of c is nearest to b.
   params = tables([[0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0.8, 0.6]], np.eye(3))
-  run = Similarity(config(), context((4, 2, 1), workdir=tmp_path / "new"))
+  run = config(Similarity).open(context((4, 2, 1), workdir=tmp_path / "new"))
   assert run(PREDICT, params, {}) == {"own": pytest.approx(2 / 3)}
   with Image.open(tmp_path / "new" / "similarity.png") as image:
     assert image.format == "PNG" and min(image.size) > 200
@@ -182,7 +183,7 @@ def test_similarity_draws_captions_where_there_are_no_labels(tmp_path, made, mon
   drawn, names = {}, ("cosine", "captions", "images")
   monkeypatch.setattr(similarity, "draw", lambda *args: drawn.update(zip(names, args, strict=False)))
   params = tables(np.eye(18), np.eye(18))
-  assert Similarity(config(batch_size=6), context(workdir=tmp_path))(PREDICT, params, {}) == {"own": 1}
+  assert config(Similarity, batch_size=6).open(context(workdir=tmp_path))(PREDICT, params, {}) == {"own": 1}
   assert drawn["captions"] == list(NAMES)
   np.testing.assert_array_equal(drawn["cosine"], np.eye(16))
   np.testing.assert_array_equal(drawn["images"][:, 0, 0, 0], np.arange(16))
@@ -213,9 +214,8 @@ def test_a_tiny_model_is_measured_the_same_on_8_devices_as_on_1(model, tmp_path)
   for mesh in ((1, 1, 1), (4, 2, 1)):
     where = context(mesh, size.image.image_size, size.text.context, tmp_path)
     placed = jax.device_put(params, parallel.shardings(params, clip.sharding(size), where.mesh))
-    kinds = {"zeroshot": ZeroShot, "retrieval": Retrieval, "similarity": Similarity}
-    found[mesh] = {name: kind(config(source=source, batch_size=64, templates="imagenet7"), where)(predict, placed, {})
-                   for name, kind in kinds.items()}
+    evals = (ZeroShot(source, batch_size=64), Retrieval(source, batch_size=64), Similarity(source, batch_size=64))
+    found[mesh] = {e.name: e.open(where)(predict, placed, {}) for e in evals}
   assert found[1, 1, 1] == found[4, 2, 1]
   assert found[1, 1, 1]["zeroshot"]["count"] == found[1, 1, 1]["retrieval"]["captions"] == 360
 

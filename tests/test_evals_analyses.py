@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.config import Decoding, Evaluation, Source
+from limber_jax.config import Decoding, Source, evaluation_of
 from limber_jax.data import transforms
 from limber_jax.data.sources.digits import CLASSES
 from limber_jax.data.tokenizers import ByteTokenizer
@@ -100,7 +100,7 @@ def test_captions_are_counted_by_map_and_without_an_image(made, tmp_path):
   predict = {"nll": None, "generate": functools.partial(generate, right),
              "generate@b": functools.partial(generate, lambda batch: batch["label"] + 1),
              "generate_blind": functools.partial(generate, never)}
-  found = Naming(config(name="naming"), settings(tmp_path))(predict, {}, {})
+  found = config(Naming).open(settings(tmp_path))(predict, {}, {})
   assert found == {"right": 1.0, "named": 1.0, "right@b": 0.0, "named@b": 0.0, "blind": 0.5, "count": 4.0}
   with Image.open(tmp_path / "captions_naming.png") as sheet:
     assert sheet.width > 300
@@ -108,7 +108,7 @@ def test_captions_are_counted_by_map_and_without_an_image(made, tmp_path):
 
 def test_naming_another_class_too_is_not_right_but_names_it(made, tmp_path):
   made([{"label": 0}, {"label": 1}], classes=("cat", "dog"))
-  found = Naming(config(name="naming"), settings(tmp_path))({"generate": writing(["cats and a dog", "dogs"])}, {}, {})
+  found = config(Naming).open(settings(tmp_path))({"generate": writing(["cats and a dog", "dogs"])}, {}, {})
   assert (found["right"], found["named"]) == (1 / 2, 1)
 
 
@@ -136,7 +136,7 @@ def test_mistakes_are_measured_by_common_attributes_and_on_wordnet(monkeypatch, 
 
   monkeypatch.setattr(naming.WordNet, "find", Small)
   captions = ["a cat", "two hounds", "birds", "fish and a cat", "grass", "a fish and a dog"]
-  run = Naming(config(name="naming"), settings(tmp_path))
+  run = config(Naming).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
   # Wrong are the cat as a hound, the dog as birds, the bird as fish and cat; grass names nothing, the last names both.
   # Of the hound's one attribute the cat has it; of the bird's two the dog has none; of the fish's one the bird has it,
@@ -149,7 +149,7 @@ def test_mistakes_are_measured_by_common_attributes_and_on_wordnet(monkeypatch, 
   assert found["wup_chance"] == pytest.approx(((0.8 + 0.6 + 0.5) + (0.8 + 0.5 + 0.5) + (0.6 + 0.5 + 0.5)) / 9)
   assert run.facts()["wordnet"] == "found" and run.facts()["covered"] == 6
   monkeypatch.setattr(naming.WordNet, "find", lambda: None)
-  run = Naming(config(name="naming"), settings(tmp_path))
+  run = config(Naming).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
   assert "wup_wrong" not in found and "nltk" in run.facts()["wordnet"]
 
@@ -166,7 +166,7 @@ def test_words_are_counted_by_map_and_without_an_image(made, tmp_path, monkeypat
   nouns = tmp_path / "nouns.txt"
   nouns.write_text("dog\ncat\n")
   made([{"text": "a red dog", "texts": ("a red dog", "the dog")}, {"text": "a cat", "texts": ("a cat",)}])
-  run = Words(config(name="words", classes=str(nouns)), settings(tmp_path / "out", name="coco_words"))
+  run = config(Words, nouns=str(nouns)).open(settings(tmp_path / "out", name="coco_words"))
   found = run({"generate": writing(["dogs", "dogs"]), "generate@b": writing(["a cat", "a red cat"]),
                "generate_blind": writing(["", ""])}, {}, {})
   assert found == {
@@ -189,7 +189,7 @@ def test_words_are_counted_by_map_and_without_an_image(made, tmp_path, monkeypat
 def test_texts_without_words_are_one_line(made, tmp_path):
   made([{"text": "?!"}])
   with pytest.raises(UserError, match="its texts hold no word"):
-    Words(config(name="words"), settings(tmp_path))({"generate": writing(["a"])}, {}, {})
+    config(Words).open(settings(tmp_path))({"generate": writing(["a"])}, {}, {})
 
 
 # Hallucination
@@ -207,8 +207,7 @@ def test_hallucinated_objects_and_run_off_are_counted(made, tmp_path):
   # Image 0 has a dog (segment) and a person (reference), image 1 a cat, image 2 nothing, image 3 is not captioned.
   instances(tmp_path / "instances_val2014.json", [0, 1, 2, 3], [(0, "dog"), (1, "cat"), (7, "dog"), (0, "none")])
   made([{"text": "a man", "texts": ("a man", "nice")}, {"text": "?"}, {"text": "?"}])
-  run = Hallucination(config(name="hallucination", classes=str(tmp_path / "instances_val2014.json")),
-                      settings(tmp_path / "out"))
+  run = config(Hallucination, segments=str(tmp_path / "instances_val2014.json")).open(settings(tmp_path / "out"))
   found = run({"generate": writing(["a dog and a man. A car", "a dog", "grass… "]),
                "generate@b": writing(["a dog", "a cat", "a car or a car"]),
                "generate_blind": writing(["words…"] * 3)}, {}, {})
@@ -228,7 +227,7 @@ def test_hallucinated_objects_and_run_off_are_counted(made, tmp_path):
 
 def test_run_off_alone_needs_no_segments(made, tmp_path):
   made([{"text": "?"}])
-  found = Hallucination(config(name="hallucination", metrics=("run_off",)), settings(tmp_path))(
+  found = config(Hallucination, metrics=("run_off",)).open(settings(tmp_path))(
     {"generate": writing(["a dog. A cat"])}, {}, {})
   assert found == {"words": 4, "words_cut": 2, "ended": 1, "cut": 1, "count": 1}
 
@@ -238,7 +237,7 @@ def test_segments_are_found_where_karpathys_file_stands_beside_cocos_annotations
   (tmp_path / "annotations").mkdir()
   instances(tmp_path / "annotations/instances_val2014.json", [0], [(0, "dog")])
   source = Source(name="made", path=str(tmp_path / "dataset_coco.json"))
-  found = Hallucination(config(name="hallucination", source=source, metrics=("chair",)), settings(tmp_path))(
+  found = config(Hallucination, source=source, metrics=("chair",)).open(settings(tmp_path))(
     {"generate": writing(["a dog and a cat"])}, {}, {})
   assert found["chair_i"] == 1 / 2 and "words" not in found
 
@@ -249,7 +248,7 @@ def test_segments_that_are_missing_or_of_other_images_are_one_line(made, tmp_pat
 
   def refused(match, **fields):
     with pytest.raises(UserError, match=match):
-      Hallucination(Evaluation(name="hallucination", source=source, batch_size=8, **fields), settings(tmp_path))
+      Hallucination(source=source, batch_size=8, **fields).open(settings(tmp_path))
 
   refused(r"annotations/instances_val2017.json': no such file; wanted COCO's instances_val2014.json .*cocodataset.org")
   (tmp_path / "annotations").mkdir()
@@ -361,7 +360,7 @@ def test_probes_nearest_words_and_shorter_prompts_are_those_counted_by_hand(made
   made([{"label": i % 2, "text": ("a cat", "a zebra of" if i > 10 else "a dog")[i % 2]} for i in range(20)],
        classes=("cat", "dog"))
   predict, params, where = probed(tmp_path)
-  run = Probing(config(name="probing", batch_size=10), where)
+  run = config(Probing, batch_size=10).open(where)
   found = run(predict, params, {})
   # Pooled to k tokens, the made nll is k nats a token of the text.
   assert {k: v for k, v in found.items() if k.startswith("nll")} == {"nll": 6, "nll_k1": 1, "nll_k4": 4}
@@ -389,7 +388,7 @@ def test_attributes_are_probed_on_other_images_and_maps_apart(monkeypatch, made,
   predict |= {"prompt@b": lambda params, stats, batch: jnp.zeros((len(batch["tokens"]), 1, 3)),
               "features@b": predict["features"], "nll@b": predict["nll"]}
   train = Source(name="made", split="other")
-  run = Probing(config(name="probing", batch_size=10, metrics=("attributes",), train=train), where)
+  run = config(Probing, batch_size=10, metrics=("attributes",), train=train).open(where)
   # Of the three attributes only the second tells cats from dogs.
   assert run(predict, params, {}) == {"attributes_features": 1 / 2, "attributes_prompt": 1, "attributes_prompt_k4": 1,
                                       "attributes_features@b": 1 / 2, "attributes_prompt@b": 1 / 2, "count": 20}
@@ -401,11 +400,11 @@ def test_what_the_data_do_not_allow_is_told_or_left_out(made, tmp_path):
   predict, params, where = probed(tmp_path)
   predict["prompt"] = lambda params, stats, batch: jnp.ones((len(batch["tokens"]), 1, 4))
   predict["features"] = predict["prompt"]
-  run = Probing(config(name="probing", batch_size=4, metrics=("nearest",)), where)
+  run = config(Probing, batch_size=4, metrics=("nearest",)).open(where)
   assert set(run(predict, params, {})) == {"hits", "images_hit", "hits_other", "images_hit_other", "count"}
   for metric, match in (("category", "needs labels"), ("attributes", "as awa2 has them"), ("hits", "choose one of")):
     with pytest.raises(UserError, match=match):
-      Probing(config(name="probing", metrics=(metric,)), where)
+      config(Probing, metrics=(metric,)).open(where)
 
 
 # A whole model
@@ -415,7 +414,7 @@ def tiny(tmp_path_factory):
   """A tiny LiMBeR whose prompts have 8 tokens: its setup and its state, with three evaluations on files of AWA2."""
   written = write_awa2(tmp_path_factory.mktemp("awa2"), each=5, hostile=True)
   source = Source(name="awa2", path=written.path, split="all")
-  evals = {name: Evaluation(name=name, source=source, batch_size=16, damaged=0.1)
+  evals = {name: evaluation_of(name)(source=source, batch_size=16, max_bad_fraction=0.1)
            for name in ("naming", "probing", "words")}
   size = LimberConfig(image=encoders.encoder_size("clip_vit_b32_mu"), prompt=PromptSize(per_feature=2),
                     lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16))

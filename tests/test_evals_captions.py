@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.config import Compute, Decoding, Evaluation, Source
+from limber_jax.config import Compute, Decoding, Source
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.decoding.generate import Generated
@@ -89,7 +89,7 @@ def test_figures_are_those_of_the_metrics_for_every_map_and_blind(made, tmp_path
   made(records())
   other = [f"the {text}" for text in TEXTS[::-1]]
   blind = ["a photo"] * len(TEXTS)
-  run = Captions(config(name="captions"), settings(tmp_path))
+  run = config(Captions).open(settings(tmp_path))
   found = run({"nll": None, "generate": writing(TEXTS), "generate@b": writing(other), "generate_blind": writing(blind)},
               {}, {})
   wanted = {**scored(TEXTS).figures, **{f"{m}@b": v for m, v in scored(other).figures.items()},
@@ -109,7 +109,7 @@ def test_figures_are_those_of_the_metrics_for_every_map_and_blind(made, tmp_path
 def test_every_image_has_its_scores_in_a_file(made, tmp_path):
   made(records())
   captions = [TEXTS[0], "", *TEXTS[2:]]
-  Captions(config(name="captions", metrics=("rouge_l", "cider_d")), settings(tmp_path))(
+  config(Captions, metrics=("rouge_l", "cider_d")).open(settings(tmp_path))(
     {"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
   lines = [json.loads(line) for line in (tmp_path / "items" / "scores.jsonl").read_text().splitlines()]
   theirs = scored(captions, metrics=("cider_d", "rouge_l")).items
@@ -121,7 +121,7 @@ def test_every_image_has_its_scores_in_a_file(made, tmp_path):
 def test_domains_have_word_frequencies_of_their_own(made, tmp_path):
   made(records(("in-domain", "near-domain")))
   captions = [f"{text} or so" for text in TEXTS]
-  found = Captions(config(name="captions", metrics=("cider_d", "rouge_l")), settings(tmp_path))(
+  found = config(Captions, metrics=("cider_d", "rouge_l")).open(settings(tmp_path))(
     {"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
   whole = scored(captions, metrics=("cider_d", "rouge_l")).figures
   wanted = {"cider_d": whole["cider_d"], "rouge_l": whole["rouge_l"]}
@@ -137,7 +137,7 @@ def test_domains_have_word_frequencies_of_their_own(made, tmp_path):
 def test_hard_captions_are_counted_and_scored(made, tmp_path):
   made(records())
   captions = ["", "a red dog " * 1000, "white\rkites\u2028fly\x85up high", "(((", "   ", TEXTS[5]]
-  run = Captions(config(name="captions"), settings(tmp_path))
+  run = config(Captions).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
   assert found["count"] == 6 and np.isfinite(list(found.values())).all()
   assert run.facts()["empty"] == {"first": 2}
@@ -148,13 +148,13 @@ def test_hard_captions_are_counted_and_scored(made, tmp_path):
 
 def test_images_that_cannot_be_read_are_left_out(made, tmp_path, scorer):
   made([r | ({"broken": True} if i == 1 else {}) for i, r in enumerate(records())])
-  run = Captions(config(name="captions", damaged=0.5, scorer=scorer), settings(tmp_path))
+  run = config(Captions, max_bad_fraction=0.5, scorer=scorer).open(settings(tmp_path))
   found = run({"generate": writing(TEXTS)}, {}, {})
   assert found["count"] == 5 and (run.facts()["covered"], run.facts()["damaged"]) == (5, 1)
   assert found["cider_d"] == scored(TEXTS, (0, 2, 3, 4, 5)).figures["cider_d"]
   made([r | {"broken": True} for r in records()])
   with pytest.raises(UserError, match="no image of data source 'made' can be read"):
-    Captions(config(name="captions", damaged=1.0), settings(tmp_path / "none"))({"generate": writing(TEXTS)}, {}, {})
+    config(Captions, max_bad_fraction=1.0).open(settings(tmp_path / "none"))({"generate": writing(TEXTS)}, {}, {})
 
 
 def clip_scores(workdir, captions):
@@ -182,7 +182,7 @@ def clip_scores(workdir, captions):
 def test_clip_score_is_that_of_the_scorer_alone(made, tmp_path, scorer, mesh):
   made(records(("in-domain", "out-domain")))
   captions = ["", "a red dog " * 1000, *TEXTS[3:], TEXTS[5]]
-  run = Captions(config(name="captions", metrics=("clip_s", "ref_clip_s"), scorer=scorer), settings(tmp_path, mesh))
+  run = config(Captions, metrics=("clip_s", "ref_clip_s"), scorer=scorer).open(settings(tmp_path, mesh))
   found = run({"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
   for end, wrote in (("", captions), ("@b", TEXTS)):
     for name, values in zip(("clip_s", "ref_clip_s"), clip_scores(scorer, wrote), strict=True):
@@ -195,7 +195,7 @@ def test_clip_score_is_that_of_the_scorer_alone(made, tmp_path, scorer, mesh):
 
 def test_a_caption_that_is_a_reference_has_a_cosine_of_one_with_it(made, tmp_path, scorer):
   made(records())
-  run = Captions(config(name="captions", metrics=("clip_s", "ref_clip_s"), scorer=scorer), settings(tmp_path))
+  run = config(Captions, metrics=("clip_s", "ref_clip_s"), scorer=scorer).open(settings(tmp_path))
   run({"generate": writing(TEXTS)}, {}, {})
   for line in map(json.loads, (tmp_path / "items" / "scores.jsonl").read_text().splitlines()):
     assert line["ref_clip_s"] == pytest.approx(2 * line["clip_s"] / (line["clip_s"] + 1), abs=1e-6)
@@ -209,7 +209,7 @@ def test_a_caption_that_is_a_reference_has_a_cosine_of_one_with_it(made, tmp_pat
 def test_settings_that_do_not_fit_are_named(made, tmp_path, fields, message):
   made(records())
   with pytest.raises(UserError, match=message):
-    Captions(config(name="captions", **fields), settings(tmp_path))
+    config(Captions, **fields).open(settings(tmp_path))
 
 
 def test_a_scorer_whose_tokenizer_is_unknown_or_too_large_is_named(made, monkeypatch, tmp_path, scorer):
@@ -218,17 +218,17 @@ def test_a_scorer_whose_tokenizer_is_unknown_or_too_large_is_named(made, monkeyp
   shutil.copytree(scorer, run)
   (run / "config.json").write_text(json.dumps({"data.tokenizer.name": "gone", "data.tokenizer.path": ""}))
   with pytest.raises(UserError, match="no tokenizer 'gone'"):
-    Captions(config(name="captions", scorer=str(run)), settings(tmp_path))
+    config(Captions, scorer=str(run)).open(settings(tmp_path))
   monkeypatch.setattr(ByteTokenizer, "vocab_size", 1000)
   with pytest.raises(UserError, match="its tokenizer 'bytes' has 1000 ids, the model only 512"):
-    Captions(config(name="captions", scorer=scorer), settings(tmp_path))
+    config(Captions, scorer=scorer).open(settings(tmp_path))
 
 
 def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monkeypatch, tmp_path, scorer):
   monkeypatch.setattr(metric, "has_java", lambda: False)
   files = write_nocaps(tmp_path / "nocaps", hostile=True)
   source = Source(name="coco", path=files.path, split="")
-  evals = {"nocaps": Evaluation(name="captions", source=source, batch_size=8, damaged=0.4, scorer=scorer)}
+  evals = {"nocaps": Captions(source=source, batch_size=8, max_bad_fraction=0.4, scorer=scorer)}
   size = LimberConfig(image=encoders.encoder_size("clip_vit_b32_mu"),
                     lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16))
   s = setup(tiny_limber(evals=evals, model=size, trainable=("prompt",)))

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import stats
 
 from limber_jax import registry
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source
 from limber_jax.errors import UserError
 from limber_jax.evals import overlap
 from limber_jax.evals.base import Stopped
@@ -48,8 +48,8 @@ def data(monkeypatch):
 
 
 def settings(**fields):
-  return Evaluation(**{"name": "overlap", "source": Source("evaluated"), "train": Source("trained"), "batch_size": 8,
-                       "templates": "{}", "threshold": 0.9, **fields})
+  return Overlap(**{"source": Source("evaluated"), "train": Source("trained"), "batch_size": 8, "templates": "{}",
+                    "threshold": 0.9, **fields})
 
 
 def place(workdir="", mesh=(1, 1, 1), items="", **fields):
@@ -69,7 +69,7 @@ def test_figures_and_pairs_are_those_found_by_hand(mesh, data, tmp_path):
   x, y, z = np.eye(3)
   train = [y + z, *[-x - y] * 8, x, 0.99 * x + 0.02 * y]  # 9 is image 0 itself, and in the second batch
   params = embeddings([x, x + 2 * y, x + 0.02 * y, y + 0.1 * z, z], train)
-  run = Overlap(settings(threshold=0.99), place(tmp_path, mesh))
+  run = settings(threshold=0.99).open(place(tmp_path, mesh))
   found = run(PREDICT, params, {})
   assert (found["top1"], found["clean"], found["overlap"]) == (3 / 5, 2 / 3, 1 / 2)
   assert found["gain"] == pytest.approx(3 / 5 - 2 / 3)
@@ -118,20 +118,20 @@ def test_what_cannot_be_read_of_the_training_data_is_counted(data, capsys, tmp_p
   x, y, z = np.eye(3)
   data([{"label": 0}, {"label": 1}], [{}, {"broken": 1}, {}])
   params = embeddings([x, y], [z, x, y])
-  run = Overlap(settings(damaged=0.4), place(tmp_path))
+  run = settings(max_bad_fraction=0.4).open(place(tmp_path))
   found = run(PREDICT, params, {})
   assert (found["overlap_count"], found["top1"]) == (1, 1)  # the twin of image 0 is broken
   assert "train 1: the image is broken" in capsys.readouterr().err
   assert (run.facts()["train_damaged"], run.facts()["train_covered"], run.facts()["damaged"]) == (1, 2, 0)
-  with pytest.raises(UserError, match=r"1 of 3 items cannot be used, more than its `damaged` of 1\.0% allows"):
-    Overlap(settings(), place(tmp_path))(PREDICT, params, {})
+  with pytest.raises(UserError, match=r"1 of 3 items cannot be used, more than its `max_bad_fraction` of 1\.0% allows"):
+    settings().open(place(tmp_path))(PREDICT, params, {})
 
 
 def test_embeddings_that_are_no_numbers_are_like_nothing(data, tmp_path):
   data([{"label": 0}, {"label": 1}], [{}, {}])
   params = embeddings([[1, 0, 0], [0, 1, 0]], [[1, 0, 0], [0, 1, 0]])
   params["image"][100:] = np.nan
-  found = Overlap(settings(), place(tmp_path))(PREDICT, params, {})
+  found = settings().open(place(tmp_path))(PREDICT, params, {})
   assert found["share"] == 0 and "p" not in found and "overlap" not in found and found["gain"] == 0
   pairs = [json.loads(line) for line in (tmp_path / "birds_pairs.jsonl").read_text().splitlines()]
   assert [(p["cosine"], p["train_id"], p["train_index"]) for p in pairs] == [(None, None, None)] * 2
@@ -143,7 +143,7 @@ def test_one_embedding_that_is_no_number_hides_no_other(data, tmp_path):
   data([{"label": 0}, {"label": 1}], [{}] * 3)
   params = embeddings([x, y], [x, z, y])
   params["image"][101] = np.nan
-  assert Overlap(settings(), place(tmp_path))(PREDICT, params, {})["overlap_count"] == 2
+  assert settings().open(place(tmp_path))(PREDICT, params, {})["overlap_count"] == 2
 
 
 def counted(passes):
@@ -161,7 +161,7 @@ def test_a_stopped_pass_goes_on_where_it_was(data, tmp_path):
   rng = np.random.default_rng(0)
   data([{"label": i % 3} for i in range(10)], [{"broken": 1} if i == 5 else {} for i in range(50)])
   params = embeddings(rng.normal(size=(10, 3)), rng.normal(size=(50, 3)))
-  whole = Overlap(settings(damaged=0.1), place(tmp_path / "whole"))
+  whole = settings(max_bad_fraction=0.1).open(place(tmp_path / "whole"))
   want = whole(PREDICT, params, {})
   left = [6]  # one batch of texts, two of the evaluation set, three of the training data
 
@@ -170,10 +170,10 @@ def test_a_stopped_pass_goes_on_where_it_was(data, tmp_path):
     return left[0] < 0
 
   with pytest.raises(Stopped):
-    Overlap(settings(damaged=0.1), place(tmp_path, items=tmp_path / "items", stop=stop))(PREDICT, params, {})
+    settings(max_bad_fraction=0.1).open(place(tmp_path, items=tmp_path / "items", stop=stop))(PREDICT, params, {})
   assert json.loads((tmp_path / "items" / "nearest.json").read_text())["done"] == 24
   passes = []
-  run = Overlap(settings(damaged=0.1), place(tmp_path, items=tmp_path / "items"))
+  run = settings(max_bad_fraction=0.1).open(place(tmp_path, items=tmp_path / "items"))
   assert run(counted(passes), params, {}) == want
   assert sorted(passes) == [124, 132, 140, 148]
   assert {**run.facts(), **whole.facts()} == run.facts()
@@ -188,7 +188,7 @@ def test_another_threshold_reads_no_image_again_and_other_data_or_another_model_
   def run(key="a", **fields):
     passes = []
     at = dataclasses.replace(place(tmp_path, items=tmp_path / "items"), key={"weights": key})
-    found = Overlap(settings(**fields), at)(counted(passes), params, {})
+    found = settings(**fields).open(at)(counted(passes), params, {})
     return found["overlap_count"], len(passes)
 
   assert run() == (1, 3)
@@ -208,7 +208,7 @@ def test_a_damaged_state_and_a_record_that_can_be_read_again_begin_the_pass_anew
 
   def run():
     passes = []
-    run = Overlap(settings(damaged=0.4), place(tmp_path, items=tmp_path / "items"))
+    run = settings(max_bad_fraction=0.4).open(place(tmp_path, items=tmp_path / "items"))
     return run(counted(passes), params, {})["overlap_count"], len(passes), capsys.readouterr().err
 
   assert run()[:2] == (0, 3) and run()[:2] == (0, 0)
@@ -227,7 +227,7 @@ def test_the_state_is_saved_now_and_then(data, tmp_path, monkeypatch):
   saved, save = [], overlap._save
   monkeypatch.setattr(overlap, "_save", lambda path, state: (saved.append(state["done"]), save(path, state)))
   params = embeddings([[1, 0, 0]], np.random.default_rng(0).normal(size=(50, 3)))
-  Overlap(settings(), place(tmp_path, items=tmp_path / "items"))(PREDICT, params, {})
+  settings().open(place(tmp_path, items=tmp_path / "items"))(PREDICT, params, {})
   assert saved == [16, 32, 48, 50]
 
 
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_one_line(data):
   def refused(match, evaluated=({"label": 0},), trained=({},), **fields):
     data(evaluated, trained)
     with pytest.raises(UserError, match=match):
-      Overlap(settings(**fields), place())(PREDICT, embeddings([[1, 0, 0]], [[1, 0, 0]]), {})
+      settings(**fields).open(place())(PREDICT, embeddings([[1, 0, 0]], [[1, 0, 0]]), {})
 
   refused("its `train` names no training data", train=None)
   refused("have no labels", evaluated=({},))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -87,8 +88,8 @@ def split(name):
 
 def probe(workdir, predict=None, mesh=(1, 1, 1), **fields):
   """Returns (figures, facts) of a probe."""
-  evaluation = LinearProbe(config(**{"source": split("test"), "train": split("train"), **fields}),
-                           context(mesh, workdir=workdir))
+  evaluation = config(LinearProbe, **{"source": split("test"), "train": split("train"), **fields}).open(
+    context(mesh, workdir=workdir))
   return evaluation(predict or PREDICT, {}, {}), evaluation.facts()
 
 
@@ -125,7 +126,7 @@ def test_a_validation_set_is_chosen_on_and_then_learnt_from(tmp_path):
 
 def test_few_shot_is_the_mean_over_draws_and_zero_shot_stands_beside(tmp_path):
   figures, facts = probe(tmp_path, shots=(0, 1, 8), seeds=(3, 5))
-  zeroshot = ZeroShot(config(source=split("test")), context())(PREDICT, {}, {})
+  zeroshot = config(ZeroShot, source=split("test")).open(context())(PREDICT, {}, {})
   assert figures["zeroshot"] == zeroshot["top1"] > 0.5
   (x, y), (seen, labels) = part("train"), part("test")
   held = held_out(y, 3)
@@ -146,12 +147,12 @@ def test_few_shot_is_the_mean_over_draws_and_zero_shot_stands_beside(tmp_path):
 def test_the_picture_has_a_place_for_each_number_of_shots(monkeypatch, tmp_path):
   figures = []
 
-  class Kept(linear_probe.Figure):
+  class Kept(matplotlib.figure.Figure):
     def __init__(self, *args, **kwargs):
       super().__init__(*args, **kwargs)
       figures.append(self)
 
-  monkeypatch.setattr(linear_probe, "Figure", Kept)
+  monkeypatch.setattr(matplotlib.figure, "Figure", Kept)
   linear_probe.draw({16: 0.7, 1: 0.3, 4: 0.5}, {1: 0.1, 4: 0.0, 16: 0.0}, 0.5, 0.8, "accuracy", str(tmp_path / "a.png"))
   linear_probe.draw({2: 0.7}, {2: 0.0}, None, 0.8, "accuracy", str(tmp_path / "b.png"))
   (with_zero,), (without,) = (f.axes for f in figures)
@@ -278,7 +279,7 @@ def eleven_points(scores, truth):
 def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkeypatch):
   monkeypatch.setitem(registry.SOURCES, "several", f"{__name__}:Several")
   test, train, validation = (Source(name="several", split=s) for s in ("test", "train", "validation"))
-  evaluation = LinearProbe(config(source=test, train=train, validation=validation), context(workdir=tmp_path))
+  evaluation = config(LinearProbe, source=test, train=train, validation=validation).open(context(workdir=tmp_path))
   figures = evaluation(PREDICT, {}, {})
   assert evaluation.facts()["metrics"] == ["map11"] and 1e-6 <= figures["strength"] <= 1e6
   x, y = (np.concatenate([v[0], v[1][:60]]) for v in (DATA[0], TRUTH))
@@ -295,4 +296,4 @@ def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkey
                            ({"metrics": ("accuracy",)}, "no figure 'accuracy' of 4 classes"),
                            ({"train": split("train")}, "its images have one class each, those of the test set not")):
     with pytest.raises(UserError, match=message):
-      LinearProbe(config(**({"source": test, "train": train} | changes)), context(workdir=tmp_path))
+      config(LinearProbe, **({"source": test, "train": train} | changes)).open(context(workdir=tmp_path))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from limber_jax import registry
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source
 from limber_jax.errors import UserError
 from limber_jax.evals import base
 from limber_jax.evals.base import Stopped, ranks
 from limber_jax.evals.grouped import by_image
-from limber_jax.evals.retrieval import Retrieval, prompt, recalls
+from limber_jax.evals.retrieval import Retrieval, recalls
 from tests import layouts, standins
 from tests.made import PREDICT, config, context, install, tables, unit
 
@@ -38,7 +38,7 @@ def test_retrieval_figures_are_those_counted_by_hand(mesh, made):
   # so second), e first (equal to image 1's: so second).
   scores = np.array([[5, 9, 8, 1, 0], [7, 3, 6, 2, 1], [4, 5, 3, 2, 1]])
   made([{"text": "a", "texts": ("a", "b")}, {"text": "c"}, {"text": "d", "texts": ("d", "e")}])
-  found = Retrieval(config(), context(mesh))(PREDICT, tables(scores, np.eye(5)), {})
+  found = config(Retrieval).open(context(mesh))(PREDICT, tables(scores, np.eye(5)), {})
   assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
 
 
@@ -115,19 +115,19 @@ def test_an_image_that_cannot_be_read_takes_its_captions_with_it(made, tmp_path)
   whole = [{"text": "a", "texts": ("a", "b")}, {"text": "c"}, {"text": "d", "texts": ("d", "e")}]
   made([whole[0], {"text": "f", "texts": ("f", "g"), "broken": True}, whole[1], {"lost": True},
         {"text": "h", "broken": True}, whole[2]])
-  run = Retrieval(config(damaged=0.5), dataclasses.replace(context(), items=str(tmp_path)))
+  run = config(Retrieval, max_bad_fraction=0.5).open(dataclasses.replace(context(), items=str(tmp_path)))
   found = run(PREDICT, tables(scores, np.eye(8)), {})
   assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
   facts = run.facts()
   assert (facts["items"], facts["covered"], facts["damaged"]) == (6, 3, 3) and facts["prompt"] == "{}"
   with pytest.raises(UserError, match="of 6 items cannot be used"):
-    Retrieval(config(damaged=0.4), context())(PREDICT, tables(scores, np.eye(8)), {})
+    config(Retrieval, max_bad_fraction=0.4).open(context())(PREDICT, tables(scores, np.eye(8)), {})
   made([{"text": "a", "broken": True}])
   with pytest.raises(UserError, match=r"cannot be read|none of the images"):
-    Retrieval(config(damaged=1.0), context())(PREDICT, tables(scores, np.eye(8)), {})
+    config(Retrieval, max_bad_fraction=1.0).open(context())(PREDICT, tables(scores, np.eye(8)), {})
   made([{"lost": True}])
   with pytest.raises(UserError, match="has no captions"):
-    Retrieval(config(damaged=1.0), context())
+    config(Retrieval, max_bad_fraction=1.0).open(context())
 
 
 def test_captions_stand_in_the_prompt(made):
@@ -138,36 +138,36 @@ def test_captions_stand_in_the_prompt(made):
     jax.debug.callback(lambda t: seen.extend(bytes(int(i) - 1 for i in row[1:] if 0 < i < 257) for row in t), tokens)
     return jnp.ones((len(tokens), 2))
 
-  run = Retrieval(config(templates="see {}."), context())
+  run = config(Retrieval, prompt="see {}.").open(context())
   run({**PREDICT, "embed_text": embed_text}, tables(np.eye(2), np.eye(2)), {})
   jax.effects_barrier()
   assert set(seen) == {b"see a.", b"see {}a.", b"see b.", b"see {}b."}
   assert run.facts()["prompt"] == "see {}."
 
 
-def test_the_default_templates_are_no_prompt():
-  assert prompt("") == prompt(Evaluation().templates) == "{}" and prompt("a photo of {}") == "a photo of {}"
+def test_a_prompt_that_is_no_sentence_for_a_caption_is_refused(made):
+  made([{"text": "a"}])
   for bad in ("imagenet80", "a photo of", "{} and {}"):
     with pytest.raises(UserError, match=r"retrieval wants one sentence with one \{\}"):
-      prompt(bad)
+      config(Retrieval, prompt=bad).open(context())
 
 
 def test_what_was_embedded_before_a_kill_is_not_embedded_again(made, tmp_path):
   made([{"text": "abcdefgh"[i % 8]} for i in range(40)])
   rng = np.random.default_rng(0)
   params = tables(rng.normal(size=(40, 4)), rng.normal(size=(8, 4)))
-  whole = Retrieval(config(), context())(PREDICT, params, {})
+  whole = config(Retrieval).open(context())(PREDICT, params, {})
   left = [3]
 
   def stop():
     left[0] -= 1
     return left[0] < 0
 
-  first = Retrieval(config(), dataclasses.replace(context(stop=stop), items=str(tmp_path / "x")))
+  first = config(Retrieval).open(dataclasses.replace(context(stop=stop), items=str(tmp_path / "x")))
   with pytest.raises(Stopped):
     first(PREDICT, params, {})
   wrong = {**params, "image": np.where(np.arange(40)[:, None] < 24, 0, params["image"])}  # read only where not embedded
-  again = Retrieval(config(), dataclasses.replace(context(), items=str(tmp_path / "x")))
+  again = config(Retrieval).open(dataclasses.replace(context(), items=str(tmp_path / "x")))
   assert again(PREDICT, wrong, {}) == whole
   assert len(whole) == 8
 
@@ -192,9 +192,9 @@ def test_files_of_captions_with_damage_give_the_figures_of_those_without(write, 
   found, facts = [], []
   for hostile in (False, True):
     written = write(tmp_path / str(hostile), hostile=hostile)
-    run = Retrieval(config(source=Source(name="coco", path=written.path, images=written.images, split=split),
-                           templates="a photo of {}", damaged=0.0 if not hostile else 0.5),
-                    context(image_size=16, length=40))
+    source = Source(name="coco", path=written.path, images=written.images, split=split)
+    run = config(Retrieval, source=source, prompt="a photo of {}", max_bad_fraction=0.5 * hostile).open(
+      context(image_size=16, length=40))
     found.append(run(predict, params, {}))
     facts.append(run.facts())
   assert found[0] == found[1] and 0 < found[0]["i2t_r10"] < 1
@@ -219,11 +219,11 @@ def test_tables_and_prepared_datasets_serve_retrieval_too(tmp_path):
   (tmp_path / "table.tsv").write_text("filepath\ttitle\n" + "\n".join(rows) + "\n")
   sources = [Source(name="coco", path=written.path, split=""),
              Source(name="captions", path=str(tmp_path / "table.tsv"), split="images")]
-  figures = [Retrieval(config(source=s), context(image_size=16, length=40))(predict, params, {}) for s in sources]
+  figures = [config(Retrieval, source=s).open(context(image_size=16, length=40))(predict, params, {}) for s in sources]
   assert figures[0] == figures[1] and figures[0]["captions"] == 36
   prepared = standins.write_tfds(tmp_path, "retrieved_digits", captions=3, count=12)
   source = Source(name="tfds", path=prepared.path, split="test")
-  found = Retrieval(config(source=source), context(image_size=16, length=40))(predict, params, {})
+  found = config(Retrieval, source=source).open(context(image_size=16, length=40))(predict, params, {})
   assert (found["images"], found["captions"]) == (12, 36)
 
 
@@ -255,8 +255,8 @@ def several(folder, name):
 
 @pytest.mark.parametrize("name", ["captions", "jsonl", "webdataset", "parquet"])
 def test_a_perfect_model_has_a_recall_of_1_on_data_with_a_record_a_caption(tmp_path, name, capsys):
-  config = Evaluation("retrieval", Source(name, str(several(tmp_path, name))), batch_size=8)
-  runs = Retrieval(config, context(image_size=32))
+  config = Retrieval(Source(name, str(several(tmp_path, name))), batch_size=8)
+  runs = config.open(context(image_size=32))
   vectors = np.eye(12, dtype=np.float32)
   pixels = [registry.lookup("data source", registry.SOURCES, "digits")(Source())[i]["image"].sum() for i in range(12)]
   assert len(set(pixels)) == 12

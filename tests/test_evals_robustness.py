@@ -15,9 +15,10 @@ from scipy import stats
 from limber_jax.config import Source
 from limber_jax.data.sources.frames import Frames
 from limber_jax.errors import UserError
-from limber_jax.evals import robustness
-from limber_jax.evals.robustness import Part, Shift, baseline, classes_of, draw, expected, perturbed, summary
-from limber_jax.evals.zeroshot import load_classes
+from limber_jax.evals import effective_robustness, robustness
+from limber_jax.evals.effective_robustness import baseline, draw, expected, standard, summary
+from limber_jax.evals.prompts import load_classes
+from limber_jax.evals.robustness import Part, Shift, classes_of, perturbed
 from limber_jax.metrics.statistics import Line
 from tests.made import Made, config, context, install
 
@@ -51,7 +52,7 @@ def of(*names):
 
 
 def shift(set_, items="", **fields):
-  return Shift(config(name="shift", classes=set_, **fields), dataclasses.replace(context(length=LENGTH), items=items))
+  return config(Shift, dataset=set_, **fields).open(dataclasses.replace(context(length=LENGTH), items=items))
 
 
 def figures(set_, names, **fields):
@@ -154,7 +155,8 @@ def test_records_are_looked_through_only_where_some_are_left_out(made):
 
 def test_an_image_that_cannot_be_read_is_left_out(made, capsys):
   made([{"label": 0}, {"label": 6, "broken": 1}, {"label": 13}], classes=tuple(WNIDS))
-  assert figures("imagenet_a", [NAMES[0], NAMES[6], NAMES[13]], damaged=0.6) == {"top1": 1, "top5": 1, "count": 1}
+  assert figures("imagenet_a", [NAMES[0], NAMES[6], NAMES[13]], max_bad_fraction=0.6) == {
+    "top1": 1, "top5": 1, "count": 1}
   assert "1: the image is broken" in capsys.readouterr().err
 
 
@@ -206,7 +208,7 @@ def test_videos_of_imagenet_are_judged_by_neighbourhood(tmp_path, capsys):
             {f: i for i, f in enumerate([*a, *b, c[0]])})  # the last frame is missing
   # a: the anchor and one frame are right, one is a Chihuahua. b: a cat and a dog, both of which it is. c: a dog.
   looks = ["zebra", "zebra", "Chihuahua", "tabby cat", "Pekingese", "Pekingese"]
-  run = shift("imagenet_vid_robust", source=Source("frames", str(tmp_path)), damaged=0.2)
+  run = shift("imagenet_vid_robust", source=Source("frames", str(tmp_path)), max_bad_fraction=0.2)
   found = run(PREDICT, of(*looks), {})
   assert (found["pm0"], found["pm10"], found["count"]) == (1, pytest.approx(2 / 3), 3)
   assert "no image 'val/c/000004.JPEG'" in capsys.readouterr().err
@@ -226,7 +228,7 @@ def test_a_set_of_videos_of_which_no_anchor_can_be_read_is_refused(tmp_path):
   a = frames("a", 1, 2)
   write_vid(tmp_path, {f: [0] for f in a}, {a[0]: a[1:]}, {a[1]: 0})
   with pytest.raises(UserError, match="none of its anchor frames can be read"):
-    figures("imagenet_vid_robust", ["zebra"], source=Source("frames", str(tmp_path)), damaged=0.5)
+    figures("imagenet_vid_robust", ["zebra"], source=Source("frames", str(tmp_path)), max_bad_fraction=0.5)
 
 
 def test_frames_without_a_class_are_named_and_left_out(tmp_path):
@@ -307,7 +309,7 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   refused("no labels with names", "imagenet", records=({},))
   refused("none of its 1 records is of a class of imagenet_a", "imagenet_a", ("n01440764", "n01498041"))
   refused("set source.name=frames", "ytbb_robust")
-  refused("none of its images can be read", "imagenet", records=({"label": 0, "broken": 1},), damaged=1.0)
+  refused("none of its images can be read", "imagenet", records=({"label": 0, "broken": 1},), max_bad_fraction=1.0)
   write_vid(tmp_path, {"a/1": [30]}, {"a/1": []}, {})
   refused("a frame is of class 30, wanted 0 to 29", "imagenet_vid_robust", source=Source("frames", str(tmp_path)))
 
@@ -315,7 +317,7 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
 def test_resnet_101_of_the_paper_is_among_the_standard_models():
   # CLIP's Figure 13 gives it as 76.2 on ImageNet, 64.3, 2.7, 37.7, 32.6 and 25.2 on the shifted sets. For ImageNetV2
   # there are two encodings of the same images, of 64.1 and 64.3; the one that is given out is here.
-  model = next(m for m in robustness.standard() if m["model"] == "cafferesnet101")
+  model = next(m for m in standard() if m["model"] == "cafferesnet101")
   found = [100 * model[s] for s in ("imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "objectnet",
                                     "imagenet_sketch")]
   np.testing.assert_allclose(found, [76.2, 64.3, 2.7, 37.7, 32.6, 25.2], atol=0.2)
@@ -338,7 +340,7 @@ RESULTS = {
 
 def test_the_summary_by_hand(monkeypatch):
   # The logit of 3/4 is ln 3, so 1/2 is expected, and so on.
-  monkeypatch.setattr(robustness, "expected", lambda name: Line(1.0, -np.log(3)))
+  monkeypatch.setattr(effective_robustness, "expected", lambda name: Line(1.0, -np.log(3)))
   found = summary(RESULTS, before={"imagenet_v2": {"top1": 0.6}})
   assert set(found) == {"imagenet_v2", "imagenet_r", "objectnet", "mean"}  # of A's classes nothing is known
   assert found["imagenet_v2"] == pytest.approx({

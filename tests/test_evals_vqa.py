@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source
 from limber_jax.data import transforms
 from limber_jax.data.sources.vqa import Vqa as VqaSource
 from limber_jax.data.tokenizers import ByteTokenizer
@@ -40,7 +40,7 @@ def record(text="what?", people=("yes",) * 10, kind="yes/no", **fields):
 
 
 def config(**fields):
-  return made.config(**{"name": "vqa", "train": Source(name="made"), "metrics": ("accuracy",), **fields})
+  return made.config(Vqa, **{"train": Source(name="made"), "metrics": ("accuracy",), **fields})
 
 
 def context(**fields):
@@ -75,7 +75,7 @@ def test_figures_are_those_counted_by_hand(install):
   install([record(people=("yes",) * 10), record(people=("two",) * 3 + ("3",) * 7, kind="number"),
            record(people=("a red car",) + ("blue",) * 9, kind="other"), record(people=("no",) * 10)])
   texts = [" yes of course\nQ: no", " Two!", " red car", "\nno"]
-  found = Vqa(config(shots=(0,)), context())
+  found = config(shots=(0,)).open(context())
   assert found(scripted(texts), {}, {}) == {
     "accuracy_0shot": pytest.approx((1 + 0.9 + 0 + 0) / 4), "accuracy_0shot/yes/no": 0.5,
     "accuracy_0shot/number": pytest.approx(0.9), "accuracy_0shot/other": 0.0}
@@ -88,9 +88,10 @@ def test_figures_are_those_counted_by_hand(install):
 
 def test_truncated_answers_have_as_many_words_as_the_longest_of_people(install):
   install([record(people=("a red car",) + ("blue",) * 9, kind="other"), record(people=("no", *["yes"] * 9))])
-  found = Vqa(config(shots=(0,), metrics=("truncated",)), context())(scripted(["red car of a", "No way"]), {}, {})
+  found = config(shots=(0,), metrics=("truncated",)).open(context())(scripted(["red car of a", "No way"]), {}, {})
   assert found["truncated_0shot"] == pytest.approx((0 + 0.3) / 2)
-  found = Vqa(config(shots=(0,), metrics=("truncated",)), context())(scripted(["The red car is", "no way"]), {}, {})
+  run = config(shots=(0,), metrics=("truncated",)).open(context())
+  found = run(scripted(["The red car is", "no way"]), {}, {})
   assert found == {
     "truncated_0shot": pytest.approx((0.3 + 0.3) / 2), "truncated_0shot/other": pytest.approx(0.3),
     "truncated_0shot/yes/no": pytest.approx(0.3), "accuracy_0shot": pytest.approx(0.3 / 2),
@@ -106,7 +107,7 @@ def test_a_figure_after_examples_is_the_mean_over_seeds(install):
   firsts, sums = {d[0] for d in drawn.values()}, {sum(d) for d in drawn.values()}
   right = {drawn[SEEDS[0]][0], sum(drawn[SEEDS[1]])}
   after = ["yes" if i in right else "no" for i in range(16)]
-  run = Vqa(config(shots=(2, 0, 1), seeds=SEEDS, damaged=0.5), context())
+  run = config(shots=(2, 0, 1), seeds=SEEDS, max_bad_fraction=0.5).open(context())
   found = run(scripted(["yes"] * 4 + ["no"] * 4, after), {}, {})
   one = [float(drawn[s][0] in right) for s in SEEDS]
   two = [float(sum(drawn[s]) in right) for s in SEEDS]
@@ -120,21 +121,21 @@ def test_a_figure_after_examples_is_the_mean_over_seeds(install):
   facts = run.facts()
   assert facts["examples"] == {str(s): [str(i) for i in drawn[s]] for s in drawn}
   assert (facts["separator"], facts["damaged"]) == ("\n", 1)
-  assert Vqa(config(shots=(2,), seeds=SEEDS[2:], damaged=0.5), context()).facts()["examples"] == {
+  assert config(shots=(2,), seeds=SEEDS[2:], max_bad_fraction=0.5).open(context()).facts()["examples"] == {
     str(SEEDS[2]): facts["examples"][str(SEEDS[2])]}
 
 
 def test_questions_are_as_long_as_the_longest_and_seeds_share_a_program(install):
   install([record("a"), record("abc"), record("abcd"), record("much too long to be asked")])
   seen = []
-  run = Vqa(config(shots=(0, 1), seeds=(1, 2, 3), damaged=0.25), context())
+  run = config(shots=(0, 1), seeds=(1, 2, 3), max_bad_fraction=0.25).open(context())
   found = run(scripted(["yes"] * 16, ["yes"] * 16, seen), {}, {})
   assert seen == [(QUESTIONS, False), (QUESTIONS, True)]
   assert found["accuracy_1shot"] == 1 and run.facts()["damage"] == [
     "3: a question of 31 tokens; config.data.length lets 16 in"]
   install([record("a"), record("abc"), record("abcd")])
   seen = []
-  Vqa(config(shots=(0,)), context())(scripted(["yes"] * 3, seen=seen), {}, {})
+  config(shots=(0,)).open(context())(scripted(["yes"] * 3, seen=seen), {}, {})
   assert seen == [(len("q: abcd a:"), False)]
 
 
@@ -142,7 +143,7 @@ def test_what_does_not_fit_is_one_line(install):
   def refused(match, records=({},), **fields):
     install([record() | r if "text" not in r else r for r in records])
     with pytest.raises(UserError, match=match) as error:
-      Vqa(config(**fields), context())
+      config(**fields).open(context())
     assert "\n" not in str(error.value)
 
   refused(r"evaluation 'vqa2': shots=\(0, 4\), and no `train` to draw examples from", shots=(0, 4), train=None)
@@ -160,7 +161,7 @@ def test_the_blind_figures_are_of_texts_alone_and_of_black_images(install, blind
   predict = scripted(["yes", "no"], ["yes"] * 4)
   predict["generate@b"] = lambda params, stats, batch, *rest: predict["generate"](
     params, stats, batch | {"image": 1 - batch["image"]}, *rest)
-  found = Vqa(config(shots=(0,), metrics=blinds), context())(predict, {}, {})
+  found = config(shots=(0,), metrics=blinds).open(context())(predict, {}, {})
   assert {k: v for k, v in found.items() if "/" not in k} == {
     "accuracy_0shot": 1.0, "accuracy_0shot@b": 0.0,
     "accuracy_0shot@blind_text": 0.5,   # always after something that is read first, the start of a text
@@ -182,8 +183,8 @@ def files(folder, split="val2014"):
 
 
 def evaluation(folder, train=None, **fields):
-  return Evaluation(**{"name": "vqa", "source": files(folder), "train": files(train or folder, "train2014"),
-                       "batch_size": 8, "shots": (0, 2), "seeds": (0, 1)} | fields)
+  return Vqa(**{"source": files(folder), "train": files(train or folder, "train2014"), "batch_size": 8,
+                "shots": (0, 2), "seeds": (0, 1)} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def model():
 def run(model, config, **fields):
   """Returns (figures, facts) of an evaluation."""
   s, params = model
-  found = Vqa(config, dataclasses.replace(make_context(s, ""), name="vqa2", **fields))
+  found = config.open(dataclasses.replace(make_context(s, ""), name="vqa2", **fields))
   return found(s.task.predict(), params, {}), found.facts()
 
 
@@ -250,7 +251,7 @@ WORDS = ("yes", "no", "0", "3", "five", "seven", "a digit", "digit")
 
 def by_script(folder, train=None, *, stop=lambda: False, items="", **fields):
   """Returns (figures, facts) of a model that says something else of each grey."""
-  found = Vqa(evaluation(folder, train, metrics=("accuracy",), shots=(0, 1, 2), **fields), dataclasses.replace(
+  found = evaluation(folder, train, metrics=("accuracy",), shots=(0, 1, 2), **fields).open(dataclasses.replace(
     context(stop=stop, items=str(items)), length=64,
     transform=transforms.captioning({"image": transforms.ResizeCrop(8, "center")}, ByteTokenizer(), 64)))
   texts = [WORDS[i % len(WORDS)] for i in range(2**11)]
@@ -259,14 +260,14 @@ def by_script(folder, train=None, *, stop=lambda: False, items="", **fields):
 
 def test_hostile_files_change_no_figure(data, tmp_path, capsys):
   written = write_vqa2(tmp_path, 4, hostile=True)
-  figures, facts = by_script(tmp_path, data, damaged=0.5)
+  figures, facts = by_script(tmp_path, data, max_bad_fraction=0.5)
   assert figures == by_script(data)[0] and 0 < figures["accuracy_0shot"] < 1
   assert facts["covered"] == 12 and facts["items"] == written.records + len(written.damage)
   told = capsys.readouterr().err.splitlines()
   for name in (*written.damage, *written.unreadable):
     assert len([line for line in told if f"{name}: " in line]) == 1
   assert len(told) == len(written.damage) + len(written.unreadable) == facts["damaged"]
-  with pytest.raises(UserError, match=r"evaluation 'vqa2': 6 of 20 items cannot be used, more than its `damaged` of 1"):
+  with pytest.raises(UserError, match=r"evaluation 'vqa2': 6 of 20 items cannot be used, more than its `max_bad"):
     by_script(tmp_path, data)
 
 

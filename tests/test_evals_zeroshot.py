@@ -9,9 +9,10 @@ import sklearn.metrics
 
 from limber_jax.config import Source
 from limber_jax.errors import UserError
-from limber_jax.evals import datasets, zeroshot
+from limber_jax.evals import datasets, prompts, zeroshot
 from limber_jax.evals.base import Stopped
-from limber_jax.evals.zeroshot import Class, ZeroShot, class_names, load_classes, load_templates, places
+from limber_jax.evals.prompts import Class, class_names, load_classes, load_templates, places
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.metrics import classification
 from tests.made import PREDICT, Made, config, context, install, tables, unit
 from tests.test_sources_folder import write
@@ -99,7 +100,7 @@ def test_several_classes_an_image_give_the_mean_average_precision(mesh, made):
   made([{"labels": tuple(np.flatnonzero(row > 0).tolist()), "difficult": tuple(np.flatnonzero(row == 0).tolist())}
         for row in truth], classes=tuple("abcd"))
   image, text = unit(rng.normal(size=(23, 6))), unit(rng.normal(size=(4, 6)))
-  run = ZeroShot(config(), context(mesh))
+  run = config(ZeroShot).open(context(mesh))
   found = run(PREDICT, tables(image, text), {})
   scores = image @ text.T
   each = []
@@ -116,19 +117,19 @@ def test_of_two_classes_the_area_under_the_curve_can_be_had(made):
   labels = rng.integers(0, 2, 40)
   image, text = unit(rng.normal(size=(40, 5))), unit(rng.normal(size=(2, 5)))
   made([{"label": int(label)} for label in labels], classes=("a", "b"))
-  found = ZeroShot(config(metrics=("roc_auc",)), context())(PREDICT, tables(image, text), {})
+  found = config(ZeroShot, metrics=("roc_auc",)).open(context())(PREDICT, tables(image, text), {})
   wanted = sklearn.metrics.roc_auc_score(labels, image @ (text[1] - text[0]))
   assert found == {"roc_auc": pytest.approx(wanted), "count": 40}
   made([{"label": 1}], classes=("a", "b"))
   with pytest.raises(UserError, match="a ROC curve of one class only"):
-    ZeroShot(config(metrics=("roc_auc",)), context())(PREDICT, tables(image, text), {})
+    config(ZeroShot, metrics=("roc_auc",)).open(context())(PREDICT, tables(image, text), {})
 
 
 def test_the_mean_of_top_1_and_top_5_is_that(made):
   rng = np.random.default_rng(4)
   image, text = unit(rng.normal(size=(30, 5))), unit(rng.normal(size=(9, 5)))
   made([{"label": int(label)} for label in rng.integers(0, 9, 30)], classes=tuple("abcdefghi"))
-  found = ZeroShot(config(metrics=("mean_top1_top5", "top1", "top5")), context())(PREDICT, tables(image, text), {})
+  found = config(ZeroShot, metrics=("mean_top1_top5", "top1", "top5")).open(context())(PREDICT, tables(image, text), {})
   assert 0 < found["top1"] < found["mean_top1_top5"] == (found["top1"] + found["top5"]) / 2
 
 
@@ -148,7 +149,7 @@ def test_the_papers_figure_of_a_set_is_among_those_of_its_list_of_classes():
 def test_a_figure_that_cannot_be_had_is_refused_at_once(metrics, classes, message, made):
   made([{"label": 0}], classes=tuple(classes))
   with pytest.raises(UserError, match=message):
-    ZeroShot(config(metrics=metrics), context())
+    config(ZeroShot, metrics=metrics).open(context())
 
 
 def test_figures_of_several_splits_are_averaged(tmp_path):
@@ -156,7 +157,7 @@ def test_figures_of_several_splits_are_averaged(tmp_path):
   write(tmp_path, {"frames/a/0.png": 0, "frames/a/1.png": 1, "frames/b/2.png": 2,
                    "list1.txt": "a/0.avi\na/1.avi\n", "list2.txt": "b/2.avi\n", "list3.txt": "a/1.avi\n"})
   source = Source(name="folder", path=str(tmp_path), split="list1.txt,list2.txt,list3.txt", images="frames")
-  run = ZeroShot(config(source=source), context())
+  run = config(ZeroShot, source=source).open(context())
   found = run(PREDICT, tables([[1, 0], [0, 1], [0, 1]], [[1, 0], [0, 1]]), {})
   assert found == {"top1": pytest.approx((1 / 2 + 1 + 0) / 3), "mean_per_class": pytest.approx((1 / 2 + 1 + 0) / 3),
                    "count": 4}
@@ -168,7 +169,7 @@ def test_figures_of_several_splits_are_averaged(tmp_path):
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, made):
   made([{"label": i % 3} for i in range(40)], classes=tuple("abc"))
   params = tables(unit(np.random.default_rng(5).normal(size=(40, 4))), np.eye(4)[:3])
-  wanted = ZeroShot(config(), context())(PREDICT, params, {})
+  wanted = config(ZeroShot).open(context())(PREDICT, params, {})
   left, traced = [3], []  # the texts, and two batches of images
 
   def stop():
@@ -177,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, made):
 
   kept = dataclasses.replace(context(stop=stop), items=str(tmp_path))
   with pytest.raises(Stopped):
-    ZeroShot(config(), kept)(PREDICT, params, {})
+    config(ZeroShot).open(kept)(PREDICT, params, {})
   lines = (tmp_path / "images.jsonl").read_text().splitlines()
   records = [r for r in map(json.loads, lines) if "rank" in r]
   assert [set(r) - {"crc"} for r in records] == [{"index", "id", "label", "rank", "predicted"}] * 16
@@ -187,13 +188,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, made):
     traced.append(images)
     return PREDICT["embed_image"](params, stats, images)
 
-  assert ZeroShot(config(), kept)(PREDICT | {"embed_image": noting}, params, {}) == wanted and left == [100 - 4]
+  assert config(ZeroShot).open(kept)(PREDICT | {"embed_image": noting}, params, {}) == wanted and left == [100 - 4]
   assert len((tmp_path / "images.jsonl").read_text().splitlines()) == len(lines) + 24
 
 
 def test_damaged_images_are_left_out_and_counted(made):
   made([{"label": 0}, {"label": 0, "broken": True}, {"label": 1}], classes=("a", "b"))
-  run = ZeroShot(config(damaged=0.5), context())
+  run = config(ZeroShot, max_bad_fraction=0.5).open(context())
   found = run(PREDICT, tables(np.eye(2)[[0, 0, 0]], np.eye(2)), {})
   assert found == {"top1": 1 / 2, "mean_per_class": 1 / 2, "count": 2}
   assert (run.facts()["covered"], run.facts()["damaged"]) == (2, 1)
@@ -206,12 +207,12 @@ def test_a_class_of_several_names_is_the_mean_of_their_sentences(made, tmp_path)
   made([{"label": 0}, {"label": 1}], classes=("glad", "A"))  # the other way round: label 0 is glad
   text = unit(np.array([[1, 0, 0], [0, 1, 0.2], [0, 0.2, 1]]))
   image = unit(np.array([[0.6, 0.7, 0.7], [1, 0, 0]]))
-  run = ZeroShot(config(classes=str(tmp_path / "classes.txt")), context())
+  run = config(ZeroShot, classes=str(tmp_path / "classes.txt")).open(context())
   assert run(PREDICT, tables(image, text), {})["top1"] == 1
   assert run.facts()["classes"] == 2
   # Against either of its names alone the first image would be called a.
   assert image[0] @ text[0] > 0 and (image[0] @ text[1:].T < image[0] @ unit(text[1] + text[2])).all()
-  weights = zeroshot.by_class(text, [Class(("a",)), Class(("b", "c"))])
+  weights = prompts.by_class(text, [Class(("a",)), Class(("b", "c"))])
   np.testing.assert_allclose(weights, [text[0], unit(text[1] + text[2])], atol=1e-6)
 
 
@@ -317,7 +318,7 @@ def test_a_file_of_other_words_is_in_the_order_of_the_labels_and_one_of_the_same
 def test_every_list_of_classes_and_templates_can_be_read(key):
   classes = load_classes(key)
   assert len(classes) == datasets.CLIP[key].classes
-  assert len({zeroshot.plain(c.key or c.names[0]) for c in classes}) == len(classes)
+  assert len({prompts.plain(c.key or c.names[0]) for c in classes}) == len(classes)
   for c in classes:
     assert all(name == name.strip() and name.isprintable() for name in (*c.names, c.key))
   if key != "imagenet":

@@ -39,22 +39,23 @@ EXPERIMENT = """
 import sys
 sys.path.insert(0, {tests!r})
 from runs import tiny, tiny_limber
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source, evaluation_of
 
 KARPATHY = Source("coco", "data/coco/dataset_coco.json", "test")
 DIGITS = Source("tfds", "data/tfds/digits_in_classes", "test")
 AWA2 = Source("awa2", "data/Animals_with_Attributes2", "all")
 
 def evaluation(name, source, **fields):
-  return Evaluation(name, source, **{{"every": -1, "batch_size": 8, "damaged": 0.5, "templates": "{{}}", **fields}})
+  return evaluation_of(name)(source, **{{"every": -1, "batch_size": 8, "max_bad_fraction": 0.5, **fields}})
 
 def clip():
   return tiny(mesh=(-1, 1, 1), evals={{
     "digits": evaluation("zeroshot", DIGITS, templates="imagenet7"),
-    "retrieval": evaluation("retrieval", KARPATHY, templates="a photo of {{}}"),
-    "shift": evaluation("shift", Source("folder", "data/imagenet-r", ""), classes="imagenet_r"),
-    "probe": evaluation("linear_probe", DIGITS, train=Source("digits", split="test"), shots=(1, 2), batch_size=64),
-    "overlap": evaluation("overlap", DIGITS, train=Source("digits", split="test")),
+    "retrieval": evaluation("retrieval", KARPATHY, prompt="a photo of {{}}"),
+    "shift": evaluation("shift", Source("folder", "data/imagenet-r", ""), dataset="imagenet_r", templates="{{}}"),
+    "probe": evaluation("linear_probe", DIGITS, train=Source("digits", split="test"), shots=(1, 2), batch_size=64,
+                        templates="{{}}"),
+    "overlap": evaluation("overlap", DIGITS, train=Source("digits", split="test"), templates="{{}}"),
   }})
 
 def limber():

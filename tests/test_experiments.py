@@ -120,6 +120,8 @@ def config_flag():
   (["--config=experiments/quickstart.py", "--config.optim.warmup=1"], ["did you mean --config.optim.warmup_steps?"]),
   (["--config=experiments/quickstart.py", "--config.steps=1e3"], ["config.steps", "1e3"]),
   (["--config=experiments/quickstart.py", "--config.optim=3"], ["is a group", "--config.optim.lr"]),
+  (["--config=experiments/quickstart.py", "--config.evals.zeroshot.threshold=0.9"], ["zeroshot.threshold: no such"]),
+  (["--config=experiments/quickstart.py", "--config.evals.zeroshot.name=retrieval"], ["this is 'zeroshot'"]),
   (["--confg=experiments/quickstart.py"], ["confg", "config"]),
 ])
 def test_a_mistake_on_the_command_line_is_one_line(arguments, words, capsys, monkeypatch):
@@ -145,11 +147,13 @@ def test_overrides_are_typed_by_their_defaults(monkeypatch):
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(sys, "argv", ["train", "--config=experiments/quickstart.py", "--config.optim.lr=1",
                                     "--config.model.text.width=96", "--config.evals.zeroshot.every=7",
+                                    "--config.evals.zeroshot.classes=cifar10", "--config.evals.probe.shots=(1,2)",
                                     "--config.trainable=('text', 'logit_scale')"])
   cli._parse(sys.argv)
   config = flags.FLAGS["config"].value
   assert isinstance(config.optim.lr, float) and config.model.text.width == 96
   assert config.evals["zeroshot"].every == 7 and config.trainable == ("text", "logit_scale")
+  assert config.evals["zeroshot"].classes == "cifar10" and config.evals["probe"].shots == (1, 2)
 
 
 def test_runs_may_differ_only_in_how_they_run():

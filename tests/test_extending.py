@@ -16,9 +16,11 @@ from safetensors.numpy import save_file
 
 from limber_jax import config as config_lib
 from limber_jax import registry
-from limber_jax.config import Decoding, Evaluation, Init, Source, Tokenizer
+from limber_jax.config import Decoding, Init, Source, Tokenizer
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
+from limber_jax.evals.captions import Captions
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.inference.captioner import captions
 from limber_jax.inference.projections import (
   export_projection,
@@ -65,7 +67,7 @@ def test_every_recipe_has_its_line_and_every_line_its_recipe():
 def limber(**changes):
   model = LimberConfig(image=encoder_size("patches_s"), lm=decoder_of("mean").named["mean_s"]())
   return runs.tiny_limber(**({"model": model, "trainable": ("prompt",), "evals": {
-    "captions": Evaluation("captions", Source(split="test"), every=0, batch_size=40)}} | changes))
+    "captions": Captions(Source(split="test"), every=0, batch_size=40)}} | changes))
 
 
 def test_an_encoder_and_a_language_model_of_one_file_each_train_evaluate_and_caption(recipe, tmp_path):
@@ -129,7 +131,7 @@ def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recip
   recipe("squares", "letters")
   config = runs.tiny(
     "clip_vit_digits", mesh=(-1, 1, 1), steps=3,
-    evals={"zeroshot": Evaluation(source=Source(name="squares", split="test"), every=0, batch_size=16,
+    evals={"zeroshot": ZeroShot(source=Source(name="squares", split="test"), every=0, batch_size=16,
                                   templates="a {} square")})
   config.data.source, config.data.tokenizer = Source(name="squares"), Tokenizer(name="letters")
   said = []

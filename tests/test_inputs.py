@@ -10,15 +10,16 @@ import runs
 import test_images
 from PIL import Image
 
-from limber_jax.config import Evaluation, Source
+from limber_jax.config import Source, evaluation_of
 from limber_jax.data import corpus, tokenizers
 from limber_jax.data.sources import annotations, folder
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.sources.folder import Folder
 from limber_jax.data.sources.jsonl import Jsonl
 from limber_jax.errors import UserError
-from limber_jax.evals import zeroshot
+from limber_jax.evals import prompts
 from limber_jax.evals.splits import named
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.inference import classifier, images, questions
 from limber_jax.runtime import inputs, parallel
 from limber_jax.training.setup import make_context, make_eval
@@ -110,7 +111,7 @@ def reads(path):
   return {
     "table": lambda: Captions(Source("captions", path)), "lines": lambda: Jsonl(Source("jsonl", path)),
     "annotations": lambda: annotations.load(path, "it"), "folder": lambda: Folder(Source("folder", path)),
-    "templates": lambda: zeroshot.load_templates(path), "labels": lambda: classifier.read_labels([], path),
+    "templates": lambda: prompts.load_templates(path), "labels": lambda: classifier.read_labels([], path),
     "questions": lambda: questions.read_lines(path, "--questions", ("image",)), "weights": lambda: files.tensors(path),
     "captions": lambda: list(corpus.lines(path)), "image": lambda: folder.read_image(path),
     "configuration": lambda: configs.size_in(path), "clip": lambda: tokenizers.ClipTokenizer(path),
@@ -130,7 +131,8 @@ def test_every_reader_names_a_pipe(name, strange):
   ("linear_probe", Source("captions", "/nowhere.tsv"), "train")])
 def test_data_that_an_evaluation_misses_are_named_by_its_own_field(name, train, field, tmp_path):
   here, missing = Source("digits", split="test"), Source("captions", "/nowhere.tsv")
-  config = runs.tiny(evals={"held": Evaluation(name=name, source=here if field == "train" else missing, train=train)})
+  config = runs.tiny(evals={"held": evaluation_of(name)(
+    source=here if field == "train" else missing, **{"train": train} if train else {})})
   s = test_images.made(config)
   s.mesh = parallel.make_mesh(vars(config.mesh), jax.devices()[:1])
   with pytest.raises(UserError, match=rf"^config\.evals\.held\.{field}\.path='/nowhere\.tsv': no such file") as caught:
@@ -140,5 +142,5 @@ def test_data_that_an_evaluation_misses_are_named_by_its_own_field(name, train, 
 
 def test_a_folder_that_an_evaluation_misses_is_named_by_its_own_field_before_its_splits_are_known():
   with pytest.raises(UserError, match=r"^config\.evals\.held\.source\.path='/nowhere': no such file") as caught:
-    named(Evaluation(source=Source("folder", "/nowhere")), "held")
+    named(ZeroShot(source=Source("folder", "/nowhere")), "held")
   assert "config.data.source" not in str(caught.value)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.config import Decoding, Evaluation, Source
+from limber_jax.config import Decoding, Source
 from limber_jax.data import transforms
 from limber_jax.data.sources.digits import Digits
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Runner, Stopped
 from limber_jax.evals.result_store import ResultStore
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.runtime import parallel
 
 BAD = (3, 70, 359)  # records that cannot be read, of 360
@@ -34,7 +35,7 @@ def damaged(monkeypatch):
 def runner(items="", *, stop=lambda: False, key="a", **changes):
   context = Context(ByteTokenizer(), transforms.evaluation(32, ByteTokenizer(), 16), 16, Decoding(),
                     parallel.make_mesh({"data": -1}), "", stop, name="digits", items=str(items), key={"weights": key})
-  return Runner(Evaluation(**{"source": Source(split="test"), "batch_size": 64} | changes), context)
+  return Runner(ZeroShot(**{"source": Source(split="test"), "batch_size": 64} | changes), context)
 
 
 def look(params, stats, batch):
@@ -67,8 +68,8 @@ def test_what_cannot_be_read_is_named_counted_and_left_out(damaged, capsys):
 
 
 def test_too_much_damage_ends_the_evaluation(damaged):
-  with pytest.raises(UserError, match=r"'digits': 2 of 360 items .* `damaged` of 0.3% allows; the first: digits/"):
-    collect(runner(damaged=0.003))
+  with pytest.raises(UserError, match=r"'digits': 2 of 360 items .* `max_bad_fraction` of 0.3% allows; the first: d"):
+    collect(runner(max_bad_fraction=0.003))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 100, 4000, 8000, 10**9])
@@ -161,7 +162,7 @@ def test_results_of_changed_images_or_lists_are_not_taken(tmp_path):
     (tmp_path / "data" / name).parent.mkdir(parents=True)
     Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(tmp_path / "data" / name)
   (tmp_path / "classes.txt").write_text("one\ntwo\n")
-  fields = {"source": source, "batch_size": 8, "damaged": 1.0}
+  fields = {"source": source, "batch_size": 8, "max_bad_fraction": 1.0}
 
   def means(**more):
     return collect(runner(tmp_path / "items", **fields, **more)).arrays["mean"][:, 0].tolist()

@@ -188,7 +188,8 @@ def test_what_figures_rest_on_is_told():
   text = report.report(runs(results("limber_clip", {
     "coco": entry("captions", {"cider_d": 0.5, "count": 4998.0, "strength": 0.0123456, "cider_d/in@other": 0.25},
                   items=5000, covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"],
-                  protocol={"source.split": "karpathy_test", "seeds": [0, 1], "scorer": ""},
+                  protocol={"source.split": "karpathy_test", "metrics": ["cider_d", "spice"], "scorer": "",
+                            "seeds": [1]},
                   prompts=[f"a photo {i}" for i in range(80)])},
     failed={"nocaps": "data/nocaps: no such | file"})))
   assert "Figures of 4,998 of 5,000 items, 2 damaged." in text
@@ -197,7 +198,8 @@ def test_what_figures_rest_on_is_told():
     ["figure", "value", "other"], ["CIDEr-D", "50.0", "–"], ["count", "4,998", "–"], ["strength", "0.01235", "–"],
     ["CIDEr-D in", "–", "25.0"]]
   settings = dict(cells(text, "coco: captions")[6:])
-  assert settings["source.split"] == "karpathy_test" and settings["seeds"] == "0, 1" and "scorer" not in settings
+  assert settings["source.split"] == "karpathy_test" and settings["metrics"] == "cider_d, spice"
+  assert not {"scorer", "seeds"} & settings.keys()  # the first has its default, and captions have no others
   assert settings["prompts"] == "80: a photo 0, a photo 1, a photo 2, …" and settings["data"] == "0123456789abcdef"
   assert cells(text, "Failed evaluations") == [["evaluation", "reason"], ["nocaps", "data/nocaps: no such \\| file"]]
   assert cells(text, "Weights and versions")[1:] == [["weights.image", "aa11"], ["weights.lm", "bb22"],

@@ -112,7 +112,8 @@ flags.FLAGS.mark_as_parsed()
 from limber_jax.training import loop
 from limber_jax.inference import encoding
 from limber_jax.runtime import parallel
-from limber_jax.config import Checkpoint, Evaluation, Source
+from limber_jax.config import Checkpoint, Source
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.data.bad_records import BadRecords
 from runs import tiny, tiny_limber
 
@@ -127,7 +128,7 @@ parallel.start()
 if processes:
   parallel._grid = grid
 config = tiny(mesh=mesh, batch_size=32, steps=10, checkpoint=Checkpoint(every=2, keep=20), evals={{
-  "zeroshot": Evaluation(source=Source(name="digits", split="test"), every=10, batch_size=64)}})
+  "zeroshot": ZeroShot(source=Source(name="digits", split="test"), every=10, batch_size=64)}})
 if what == "encode":
   limber = tiny_limber(mesh=mesh)
   limber.data.crop = "own"

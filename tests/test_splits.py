@@ -11,9 +11,11 @@ from PIL import Image
 
 from limber_jax import config as config_lib
 from limber_jax import registry
-from limber_jax.config import Data, Evaluation, Source, Unnamed
+from limber_jax.config import Data, Source, Unnamed
 from limber_jax.errors import UserError
+from limber_jax.evals.linear_probe import LinearProbe
 from limber_jax.evals.splits import named
+from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training.setup import make_eval
 from tests import layouts, made, standins
@@ -32,7 +34,7 @@ def folders(root, *parts):
 
 
 def split_of(name, path, **fields):
-  config = named(Evaluation(source=Source(name, str(path), **fields)), "pets")
+  config = named(ZeroShot(source=Source(name, str(path), **fields)), "pets")
   source = registry.lookup("data source", registry.SOURCES, name)(config.source)
   assert type(config.source.split) is str and len(source)
   return config.source.split
@@ -83,7 +85,7 @@ def test_the_only_split_there_is_needs_no_name(tmp_path, layout):
 
 def test_what_probes_learn_from_is_the_training_part(tmp_path):
   path = str(folders(tmp_path / "f", "train", "val"))
-  found = named(Evaluation(source=Source("folder", path, "val"), train=Source("folder", path)), "probe")
+  found = named(LinearProbe(source=Source("folder", path, "val"), train=Source("folder", path)), "probe")
   assert (found.source.split, found.train.split, found.validation) == ("val", "train", None)
   with pytest.raises(UserError, match=r"evals\.probe\.validation"):
     named(dataclasses.replace(found, validation=Source("folder", path)), "probe")
@@ -105,11 +107,11 @@ def test_the_documentations_own_example_reads_class_folders_and_asks_which_of_se
   """`Source(name="folder", path="data/my-pets")` of an evaluation, as docs/evaluate.md has it."""
   monkeypatch.chdir(tmp_path)
   folders(tmp_path / "data" / "my-pets", ".")
-  evaluation = Evaluation(name="zeroshot", source=Source(name="folder", path="data/my-pets"), every=1000,
-                          templates="a photo of a {}, a type of pet.", batch_size=8)
+  evaluation = ZeroShot(source=Source(name="folder", path="data/my-pets"), every=1000,
+                        templates="a photo of a {}, a type of pet.", batch_size=8)
   config = tiny(evals={"pets": evaluation})
   seen = []
-  monkeypatch.setattr("limber_jax.evals.zeroshot.ZeroShot.__init__", lambda self, config, context: seen.append(config))
+  monkeypatch.setattr("limber_jax.evals.zeroshot.ZeroShot.open", lambda self, context: seen.append(self))
   setup = types.SimpleNamespace(config=config, task=Contrastive.from_config(config))
   context = made.context()
   make_eval(setup, "pets", context)
@@ -125,7 +127,7 @@ def test_old_configurations_mean_what_they_meant():
   assert plain.split == "train" and isinstance(plain.split, Unnamed)
   for same in (copy.deepcopy(plain), dataclasses.replace(plain, path="y"), Source(**dataclasses.asdict(plain))):
     assert isinstance(same.split, Unnamed)
-  config = tiny(evals={"a": Evaluation(source=plain)})
+  config = tiny(evals={"a": ZeroShot(source=plain)})
   values = json.loads(config_lib.to_json(config))
   assert values["data.source.split"] == values["evals.a.source.split"] == "train"
   back = config_lib.from_json(json.dumps(values), "x")

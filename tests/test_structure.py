@@ -15,7 +15,7 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "config", "ranges", "registry", "errors"},
+  {"__init__", "losses", "config", "config_history", "ranges", "registry", "errors"},
   {"runtime"},
   {"cli", "help", "models", "data", "metrics"},
   {"checkpoints"},

@@ -22,7 +22,7 @@ from limber_jax.data.pipeline import data_fingerprint
 from limber_jax.data.sources.captions import Captions
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.evals.zeroshot import lines as list_lines
+from limber_jax.evals.prompts import lines as list_lines
 from limber_jax.inference.questions import read_lines
 from limber_jax.training.loop import train
 from tests import layouts

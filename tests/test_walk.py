@@ -12,8 +12,9 @@ import pytest
 from runs import tiny, tiny_limber, zeroshot
 
 from limber_jax import config, ranges, registry
-from limber_jax.config import Evaluation, Source, flatten, from_json, to_json
+from limber_jax.config import Source, flatten, from_json, to_json
 from limber_jax.errors import UserError
+from limber_jax.evals.captions import Captions
 from limber_jax.models import gptj
 from limber_jax.training import optimizer
 
@@ -34,7 +35,7 @@ def experiments():
   lm = {"task": "language_modelling", "model": gptj.SIZES["gptj_digits"](), "trainable": ("lm",), "steps": 3}
   out = {"contrastive": tiny(evals=zeroshot(), steps=4), "captioning": tiny_limber(), "language_modelling": tiny(**lm)}
   out["contrastive"].optim.part_lr = {"text": 1e-3}
-  out["captioning"].evals = {"captions": Evaluation("captions", Source(split="test"), every=-1)}
+  out["captioning"].evals = {"captions": Captions(Source(split="test"), every=-1)}
   for c in out.values():
     c.data.threads, c.checkpoint.every = 2, 2
   return out

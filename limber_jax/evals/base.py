@@ -41,7 +41,7 @@ CHUNK = 2**24  # scores held at a time: 64 MB
 NAMED = 20     # damaged items that `Runner.facts` names
 
 # What of an Evaluation changes no result of an item, or changes its data, whose fingerprint is looked at instead.
-_NOT_IN_KEY = ("every", "damaged", "metrics", "source.path", "source.images", "train.path", "train.images",
+_NOT_IN_KEY = ("every", "max_bad_fraction", "metrics", "source.path", "source.images", "train.path", "train.images",
                "validation.path", "validation.images", "scorer", "scorer_model")
 
 
@@ -71,14 +71,7 @@ class Context:
 
 
 class Eval(Protocol):
-  """One evaluation of one task: what `predict` holds is jitted at the first call and kept for the next ones."""
-
-  needs: tuple[str, ...]
-  """The keys of task.predict() that it uses."""
-
-  def __init__(self, config: Evaluation, context: Context):
-    """Opens the data; raises UserError if they are missing or unfit."""
-    ...
+  """An `Evaluation` with open data: what `predict` holds is jitted at the first call and kept for the next ones."""
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     """Returns figures by name ({"top1": 0.63, …}), the same in every process; raises Stopped."""
@@ -101,7 +94,7 @@ class Runner:
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
     # Looked at when the data are opened, and not when results are kept: what is changed in between shows next time.
     self.contents = broadcast_from_process_0(partial(contents_of, self.source, config.source)) if context.items else ""
-    self._lists = {name: found for name in ("classes", "templates") if (found := of_list(getattr(config, name)))}
+    self._lists = {name: found for name in config.files if (found := of_list(getattr(config, name)))}
     self.source = by_image(self.source) if grouped else self.source
     for note in getattr(self.source, "notes", ()):
       self._say(note)
@@ -135,7 +128,7 @@ class Runner:
       program: what function computes, `name` if ""; functions of one program are jitted once.
 
     Raises:
-      UserError: more than config.damaged of the items cannot be read; the message names the first.
+      UserError: more than config.max_bad_fraction of the items cannot be read; the message names the first.
       Stopped: between two batches, the run was asked to end.
     """
     n, size, context = len(self.source), self._batch_size, self.context
@@ -231,10 +224,10 @@ class Runner:
 
   def _check(self) -> None:
     total, damaged = len(self.source) + self._annotations, len(self._damage)
-    if damaged > self.config.damaged * total:
+    if damaged > self.config.max_bad_fraction * total:
       name = self.context.name or self.config.name
       raise UserError(f"evaluation {name!r}: {damaged} of {total} items cannot be used, more than its "
-                      f"`damaged` of {self.config.damaged:.1%} allows; the first: {self._damage[0]}")
+                      f"`max_bad_fraction` of {self.config.max_bad_fraction:.1%} allows; the first: {self._damage[0]}")
 
   def _key(self, name: str, shared: bool) -> dict[str, Any]:
     """Returns all that results of the function depend on."""

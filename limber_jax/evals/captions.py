@@ -15,7 +15,7 @@ import numpy as np
 from limber_jax.config import Compute, Evaluation, choose
 from limber_jax.data import tokenizers, transforms
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner
+from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.generation import CaptionGenerator
 from limber_jax.evals.naming import SHEET, draw
 from limber_jax.evals.result_store import Results
@@ -36,7 +36,8 @@ DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}  # of 
 NO_SCORER = "needs a CLIP, and the evaluation's `scorer` names none"
 
 
-class Captions:
+@dataclasses.dataclass
+class Captions(Evaluation):
   """Writes a caption for every image and scores it against the image's references.
 
   Returns "cider_d" (0 to 10: the papers print 100 times it), "bleu_1" to "bleu_4", "meteor", "rouge_l", "spice", with a
@@ -53,9 +54,21 @@ class Captions:
   captions_NAME.png in the workdir shows the first 40 images; scores.jsonl among the items' results has a line an image.
   """
 
+  name = "captions"
   needs = ("generate",)
 
-  def __init__(self, config: Evaluation, context: Context):
+  metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
+  scorer: str = ""        # weights of the CLIP behind CLIPScore; "" leaves CLIPScore out
+  scorer_model: str = ""  # what those are of, if nothing beside them says it: a size or a configuration file
+
+  def open(self, context: Context) -> Eval:
+    return CaptionsEval(self, context)
+
+
+class CaptionsEval:
+  """A `Captions` whose data are open."""
+
+  def __init__(self, config: Captions, context: Context):
     for name in config.metrics:
       choose("evals.….metrics", name, METRICS)
     wanted = config.metrics or METRICS

@@ -1,5 +1,6 @@
 """Captions that name what is not there (CHAIR, arXiv 1809.02156), or run on."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from limber_jax.config import Evaluation, choose
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.evals.base import Context, Runner
+from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.generation import CaptionGenerator
 from limber_jax.evals.words import references_of
 from limber_jax.metrics.chair import OBJECTS, Chair, chair, first_sentence, shown
@@ -22,7 +23,8 @@ WANTED = "COCO's instances_val2014.json (annotations_trainval2014.zip of https:/
 METRICS = ("chair", "run_off")
 
 
-class Hallucination:
+@dataclasses.dataclass
+class Hallucination(Evaluation):
   """Writes a caption for every image of COCO, and counts the objects in it that the image does not have.
 
   Figures of whole captions, of their first sentence (with "_cut" behind), of further maps ("@name") and of the language
@@ -37,16 +39,28 @@ class Hallucination:
 
   An image has the objects of its segments and those that its references name, of COCO's 80 and their synonyms.
 
-  classes: the segments, instances_val2014.json; "" = the file of that name (or instances_… for captions_….json) beside
-    source.path, or in the folder annotations there.
   metrics: chair, run_off (words, ended, cut); () = both. run_off needs no segments.
 
   NAME.objects.jsonl in the workdir has a line a caption of the first map, with what it names and what of that is wrong.
   """
 
+  name = "hallucination"
   needs = ("generate",)
+  files = ("segments",)
 
-  def __init__(self, config: Evaluation, context: Context):
+  # instances_val2014.json; "" = the file of that name (or instances_… for captions_….json) beside source.path, or in
+  # the folder annotations there
+  segments: str = ""
+  metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
+
+  def open(self, context: Context) -> Eval:
+    return HallucinationEval(self, context)
+
+
+class HallucinationEval:
+  """A `Hallucination` whose data are open."""
+
+  def __init__(self, config: Hallucination, context: Context):
     self._runner = Runner(config, context)
     self._write = CaptionGenerator(self._runner)
     for metric in config.metrics:
@@ -55,7 +69,7 @@ class Hallucination:
     self._facts: dict[str, Any] = {}
     self._shown: list[frozenset[str]] = []  # of each record
     if "chair" in self._metrics:
-      path = config.classes or _beside(config.source.path)
+      path = config.segments or _beside(config.source.path)
       segments, skipped = read_segments(path)
       self._facts = {"segments": os.path.basename(path), "segments_skipped": skipped}
       source = self._runner.source

@@ -8,25 +8,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
-from limber_jax.config import Evaluation
-from limber_jax.data.sources import Source
+from limber_jax.config import COUNT, SEEDS, Source, ranged
+from limber_jax.data import sources as data_sources
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.evals.base import Context
+from limber_jax.evals.base import Context, Eval
 from limber_jax.evals.datasets import SETS, open_runner
-from limber_jax.evals.result_store import Results
-from limber_jax.evals.zeroshot import (
-  OF_SEVERAL,
+from limber_jax.evals.prompts import (
+  OfPrompts,
   by_class,
   check_labels,
   chosen_classes,
   chosen_templates,
   ensemble,
-  labels_of,
   prompts,
-  truth_of,
 )
+from limber_jax.evals.result_store import Results
+from limber_jax.evals.zeroshot import OF_SEVERAL, labels_of, truth_of
 from limber_jax.metrics import classification
 from limber_jax.metrics.logistic import GRID, Fits, fit, fit_each, search
 from limber_jax.runtime.atomic import save_figure
@@ -36,11 +34,12 @@ METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
 FIFTH = 5  # of the training set, where there is no validation set
 
 
-class LinearProbe:
+@dataclasses.dataclass
+class LinearProbe(OfPrompts):
   """L2-regularised logistic regression on penultimate features, and the same from a few images of each class.
 
-  source: what is tested on. train: what is learnt from. validation: where the strength is chosen; None = a fifth of the
-    images of each class of `train`, drawn by the first of the seeds.
+  source: what is tested on.
+  validation: None = a fifth of the images of each class of `train`, drawn by the first of the seeds.
   metrics: which of these; () = the one that the paper gives of the data set, else accuracy. Strengths are chosen by the
     first, and it is that of few-shot and zero-shot.
     accuracy: the share of images whose class is named.
@@ -63,9 +62,25 @@ class LinearProbe:
   The mean over folds of STL10 and splits of UCF101 is that of several such evaluations.
   """
 
+  name = "linear_probe"
   needs = ("penultimate",)
 
-  def __init__(self, config: Evaluation, context: Context):
+  train: Source | None = None       # what is learnt from
+  validation: Source | None = None  # where the strength is chosen; None = a part of `train`
+  metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
+  # examples a class; 0 = of zero-shot
+  shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT, nonempty=True)
+  # of what is drawn: a figure is the mean over them
+  seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS, nonempty=True)
+
+  def open(self, context: Context) -> Eval:
+    return LinearProbeEval(self, context)
+
+
+class LinearProbeEval:
+  """A `LinearProbe` whose data are open."""
+
+  def __init__(self, config: LinearProbe, context: Context):
     where = f"evaluation 'linear_probe' on data source {config.source.name!r}"
     if config.train is None:
       raise UserError(f"{where}: no `train`, the data that the probe learns from")
@@ -88,7 +103,7 @@ class LinearProbe:
     self._metrics = _chosen_metrics(config, self._count, self._several, where)
     self._tokens = None
     if named and 0 in config.shots:
-      self._classes, templates = classes, chosen_templates(config, source)
+      self._classes, templates = classes, chosen_templates(config.templates, source)
       self._tokens = prompts(context.tokenizer, [n for c in classes for n in c.names], templates, context.length)
     self._facts: dict[str, Any] = {}
 
@@ -198,7 +213,7 @@ class LinearProbe:
          self._metrics[0].replace("_", " "), os.path.join(self._context.workdir, f"{name}.png"))
 
 
-def _check(source: Source, other: Source, where: str) -> None:
+def _check(source: data_sources.Source, other: data_sources.Source, where: str) -> None:
   """Raises UserError if a source has no labels, or other classes than `other`."""
   kinds = [next((k for k in ("labels", "label") if k in s.annotation(0)), None) for s in (source, other)]
   if kinds[0] is None:
@@ -213,7 +228,7 @@ def _check(source: Source, other: Source, where: str) -> None:
     raise UserError(f"{where}: its class {i} is {own}, that of the test set {theirs}")
 
 
-def _chosen_metrics(config: Evaluation, classes: int, several: bool, where: str) -> tuple[str, ...]:
+def _chosen_metrics(config: LinearProbe, classes: int, several: bool, where: str) -> tuple[str, ...]:
   """Returns config.metrics, or the paper's; raises UserError if there is no such figure of these classes, 0 unknown."""
   possible = tuple(OF_SEVERAL) if several else tuple(m for m in METRICS if m != "roc_auc" or classes == 2)
   own = SETS[config.classes].metric if config.classes in SETS else ""
@@ -286,6 +301,8 @@ def draw(few: dict[int, float], deviations: dict[int, float], zeroshot: float | 
     metric: its name.
     path: where to.
   """
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+
   shots = sorted(few)
   figure_ = Figure(figsize=(5.2, 4), layout="constrained")
   axes = figure_.add_subplot()

@@ -1,5 +1,6 @@
 """Does a caption name what is in the picture? For images with a class each, as in section 5.2 of arXiv 2209.15162."""
 
+import dataclasses
 import os
 import re
 import textwrap
@@ -9,14 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
-from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner
+from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.generation import CaptionGenerator
+from limber_jax.evals.prompts import OfClasses, check_labels, class_names
 from limber_jax.evals.result_store import Results
-from limber_jax.evals.zeroshot import check_labels, class_names
 from limber_jax.metrics.words import WORDNET_FROM, WordNet, singular
 from limber_jax.runtime.atomic import save_figure
 
@@ -25,7 +24,8 @@ SHEET = (5, 8)  # rows and columns of the picture
 Names = dict[tuple[str, ...], int]  # the words of a name -> the number of its class
 
 
-class Naming:
+@dataclasses.dataclass
+class Naming(OfClasses):
   """Writes a caption for every image and saves captions_NAME.png, a sheet of the first 40, in the workdir.
 
   Returns "right", the share of captions that name the class of their image and no other class; "named", of those that
@@ -39,9 +39,17 @@ class Naming:
   (How LiMBeR counts common attributes is not published beyond the word overlap.)
   """
 
+  name = "naming"
   needs = ("generate",)
 
-  def __init__(self, config: Evaluation, context: Context):
+  def open(self, context: Context) -> Eval:
+    return NamingEval(self, context)
+
+
+class NamingEval:
+  """A `Naming` whose data are open."""
+
+  def __init__(self, config: Naming, context: Context):
     self._runner = Runner(config, context)
     self._write = CaptionGenerator(self._runner)
     self._where = f"evaluation 'naming' on data source {config.source.name!r}"
@@ -143,6 +151,8 @@ def wu_palmer(classes: Sequence[str], wordnet: WordNet) -> np.ndarray:
 
 def draw(images: Sequence[np.ndarray], captions: Sequence[str], right: Sequence[bool], title: str, path: str) -> None:
   """Writes a PNG: images [h, w, 3] in a grid, each over its caption, which is red where it is not right."""
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+
   rows, columns = SHEET
   rows = -(-len(images) // columns)
   figure = Figure(figsize=(1.5 * columns, 2.0 * rows + 0.5))

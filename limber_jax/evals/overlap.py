@@ -16,13 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
-from limber_jax.config import Evaluation
+from limber_jax.config import Source, ranged
 from limber_jax.data import pipeline
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner, Stopped
-from limber_jax.evals.zeroshot import by_class, check_labels, chosen_classes, chosen_templates, ensemble, prompts, rank
+from limber_jax.evals.base import Context, Eval, Runner, Stopped
+from limber_jax.evals.prompts import (
+  OfPrompts,
+  by_class,
+  check_labels,
+  chosen_classes,
+  chosen_templates,
+  ensemble,
+  prompts,
+)
+from limber_jax.evals.zeroshot import rank
 from limber_jax.evals.zeroshot import scorer as scores_by
 from limber_jax.metrics.statistics import at_least, bonferroni, interval
 from limber_jax.runtime.atomic import atomic_write, save_figure
@@ -35,11 +43,11 @@ SIGNIFICANT = 0.05  # p-values below it, after the correction, are
 NOTHING = -2.0      # the cosine of an image that nothing has been held against
 
 
-class Overlap:
+@dataclasses.dataclass
+class Overlap(OfPrompts):
   """Zero-shot accuracy on what the training data hold, nearly or exactly, and on the rest.
 
-  train: the model's training data; source: the evaluation set, images with labels; threshold: the cosine of two image
-  embeddings from which on they count as the same; classes, templates: as of "zeroshot".
+  source: the evaluation set, images with labels.
 
   Figures: "top1" of all images, "clean" of those that no training image is like, "overlap" of the others, each with
   "…_low" and "…_high", Clopper and Pearson's interval at 99.5 %; "share", that of the overlap; "gain", top1 less clean;
@@ -53,9 +61,21 @@ class Overlap:
   all.
   """
 
+  name = "overlap"
   needs = ("embed_image", "embed_text")
 
-  def __init__(self, config: Evaluation, context: Context):
+  train: Source | None = None  # the model's training data
+  # the cosine of two image embeddings from which on they count as the same
+  threshold: float = ranged(0.95, at_least=-1, at_most=1)
+
+  def open(self, context: Context) -> Eval:
+    return OverlapEval(self, context)
+
+
+class OverlapEval:
+  """An `Overlap` whose data are open."""
+
+  def __init__(self, config: Overlap, context: Context):
     self._where = f"evaluation 'overlap' on data source {config.source.name!r}"
     if config.train is None:
       raise UserError(f"{self._where}: its `train` names no training data")
@@ -67,7 +87,7 @@ class Overlap:
       raise UserError(f"{self._where}: its records have no labels; set source.label_key, or choose another source")
     self._classes = chosen_classes(config, source)
     self._tokens = prompts(context.tokenizer, [n for c in self._classes for n in c.names],
-                           chosen_templates(config, source), context.length)
+                           chosen_templates(config.templates, source), context.length)
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     embed_image = predict["embed_image"]
@@ -137,7 +157,7 @@ class Nearest(Runner):
       of: what `known` is of: which data, and what their files hold.
 
     Raises:
-      UserError: more than config.damaged of the records cannot be read.
+      UserError: more than config.max_bad_fraction of the records cannot be read.
       Stopped: between two batches, the run was asked to end; what was done is kept, if the context has a place for it.
     """
     context, total, size = self.context, len(self.source), self._batch_size
@@ -259,6 +279,8 @@ def draw(rows: dict[str, Sequence[tuple[np.ndarray, np.ndarray, float]]], thresh
     title: above all.
     path: where to.
   """
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+
   height = 1.25 * len(rows) + 0.4
   figure = Figure(figsize=(1.9 * SHEET, height))
   figure.suptitle(title, size=11, parse_math=False)

@@ -15,14 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
-from limber_jax.config import Evaluation, choose
+from limber_jax.config import Evaluation, Source, choose
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner
+from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.result_store import Results
 from limber_jax.evals.words import references_of
 from limber_jax.metrics import logistic
@@ -41,7 +37,8 @@ MAX_ITERATIONS = 1000
 CLASSES = 20              # that a picture names
 
 
-class Probing:
+@dataclasses.dataclass
+class Probing(Evaluation):
   """Probes the features of the encoder and the prompts of each map.
 
   metrics: which of these; () = all that the data allow.
@@ -60,7 +57,7 @@ class Probing:
       class.
   "count" is the number of images; "@name" figures are of further maps.
 
-  train: what probes learn from; None = the source itself, but for every fifth image of each class, which is tested on.
+  train: None = the source itself, but for every fifth image of each class, which is tested on.
     Of "awa2" the splits train and test have no animal in common, which asks whether attributes carry over to other
     animals, and leaves no category to probe for.
 
@@ -69,9 +66,20 @@ class Probing:
   rest. Pooling takes the mean over runs of neighbouring tokens, row by row, as equal in length as they can be.
   """
 
+  name = "probing"
   needs = ("features", "prompt", "nll")
 
-  def __init__(self, config: Evaluation, context: Context):
+  train: Source | None = None  # what probes learn from; None = the source itself but for a part
+  metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
+
+  def open(self, context: Context) -> Eval:
+    return ProbingEval(self, context)
+
+
+class ProbingEval:
+  """A `Probing` whose data are open."""
+
+  def __init__(self, config: Probing, context: Context):
     self._runner = Runner(config, context)
     self._train = config.train and Runner(dataclasses.replace(config, source=config.train), context)
     source = self._runner.source
@@ -305,6 +313,9 @@ def scores(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: fl
   The same probe for two classes by scikit-learn, which for one strength and many labellings of the same features is
   quicker than turning them each time.
   """
+  from sklearn.exceptions import ConvergenceWarning  # here: it takes seconds, and not everybody probes
+  from sklearn.linear_model import LogisticRegression
+
   with warnings.catch_warnings(category=ConvergenceWarning, action="ignore"):
     probe = LogisticRegression(C=1 / strength, max_iter=MAX_ITERATIONS).fit(train, labels)
   return probe.decision_function(test)
@@ -338,6 +349,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(spread: dict[str, np.ndarray], labels: np.ndarray, names: Sequence[str], path: str) -> None:
   """Writes a PNG: points [n, 2] of each title, coloured by label int [n], with a legend for up to CLASSES classes."""
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+
   columns = min(2, len(spread))
   rows = -(-len(spread) // columns)
   figure = Figure(figsize=(5 * columns + 2, 5 * rows), layout="constrained")
@@ -358,4 +371,6 @@ def draw(spread: dict[str, np.ndarray], labels: np.ndarray, names: Sequence[str]
 
 
 def _colour(place: int, count: int) -> tuple[float, float, float]:
+  from matplotlib.colors import hsv_to_rgb
+
   return tuple(hsv_to_rgb((place / count, 0.75, 0.55 + 0.3 * (place % 2))).tolist())

@@ -1,5 +1,6 @@
 """Retrieval between images and their captions, both ways. Source: arXiv 2103.00020, E.1, and CLIP_benchmark."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,13 +8,13 @@ import numpy as np
 
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner, ranks
-from limber_jax.evals.zeroshot import USUAL_TEMPLATES
+from limber_jax.evals.base import Context, Eval, Runner, ranks
 
 DEPTHS = (1, 5, 10)
 
 
-class Retrieval:
+@dataclasses.dataclass
+class Retrieval(Evaluation):
   """Recall at 1, 5 and 10: "i2t_r1", …, "t2i_r10", with the numbers of "images" and "captions" that they cover.
 
   i2t: the share of images with at least one of their captions among the first k of all captions. t2i: the share of
@@ -22,15 +23,28 @@ class Retrieval:
   with no more than k to choose from, is left out. An image that cannot be read is left out with all its captions.
 
   An image is a record; where several records show the same image, as in a table with a row a caption, they are one.
-  templates: the prompt of captions, one sentence with {} for the caption. CLIP's is "a photo of {}", which is worth one
-    or two points of R@1. "": captions as they are.
+  prompt: CLIP's is "a photo of {}", which is worth one or two points of R@1.
   """
 
+  name = "retrieval"
   needs = ("embed_image", "embed_text")
 
-  def __init__(self, config: Evaluation, context: Context):
+  # what captions stand in, one sentence with {} for the caption; "" = captions as they are
+  prompt: str = ""
+
+  def open(self, context: Context) -> Eval:
+    return RetrievalEval(self, context)
+
+
+class RetrievalEval:
+  """A `Retrieval` whose data are open."""
+
+  def __init__(self, config: Retrieval, context: Context):
     self._runner = Runner(config, context, grouped=True)
-    self._prompt = prompt(config.templates)
+    if config.prompt and config.prompt.count("{}") != 1:
+      raise UserError(f"prompt={config.prompt!r}: retrieval wants one sentence with one {{}} for the caption, such as "
+                      "'a photo of {}', or nothing")
+    self._prompt = config.prompt or "{}"
     texts = [self._texts(i) for i in range(len(self._runner.source))]
     self._owner = np.repeat(np.arange(len(texts)), [len(t) for t in texts])  # [captions]: the image of each
     if not len(self._owner):
@@ -63,19 +77,6 @@ class Retrieval:
   def facts(self) -> dict[str, Any]:
     """Returns `Runner.facts` and "prompt", what captions stand in."""
     return {**self._runner.facts(), "prompt": self._prompt}
-
-
-def prompt(templates: str) -> str:
-  """Returns the sentence that captions stand in at its {}; raises UserError if `templates` is none.
-
-  "" means nothing, and so does what was the default of Evaluation.templates, for it means classes: then it is "{}".
-  """
-  if templates in ("", USUAL_TEMPLATES):
-    return "{}"
-  if templates.count("{}") != 1:
-    raise UserError(f"templates={templates!r}: retrieval wants one sentence with one {{}} for the caption, such as "
-                    "'a photo of {}', or nothing")
-  return templates
 
 
 def recalls(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str, float]:

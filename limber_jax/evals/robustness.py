@@ -1,12 +1,12 @@
-"""Zero-shot accuracy under natural shifts of the data, against what models trained on ImageNet alone lose there.
+"""Zero-shot accuracy under natural shifts of the data; `effective_robustness` says what is to be thought of it.
 
 Source: arXiv 2103.00020, section 3.3, and Taori et al., arXiv 2007.00644.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +14,14 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy import special
 
 from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
 from limber_jax.data.transforms import decode
 from limber_jax.errors import UserError, did_you_mean
-from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.zeroshot import by_class, chosen_templates, ensemble, load_classes, plain, prompts, rank, scorer
-from limber_jax.metrics.statistics import Line, effective_robustness, fit, gap_cut, relative_robustness
-from limber_jax.runtime.atomic import save_figure
+from limber_jax.evals.base import Context, Eval, Runner
+from limber_jax.evals.prompts import by_class, chosen_templates, ensemble, load_classes, plain, prompts
+from limber_jax.evals.zeroshot import rank, scorer
 
 # The sets, and how the paper writes their names; ImageNet itself is what they are held against.
 SETS = {"imagenet": "ImageNet", "imagenet_v2": "ImageNetV2", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R",
@@ -68,24 +64,23 @@ def classes_of(name: str) -> Classes:
   """Returns the classes of one of SETS."""
   numbers = {c.key: i for i, c in enumerate(load_classes("imagenet"))}  # by WordNet id
   if name in ("imagenet_a", "imagenet_r"):
-    return Classes(tuple((numbers[wnid],) for wnid in _read(f"{name}.txt").splitlines()))
+    return Classes(tuple((numbers[wnid],) for wnid in read(f"{name}.txt").splitlines()))
   if name in ("objectnet", *VIDEOS):
-    rows = json.loads(_read(f"{name}.json"))
+    rows = json.loads(read(f"{name}.json"))
     folders = tuple(r["folder"] for r in rows) if name == "objectnet" else ()
     return Classes(tuple(tuple(r["imagenet"]) for r in rows), folders, tuple(r["name"] for r in rows))
   return Classes(tuple((i,) for i in numbers.values()))
 
 
-class Shift:
+@dataclasses.dataclass
+class Shift(Evaluation):
   """Zero-shot accuracy on one of ImageNet's shifted sets, or on ImageNet itself for comparison.
 
-  classes: the set: imagenet, imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, objectnet, imagenet_vid_robust or
-    ytbb_robust. Only the set's classes are to choose from.
+  dataset: only its classes are to choose from.
   source: images by class. A class is found by the name that the source gives it: a WordNet id such as n01440764, the
     name or the number of ImageNet's class (ImageNetV2's folders 0 … 999, in whatever order), for ObjectNet the folder
     (alarm_clock). Images of other classes, as of the 200 of ObjectNet that ImageNet lacks, are left out. For the two
     sets of videos it is data source "frames".
-  templates: of the sentences.
 
   "top1", and "top5" where every class is one of ImageNet's. Where a class of the set is several of ImageNet's, it
   scores as the best of them, and "top1_own" is with the set's own class names in the sentences instead: the paper's
@@ -98,12 +93,25 @@ class Shift:
   record has its "labels" and the "rank" of the best of them, 0 where it is right.
   """
 
+  name = "shift"
   needs = ("embed_image", "embed_text")
+  files = ("templates",)
 
-  def __init__(self, config: Evaluation, context: Context):
-    self._set = config.classes
+  # the set: imagenet, imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, objectnet, imagenet_vid_robust, ytbb_robust
+  dataset: str = ""
+  templates: str = ""  # of the sentences, as of "zeroshot"
+
+  def open(self, context: Context) -> Eval:
+    return ShiftEval(self, context)
+
+
+class ShiftEval:
+  """A `Shift` whose data are open."""
+
+  def __init__(self, config: Shift, context: Context):
+    self._set = config.dataset
     if self._set not in SETS:
-      raise UserError(f"evaluation 'shift': its `classes` name no set {self._set!r}{did_you_mean(self._set, SETS)}")
+      raise UserError(f"evaluation 'shift': its `dataset` names no set {self._set!r}{did_you_mean(self._set, SETS)}")
     self._classes = classes_of(self._set)
     self._runner = Runner(config, context)
     source = self._runner.source
@@ -118,7 +126,7 @@ class Shift:
       if not len(part):
         raise UserError(f"{self._where}: none of its {len(source)} records is of a class of {self._set}")
       self._runner.source, self._left_out = part, len(source) - len(part)
-    templates = chosen_templates(config, source)
+    templates = chosen_templates(config.templates, source)
     self._known = [load_classes("imagenet")[i] for i in self._classes.known]
     self._tokens = prompts(context.tokenizer, [n for c in self._known for n in c.names], templates, context.length)
     self._own = [i for i, name in enumerate(self._classes.names) if name != NONE]
@@ -280,138 +288,6 @@ def perturbed(right: dict[int, bool], neighbourhoods: Sequence[Sequence[int]]) -
   return [right[group[0]] for group in there], [all(right[i] for i in group if i in right) for group in there]
 
 
-@functools.cache
-def standard() -> list[dict[str, Any]]:
-  """Returns {"model": name, set: accuracy or None, …} of models trained on ImageNet alone, without tricks.
-
-  Keys beside the sets: "imagenet_on_SET" is ImageNet's accuracy on the classes of that set, "…_pm10" that of videos.
-  """
-  return json.loads(_read("standard.json"))["models"]
-
-
-def baseline(name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the accuracies (on ImageNet, of the set's classes; on the set) of `standard` models, float64 [m] each.
-
-  A model that was not tried on the set is left out, and so is one with nothing right: ImageNet-A was made of what
-  ResNet-50 gets wrong.
-  """
-  own = f"imagenet_on_{name}"
-  pairs = [(model[own] if own in model else model["imagenet"], model[name]) for model in standard()]
-  kept = np.array([pair for pair in pairs if None not in pair and pair[1] > 0])
-  return kept[:, 0], kept[:, 1]
-
-
-@functools.cache
-def expected(name: str) -> Line:
-  """Returns the fit of a shifted set's accuracy on ImageNet's, over models of standard training.
-
-  On ImageNet-A, which was made of what one such model gets wrong, weak models lie on a line of their own; as in the
-  paper's picture there is one for all.
-  """
-  return fit(*baseline(name))
-
-
-def summary(figures: dict[str, dict[str, float]], before: dict[str, dict[str, float]] | None = None
-            ) -> dict[str, dict[str, float]]:
-  """Returns by set, and for "mean", what the shifts do to a model.
-
-  For each shifted set: "accuracy" under the shift (of videos that of the anchors, PM0), "imagenet" on the same classes
-  without it, "expected" of a model of standard training with that, "effective" robustness, the "gap_cut": the share of
-  the expected drop that does not happen; "…_own" of them with the set's own class names; and "relative" robustness
-  over a model `before`. "mean" has the means of what every set has ("…_own" where a set has names of its own, else as
-  without) and the number of "sets": the paper's means are over seven. A set whose accuracy on ImageNet is not known is
-  left out; without any, there is no "mean".
-
-  Args:
-    figures: of `Shift` by set, "imagenet" among them.
-    before: the same of another model.
-  """
-  out: dict[str, dict[str, float]] = {}
-  for name in SHIFTS:
-    known = "imagenet" in figures and name in figures
-    own = f"on_{name}" if len(classes_of(name).known) < len(classes_of("imagenet").known) else "top1"
-    if not known or own not in figures["imagenet"]:
-      continue
-    accuracy, line = figures["imagenet"][own], expected(name)
-    row = {"imagenet": accuracy, "expected": line(accuracy)}
-    for kind in ("", "_own"):
-      if (measure := f"{'pm0' if name in VIDEOS else 'top1'}{kind}") in figures[name]:
-        shifted = figures[name][measure]
-        row |= {f"accuracy{kind}": shifted, f"effective{kind}": effective_robustness(accuracy, shifted, line)}
-        if line(accuracy) < accuracy:
-          row[f"gap_cut{kind}"] = gap_cut(accuracy, shifted, line)
-        if before is not None and name in before and measure in before[name]:
-          row[f"relative{kind}"] = relative_robustness(shifted, before[name][measure])
-    out[name] = row
-  if rows := list(out.values()):
-    keys = {key for row in rows for key in row}
-    values = {key: [row[key] if key in row else row[plain_] for row in rows] for key in sorted(keys)
-              if all((plain_ := key.removesuffix("_own")) in row for row in rows)}
-    out["mean"] = {key: float(np.mean(found)) for key, found in values.items()} | {"sets": float(len(rows))}
-  return out
-
-
-def draw(rows: dict[str, dict[str, float]], name: str, path: str) -> None:
-  """Writes the paper's picture as a PNG: for the mean and each set, the shifted accuracy against ImageNet's.
-
-  Axes are logits. Small points are models of standard training with their fit, the dotted line is no loss at all, and
-  the star is this model: hollow where its classes have the set's own names.
-
-  Args:
-    rows: of `summary`, with at least one set.
-    name: of the model, for the legend.
-    path: where to; the folder is made.
-  """
-  sets = [s for s in SHIFTS if s in rows]
-  panels = ["mean", *sets] if len(sets) > 1 else sets
-  columns = min(4, len(panels))
-  down = -(-len(panels) // columns)
-  figure = Figure(figsize=(3.3 * columns, 3.4 * down + 0.5), layout="constrained")
-  for number, axes in enumerate(figure.subplots(down, columns, squeeze=False).flat):
-    if number >= len(panels):
-      axes.axis("off")
-      continue
-    which = panels[number]
-    points = _means(sets) if which == "mean" else baseline(which)
-    title = f"Mean of {len(sets)} sets" if which == "mean" else SETS[which]
-    _panel(axes, rows[which], *points, title, name)
-  handles, labels = figure.axes[0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-  if folder := os.path.dirname(path):
-    os.makedirs(folder, exist_ok=True)
-  save_figure(figure, path)
-
-
-def _panel(axes: Axes, row: dict[str, float], x: np.ndarray, y: np.ndarray, title: str, name: str) -> None:
-  own = [row["accuracy_own"]] if "accuracy_own" in row else []
-  shown = [np.clip([*part], 0.002, 0.998) for part in ([*x, row["imagenet"]], [*y, row["accuracy"], *own])]
-  low, high = zip(*((special.logit(part.min()) - 0.3, special.logit(part.max()) + 0.3) for part in shown), strict=True)
-  line, along = fit(x, y), special.expit(np.linspace(low[0], high[0], 50))
-  axes.plot(special.logit(along), special.logit(along), ":", color="#555555", label="no loss (y = x)")
-  axes.plot(special.logit(along), special.logit([line(a) for a in along]), color="#7a9cc6", label="their fit")
-  axes.plot(special.logit(x), special.logit(y), "o", markersize=3.5, color="#7a9cc6", alpha=0.6,
-            label="trained on ImageNet")
-  across, up = (special.logit(np.clip(a, 0.002, 0.998)) for a in (row["imagenet"], [row["accuracy"], *own]))
-  axes.plot(across, up[0], "*", markersize=13, color="#6a3d9a", label=name.replace("$", r"\$"))
-  if own:
-    axes.plot(across, up[1], "*", markersize=13, markerfacecolor="none", markeredgecolor="#6a3d9a",
-              label="the same, with the set's own class names")
-  for axis, start, stop in ((axes.xaxis, low[0], high[0]), (axes.yaxis, low[1], high[1])):
-    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5)
-             if start <= special.logit(t / 100) <= stop]
-    axis.set_ticks([special.logit(t / 100) for t in ticks], [f"{t:g}" for t in ticks])
-  axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="ImageNet, same classes (%)")
-  axes.tick_params(labelsize=7)
-  axes.set_title(f"{title} (%)", size=10)
-
-
-def _means(sets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the mean accuracies over sets (on ImageNet; shifted) of the standard models that have all, float64 [m]."""
-  own = [f"imagenet_on_{s}" if f"imagenet_on_{s}" in standard()[0] else "imagenet" for s in sets]
-  whole = [m for m in standard() if None not in [m[key] for key in (*own, *sets)]]
-  on_imagenet, shifted = (np.array([np.mean([m[k] for k in keys]) for m in whole]) for keys in (own, sets))
-  return on_imagenet, shifted
-
-
-def _read(name: str) -> str:
+def read(name: str) -> str:
+  """Returns the text of a file of `evals/shifts`."""
   return resources.files("limber_jax.evals").joinpath(f"shifts/{name}").read_text(encoding="utf-8")

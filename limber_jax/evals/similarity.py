@@ -1,5 +1,6 @@
 """A picture of what the two towers agree on: captions against images, as in CLIP's first notebook."""
 
+import dataclasses
 import os
 import textwrap
 import warnings
@@ -9,32 +10,38 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from limber_jax.config import Evaluation
 from limber_jax.data.sources import Source
-from limber_jax.evals.base import Context, Runner
-from limber_jax.evals.zeroshot import check_labels, chosen_templates, class_names, ensemble, prompts
+from limber_jax.evals.base import Context, Eval, Runner
+from limber_jax.evals.prompts import OfPrompts, check_labels, chosen_templates, class_names, ensemble, prompts
 from limber_jax.runtime.atomic import save_figure
 
 MOST = 16  # rows and columns that can still be read
 
 
-class Similarity:
+@dataclasses.dataclass
+class Similarity(OfPrompts):
   """Saves similarity.png in the workdir and returns "own": the share of its images that are nearest their own caption.
 
   Where the records have labels: a class in all templates against the first image of it, for up to 16 classes.
   Elsewhere: the first captions of the first 16 records against their images.
   """
 
+  name = "similarity"
   needs = ("embed_image", "embed_text")
 
-  def __init__(self, config: Evaluation, context: Context):
+  def open(self, context: Context) -> Eval:
+    return SimilarityEval(self, context)
+
+
+class SimilarityEval:
+  """A `Similarity` whose data are open."""
+
+  def __init__(self, config: Similarity, context: Context):
     self._runner = Runner(config, context)
     source, length = self._runner.source, context.length
     if "label" in source.annotation(0):
-      names, templates = class_names(config, source), chosen_templates(config, source)
+      names, templates = class_names(config, source), chosen_templates(config.templates, source)
       records = _one_of_each(source, len(names), f"evaluation 'similarity' on data source {config.source.name!r}")
       chosen = [names[c] for c in records]
       self._captions = chosen if len(templates) > 1 else [templates[0].replace("{}", c) for c in chosen]
@@ -81,6 +88,9 @@ def draw(cosine: np.ndarray, captions: Sequence[str], images: np.ndarray, title:
 
   The best caption of each image stands in a frame: dark if it is the image's own (the diagonal), else red.
   """
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+  from matplotlib.patches import Rectangle
+
   n = len(captions)
   figure = Figure(figsize=(0.62 * n, 0.62 * (n + 1.05)))
   axes = figure.add_axes((0, 0, 1, 1))  # what stands outside of it is taken in when saving

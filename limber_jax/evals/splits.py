@@ -27,9 +27,13 @@ def named(config: Evaluation, name: str) -> Evaluation:
   """
   with own_fields(config, name):
     found = {field: dataclasses.replace(source, split=_split(source, f"evals.{name}.{field}", field == "train"))
-             for field in ("source", "train", "validation")
-             if isinstance(source := getattr(config, field), Source) and isinstance(source.split, Unnamed)}
+             for field, source in sources_of(config).items() if isinstance(source.split, Unnamed)}
   return dataclasses.replace(config, **found) if found else config
+
+
+def sources_of(config: Evaluation) -> dict[str, Source]:
+  """Returns the sources of an evaluation by its fields, without those that are None."""
+  return {f.name: value for f in dataclasses.fields(config) if isinstance(value := getattr(config, f.name), Source)}
 
 
 @contextlib.contextmanager
@@ -38,8 +42,9 @@ def own_fields(config: Evaluation, name: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    other = config.train is not None and config.train.path != config.source.path
-    field = "train" if other and repr(config.train.path) in str(error) else "source"
+    train = sources_of(config).get("train", config.source)
+    other = train.path != config.source.path and repr(train.path) in str(error)
+    field = "train" if other else "source"
     raise UserError(_FIELD.sub(f"config.evals.{name}.{field}.", str(error))) from error
 
 

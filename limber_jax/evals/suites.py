@@ -8,6 +8,16 @@ from limber_jax.data.sources import clip_benchmark as wds
 from limber_jax.errors import UserError
 from limber_jax.evals import clip_benchmark as benchmark
 from limber_jax.evals import datasets, robustness
+from limber_jax.evals.captions import Captions
+from limber_jax.evals.hallucination import Hallucination
+from limber_jax.evals.linear_probe import LinearProbe
+from limber_jax.evals.naming import Naming
+from limber_jax.evals.probing import Probing
+from limber_jax.evals.retrieval import Retrieval
+from limber_jax.evals.robustness import Shift
+from limber_jax.evals.vqa import Vqa
+from limber_jax.evals.words import Words
+from limber_jax.evals.zeroshot import ZeroShot
 
 SCORER = "data/weights/clip-vit-base-patch32"  # ViT-B/32, behind CLIPScore
 SEEDS = (0, 1, 2)
@@ -19,22 +29,22 @@ def clip(every: int = -1) -> dict[str, Evaluation]:
   Args:
     every: steps between two zero-shot accuracies on ImageNet in training; -1 = none. The others are never in training.
   """
-  zeroshot = {key: Evaluation(name="zeroshot", source=s.source, every=every if key == "imagenet" else -1, classes=key,
-                              templates="imagenet80" if key == "imagenet" else key)
+  zeroshot = {key: ZeroShot(s.source, every=every if key == "imagenet" else -1, classes=key,
+                            templates="imagenet80" if key == "imagenet" else key)
               for key, s in datasets.CLIP.items()}
   # No probe of Birdsnap, which lists no training set here.
   probes = {f"{key}_probe": _probe(key, s) for key, s in datasets.CLIP.items() if s.train}
-  shifts = {f"shift_{key}": Evaluation(name="shift", source=datasets.SETS[key].source, every=-1, classes=key,
-                                       templates="imagenet80") for key in robustness.SETS}
-  retrieval = {f"{key}_retrieval": Evaluation(name="retrieval", source=datasets.SETS[key].source, every=-1,
-                                              templates="a photo of {}") for key in ("coco", "flickr30k")}
+  shifts = {f"shift_{key}": Shift(datasets.SETS[key].source, every=-1, dataset=key, templates="imagenet80")
+            for key in robustness.SETS}
+  retrieval = {f"{key}_retrieval": Retrieval(datasets.SETS[key].source, every=-1, prompt="a photo of {}")
+               for key in ("coco", "flickr30k")}
   return {**zeroshot, **probes, **shifts, **retrieval}
 
 
-def _probe(key: str, s: datasets.DataSet) -> Evaluation:
+def _probe(key: str, s: datasets.DataSet) -> LinearProbe:
   source = dataclasses.replace(s.source, split=s.source.split.partition(",")[0])  # of UCF101's three the first
-  return Evaluation(
-    name="linear_probe", source=source, every=-1, classes=key, templates="imagenet80" if key == "imagenet" else key,
+  return LinearProbe(
+    source, every=-1, classes=key, templates="imagenet80" if key == "imagenet" else key,
     train=dataclasses.replace(source, split=s.train),
     validation=dataclasses.replace(source, split=s.validation) if s.validation else None,
     shots=(0,) if s.metric == "map11" else (0, 1, 2, 4, 8, 16), seeds=SEEDS)  # map11: of several classes an image
@@ -66,11 +76,11 @@ def clip_benchmark(path: str, split: str = "test", every: int = -1, probes: bool
       kind = "classification"
     key = f"wds_{re.sub(r'[^0-9A-Za-z]', '_', name)}"
     tested = Source("clip_benchmark", folder, there[0] if len(there) == 1 else split)
-    metrics = benchmark.metrics_of(name) if kind == "classification" else ()
-    out[key] = Evaluation("retrieval" if kind == "retrieval" else "zeroshot", tested, every=every, metrics=metrics)
+    out[key] = (Retrieval(tested, every=every) if kind == "retrieval" else
+                ZeroShot(tested, every=every, metrics=benchmark.metrics_of(name) if kind == "classification" else ()))
     if probes and kind == "classification" and "train" in there and tested.split != "train":
       learnt = dataclasses.replace(tested, split="train")
-      out[f"{key}_probe"] = Evaluation("linear_probe", tested, every=-1, train=learnt)
+      out[f"{key}_probe"] = LinearProbe(tested, every=-1, train=learnt)
   return out
 
 
@@ -79,14 +89,13 @@ def limber() -> dict[str, Evaluation]:
   coco, nocaps, vqa2, awa2 = (datasets.SETS[key].source for key in ("coco", "nocaps", "vqa2", "awa2"))
   val2014 = Source(name="coco", path="data/coco/annotations/captions_val2014.json", split="")
   return {
-    "coco": Evaluation(name="captions", source=coco, every=-1, scorer=SCORER),
-    "coco_val2014": Evaluation(name="captions", source=val2014, every=-1, scorer=SCORER),
-    "nocaps": Evaluation(name="captions", source=nocaps, every=-1, scorer=SCORER),
-    "vqa2": Evaluation(name="vqa", source=vqa2, train=dataclasses.replace(vqa2, split="train2014"), every=-1,
-                       batch_size=64, shots=(0, 1, 2, 4), seeds=SEEDS),
-    "awa2": Evaluation(name="naming", source=awa2, every=-1),
-    "words": Evaluation(name="words", source=coco, every=-1),
-    "hallucination": Evaluation(name="hallucination", source=coco, every=-1,
-                                classes="data/coco/annotations/instances_val2014.json"),
-    "probing": Evaluation(name="probing", source=awa2, every=-1),
+    "coco": Captions(coco, every=-1, scorer=SCORER),
+    "coco_val2014": Captions(val2014, every=-1, scorer=SCORER),
+    "nocaps": Captions(nocaps, every=-1, scorer=SCORER),
+    "vqa2": Vqa(vqa2, train=dataclasses.replace(vqa2, split="train2014"), every=-1, batch_size=64, shots=(0, 1, 2, 4),
+                seeds=SEEDS),
+    "awa2": Naming(awa2, every=-1),
+    "words": Words(coco, every=-1),
+    "hallucination": Hallucination(coco, every=-1, segments="data/coco/annotations/instances_val2014.json"),
+    "probing": Probing(awa2, every=-1),
   }

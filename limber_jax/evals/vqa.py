@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limber_jax.config import Evaluation, choose
+from limber_jax.config import COUNT, SEEDS, Evaluation, Source, choose, ranged
+from limber_jax.data import sources as data_sources
 from limber_jax.data.contents import contents
-from limber_jax.data.sources import Source
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Record, Transform
 from limber_jax.decoding import interleaved
 from limber_jax.decoding.generate import row_keys
 from limber_jax.decoding.interleaved import SEPARATOR, Layout, example_text, question_text
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner
+from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.metrics import vqa
 from limber_jax.models.cache import Cache
 from limber_jax.models.limber import part
@@ -30,7 +30,8 @@ from limber_jax.runtime.parallel import broadcast_from_process_0, replicated
 METRICS = ("accuracy", "truncated", "blind_text", "blind_zeros")
 
 
-class Vqa:
+@dataclasses.dataclass
+class Vqa(Evaluation):
   """Accuracy of VQA v2 after config.shots examples: "accuracy_0shot", "accuracy_4shot", …
 
   The model reads an image and "Q: … A:". Of what it writes, the first word of the first line is its answer. Before that
@@ -50,9 +51,24 @@ class Vqa:
   config.source, config.train: of data source "vqa", or another whose records have "answers", "answer", "answer_type".
   """
 
+  name = "vqa"
   needs = ("generate", "generate_blind", "prompt", "read")
 
-  def __init__(self, config: Evaluation, context: Context):
+  train: Source | None = None  # what examples are drawn from
+  metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
+  # examples before a question
+  shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT, nonempty=True)
+  # of what is drawn: a figure is the mean over them
+  seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS, nonempty=True)
+
+  def open(self, context: Context) -> Eval:
+    return VqaEval(self, context)
+
+
+class VqaEval:
+  """A `Vqa` whose data are open."""
+
+  def __init__(self, config: Vqa, context: Context):
     name = context.name or config.name
     where = f"evaluation {name!r}"
     for metric in config.metrics:
@@ -64,7 +80,7 @@ class Vqa:
     self._metrics = config.metrics or ("accuracy", "blind_text", "blind_zeros")
     self._shots, self._most = tuple(dict.fromkeys(config.shots)), max(config.shots)
     self._seeds = tuple(dict.fromkeys(config.seeds)) if self._most else ()
-    self._train: Source | None = None
+    self._train: data_sources.Source | None = None
     key = {"prompt": example_text("{}", "{}")}  # what answers depend on beside the configuration
     if self._most:
       if config.train is None:

@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
-from limber_jax.evals.base import Context, Runner
+from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.generation import CaptionGenerator
-from limber_jax.evals.zeroshot import lines
+from limber_jax.evals.prompts import lines
 from limber_jax.metrics import words as metric
 from limber_jax.metrics.words import Word
 from limber_jax.runtime.atomic import atomic_write, save_figure
 from limber_jax.runtime.parallel import broadcast_from_process_0
 
 
-class Words:
+@dataclasses.dataclass
+class Words(Evaluation):
   """Writes a caption for every image, and counts how the 50 most frequent words of a category come through.
 
   Returns means over words: "nouns_precision", "nouns_recall", "nouns_f1", and the same of "modifiers" and "relations".
@@ -30,18 +30,28 @@ class Words:
   Wu-Palmer similarity on WordNet between a noun of the references and the nearest noun of the caption, where WordNet is
   at hand. "count" is the number of images, "@name" figures are of further maps, "@blind" those without any image.
 
-  Words are told apart by NLTK's tagger where that is at hand, else by lists of words; facts say by which. classes: a
-  file with a noun a line, of which alone the nouns are, without NLTK.
+  Words are told apart by NLTK's tagger where that is at hand, else by lists of words; facts say by which.
 
   NAME.words.jsonl in the workdir has a line a word, NAME.words.png shows the recalls.
   """
 
+  name = "words"
   needs = ("generate",)
+  files = ("nouns",)
 
-  def __init__(self, config: Evaluation, context: Context):
+  nouns: str = ""  # a file with a noun a line, of which alone the nouns are, without NLTK; "" = all
+
+  def open(self, context: Context) -> Eval:
+    return WordsEval(self, context)
+
+
+class WordsEval:
+  """A `Words` whose data are open."""
+
+  def __init__(self, config: Words, context: Context):
     self._runner = Runner(config, context)
     self._write = CaptionGenerator(self._runner)
-    self._nouns = lines(config.classes, "classes") if config.classes else []
+    self._nouns = lines(config.nouns, "nouns") if config.nouns else []
     self._facts: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
@@ -65,7 +75,7 @@ class Words:
         map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
         if not words:
           raise UserError(f"evaluation 'words' on data source {self._runner.config.source.name!r}: its texts hold no "
-                          f"word that {what} know; give nouns in a file as `classes`")
+                          f"word that {what} know; give some in a file as `nouns`")
         tables[map_] = words
         out |= {f"{key}{map_}": value for key, value in metric.summary(words).items()}
     if jax.process_index() == 0:
@@ -94,6 +104,8 @@ def references_of(record: dict[str, Any]) -> Sequence[str]:
 
 def draw(tables: dict[str, Sequence[Word]], path: str) -> None:
   """Writes a PNG: the recall of each word, the most frequent on the left, a row a category and a colour a map."""
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+
   figure = Figure(figsize=(12, 8), layout="constrained")
   for axes, category in zip(figure.subplots(len(metric.CATEGORIES)), metric.CATEGORIES, strict=True):
     for number, (map_, words) in enumerate(tables.items()):

@@ -16,7 +16,8 @@ from limber_jax.data import tokenizers, transforms
 from limber_jax.data.images import PLAIN, ImageOptions
 from limber_jax.data.sources import folder
 from limber_jax.errors import UserError
-from limber_jax.evals.zeroshot import classifier, lines
+from limber_jax.evals.prompts import lines
+from limber_jax.evals.zeroshot import classifier
 from limber_jax.inference.images import attempt
 from limber_jax.models import clip
 from limber_jax.models.text import check_end

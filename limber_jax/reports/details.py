@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from limber_jax.config import Evaluation, flatten
+from limber_jax.config import evaluation_of, flatten
+from limber_jax.registry import EVALS
 from limber_jax.reports import published
 from limber_jax.reports.runs import Run, label_of
 from limber_jax.reports.tables import PANELS
 from limber_jax.reports.text import NONE, escape, flat, markdown, name_of, shown
 
-# Settings of an evaluation that are as everywhere; only others are shown.
-DEFAULTS = {k: v for k, v in flatten(Evaluation()).items() if not k.startswith(("source.", "name"))}
 NAMED = 20  # damaged items that are named
 
 
@@ -67,7 +66,9 @@ def details(run: Run) -> list[str]:
       lines = [f"- {escape(d)}" for d in facts["damage"][:NAMED]]
       blocks += ["Damaged:" if damaged == len(lines) else f"Damaged, the first {len(lines)}:", "\n".join(lines)]
     told = {"items", "covered", "damaged", "damage"}
-    chosen = {k: v for k, v in evaluation["protocol"].items() if k not in DEFAULTS or v != DEFAULTS[k]}
+    usual = flatten(evaluation_of(kind)()) if kind in EVALS else {}
+    usual = {k: v for k, v in usual.items() if not k.startswith(("source.", "name"))}  # of which only others are shown
+    chosen = {k: v for k, v in evaluation["protocol"].items() if k not in usual or v != usual[k]}
     settings = flat(chosen) | flat({k: v for k, v in facts.items() if k not in told})
     if settings:
       blocks.append(markdown(("setting", "value"), list(settings.items())))

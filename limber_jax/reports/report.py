@@ -5,7 +5,7 @@ import urllib.parse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from limber_jax.evals import robustness
+from limber_jax.evals import effective_robustness
 from limber_jax.reports import published
 from limber_jax.reports.details import details, others, rest
 from limber_jax.reports.figures import pictured
@@ -88,7 +88,7 @@ def save(runs: Sequence[Run], path: str, before: Run | None = None) -> None:
     save_figure(figure, f"{stem}_{name}.png")
   if beside and len(runs) == 1 and (found := shifts(runs[0])):
     pictures.append(os.path.basename(f"{stem}_robustness.png"))
-    robustness.draw(found, runs[0].title, f"{stem}_robustness.png")
+    effective_robustness.draw(found, runs[0].title, f"{stem}_robustness.png")
   text = report(runs, pictures, before)
   with atomic_write(path) as file:
     file.write(text)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from limber_jax import config_history
 from limber_jax.errors import UserError
 from limber_jax.evals import datasets
 from limber_jax.reports import published
@@ -86,6 +87,7 @@ def of(results: Any, workdir: str) -> Run:
   taken: dict[tuple[str, str | None], str] = {}  # (evaluation, data set) -> the name of the evaluation it stands under
   for name, evaluation in results["evaluations"].items():
     _check(evaluation, LAYOUT_OF_EVALUATION, f"{path}: evaluations.{name}")
+  results = results | {"evaluations": {n: config_history.entry(e) for n, e in results["evaluations"].items()}}
   # Of two evaluations of one data set, that which has its name goes into the tables.
   for name in sorted(results["evaluations"], key=lambda n: book.data_of(n, "") is None):
     evaluation = results["evaluations"][name]
@@ -104,8 +106,9 @@ def of(results: Any, workdir: str) -> Run:
 
 def _data_of(name: str, evaluation: Mapping[str, Any]) -> str | None:
   """Returns what published.json calls the data set of an evaluation: by its name, its classes, or where it is read."""
-  kind, classes = evaluation["evaluation"], str(evaluation["protocol"].get("classes"))
-  file = os.path.splitext(os.path.basename(str(evaluation["protocol"].get("source.path"))))[0]
+  kind, protocol = evaluation["evaluation"], evaluation["protocol"]
+  classes = str(protocol.get("dataset" if kind == "shift" else "classes"))
+  file = os.path.splitext(os.path.basename(str(protocol.get("source.path"))))[0]
   # ImageNet's classes are those of other sets, too.
   words = [classes] if kind == "shift" else [name, file] if classes == "imagenet" else [name, classes, file]
   return next(filter(None, (published.load().data_of(word, kind) for word in words)), None)

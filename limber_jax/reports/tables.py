@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from limber_jax.errors import UserError
-from limber_jax.evals import overlap, robustness
+from limber_jax.evals import effective_robustness, overlap, robustness
 from limber_jax.reports import published
 from limber_jax.reports.runs import BLIND, CAPTIONS, SCORES, Run, by_source, data_title, label_of, zeroshot_columns
 from limber_jax.reports.text import NONE, markdown, number, percent
@@ -103,8 +103,8 @@ def zeroshot_table(runs: Sequence[Run], cited: dict) -> str:
 
 
 def shifts(run: Run, before: Run | None = None) -> dict[str, dict[str, float]]:
-  """Returns what robustness.summary says of a run."""
-  return robustness.summary(_shifted(run), _shifted(before) if before else None)
+  """Returns what effective_robustness.summary says of a run."""
+  return effective_robustness.summary(_shifted(run), _shifted(before) if before else None)
 
 
 def _shifted(run: Run) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from limber_jax.config import Config, Evaluation
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context
-from limber_jax.evals.splits import named
+from limber_jax.evals.splits import named, sources_of
 from limber_jax.models import clip
 from limber_jax.runtime import atomic, lock, parallel
 from limber_jax.training.setup import Setup, check_frozen, evaluate, make_context, make_eval, setup
@@ -188,8 +188,9 @@ def _moved(evaluation: Evaluation, data: str) -> Evaluation:
     return os.path.join(data, path.removeprefix(DATA)) if path.startswith(DATA) else path
 
   sources = {name: dataclasses.replace(source, path=moved(source.path), images=moved(source.images))
-             for name in ("source", "train", "validation") if (source := getattr(evaluation, name)) is not None}
-  return dataclasses.replace(evaluation, classes=moved(evaluation.classes), **sources)
+             for name, source in sources_of(evaluation).items()}
+  files = {name: moved(getattr(evaluation, name)) for name in evaluation.files}
+  return dataclasses.replace(evaluation, **files, **sources)
 
 
 def earlier_results(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, bool]:

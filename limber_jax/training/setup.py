@@ -14,7 +14,7 @@ from limber_jax import registry
 from limber_jax.checkpoints.frozen import kept_frozen
 from limber_jax.checkpoints.manager import abstract
 from limber_jax.checkpoints.state import SHARDING, Frozen, TrainState, check_trainable, split
-from limber_jax.config import Config
+from limber_jax.config import Config, evaluation_of
 from limber_jax.data import tokenizers, transforms
 from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
@@ -145,14 +145,12 @@ def feature_specs(setup: Setup) -> dict[str, dict[str, Any]]:
 def make_eval(setup: Setup, name: str, context: Context) -> Eval:
   """Returns an evaluation of the experiment, its data opened; raises UserError if it or its data do not fit."""
   config = named(setup.config.evals[name], name)
-  cls = registry.lookup("evaluation", registry.EVALS, config.name)
-  if missing := sorted(set(cls.needs) - setup.task.predict().keys()):
-    fitting = [n for n, target in registry.EVALS.items()
-               if set(registry.lookup("evaluation", registry.EVALS, n).needs) <= setup.task.predict().keys()]
+  if missing := sorted(set(config.needs) - setup.task.predict().keys()):
+    fitting = [n for n in registry.EVALS if set(evaluation_of(n).needs) <= setup.task.predict().keys()]
     raise UserError(f"config.evals.{name}: evaluation {config.name!r} asks a model for {missing[0]!r}, which task "
                     f"{setup.config.task!r} cannot answer; those it can: {', '.join(fitting)}")
   with own_fields(config, name):
-    return cls(config, dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
+    return config.open(dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
 
 
 def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False,

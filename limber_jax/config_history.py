@@ -1,0 +1,62 @@
+"""What configurations of earlier releases say, in the words of this one: read from config.json, and from results.
+
+All of it stands in the tables below. Of a field that is gone nothing is guessed: what is not in a table is refused by
+whoever reads the configuration, as any field that is not there.
+"""
+
+import dataclasses
+from typing import Any
+
+from limber_jax import registry
+
+# Until 0.1 all evaluations were one dataclass: these fields stood in the JSON of each, whether it used them or not.
+UNION = ("classes", "templates", "train", "validation", "metrics", "scorer", "scorer_model", "shots", "seeds",
+         "threshold")
+# evaluation -> field -> its name now; "" is of all. Without `max_bad_fraction` an evaluation is of before.
+FIELDS = {
+  "": {"damaged": "max_bad_fraction"},
+  "hallucination": {"classes": "segments"},
+  "retrieval": {"templates": "prompt"},
+  "shift": {"classes": "dataset"},
+  "words": {"classes": "nouns"},
+}
+# evaluation -> field, as it is called now -> value -> what it meant. Templates of classes were once the default of all.
+VALUES = {"retrieval": {"prompt": {"imagenet7": ""}}}
+
+
+def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a configuration, as `config.flatten` gives them, from those of this or an earlier release."""
+  out, evals = {}, {}
+  for name, value in values.items():
+    if name.startswith("evals.") and name.count(".") > 1:
+      key, _, field = name.removeprefix("evals.").partition(".")
+      evals.setdefault(key, {})[field] = value
+    else:
+      out[name] = value
+  for key, fields in evals.items():
+    out |= {f"evals.{key}.{field}": value for field, value in evaluation(fields).items()}
+  return out
+
+
+def evaluation(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of an evaluation, {"name": …, "source.path": …}, from those of this or an earlier release."""
+  name = values.get("name")
+  if "max_bad_fraction" in values or not isinstance(name, str) or name not in registry.EVALS:
+    return values
+  renamed = FIELDS[""] | FIELDS.get(name, {})
+  known = {f.name for f in dataclasses.fields(registry.lookup("evaluation", registry.EVALS, name))}
+  out = {}
+  for path, value in values.items():
+    field, dot, rest = path.partition(".")
+    field = renamed.get(field, field)
+    if field in known or field not in UNION:
+      meant = VALUES.get(name, {}).get(field, {})
+      out[f"{field}{dot}{rest}"] = meant.get(value, value) if isinstance(value, str) else value
+  return out
+
+
+def entry(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns an entry of results.json, {"evaluation", "protocol", …}, from one of this or an earlier release."""
+  protocol = evaluation({"name": values["evaluation"]} | values["protocol"])
+  return values | {"evaluation": protocol["name"],
+                   "protocol": {k: v for k, v in protocol.items() if k != "name" or k in values["protocol"]}}

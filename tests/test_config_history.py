@@ -1,0 +1,103 @@
+"""Runs and results of earlier releases are read, in the words of this one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from limber_jax import config_history, registry
+from limber_jax.config import Evaluation, Source, check, evaluation_of, flatten, from_json, to_json
+from limber_jax.errors import UserError
+from limber_jax.evals.captions import Captions
+from limber_jax.evals.hallucination import Hallucination
+from limber_jax.evals.linear_probe import LinearProbe
+from limber_jax.evals.naming import Naming
+from limber_jax.evals.overlap import Overlap
+from limber_jax.evals.probing import Probing
+from limber_jax.evals.retrieval import Retrieval
+from limber_jax.evals.robustness import Shift
+from limber_jax.evals.similarity import Similarity
+from limber_jax.evals.vqa import Vqa
+from limber_jax.evals.words import Words
+from limber_jax.evals.zeroshot import ZeroShot
+
+DATA = Path(__file__).parent / "data"
+DIGITS, TRAIN = Source(split="test"), Source(split="train")
+COCO, AWA2 = Source("coco", "data/coco.json", "test"), Source("awa2", "data/awa2", "all")
+TEMPLATES = {"templates": "imagenet7"}  # the default then, which was written down
+
+# What the config.json of version 0.1.0 say, which that release wrote itself.
+EVALS = {
+  "contrastive": {
+    "zeroshot": ZeroShot(DIGITS, every=2, batch_size=64, classes="cifar10", templates="single", metrics=("top1",),
+                         max_bad_fraction=0.2),
+    "retrieval": Retrieval(COCO, every=-1, prompt="a photo of {}"),
+    "plain": Retrieval(COCO, every=-1),
+    "similarity": Similarity(DIGITS, every=0, **TEMPLATES),
+    "probe": LinearProbe(DIGITS, every=-1, train=TRAIN, validation=DIGITS, shots=(0, 4), seeds=(1, 2), **TEMPLATES),
+    "overlap": Overlap(DIGITS, every=-1, train=TRAIN, threshold=0.9, **TEMPLATES),
+    "shift_imagenet_r": Shift(Source("folder", "data/imagenet-r", ""), every=-1, dataset="imagenet_r",
+                              templates="imagenet80"),
+  },
+  "captioning": {
+    "coco": Captions(COCO, every=-1, metrics=("cider_d",), scorer="data/clip"),
+    "vqa2": Vqa(Source("vqa", "data/vqa2", "val2014"), every=-1, train=Source("vqa", "data/vqa2", "train2014"),
+                shots=(0, 1), seeds=(3,), batch_size=8),
+    "awa2": Naming(AWA2, every=-1, classes="animals.txt"),
+    "words": Words(COCO, every=-1, nouns="nouns.txt"),
+    "hallucination": Hallucination(COCO, every=-1, segments="instances_val2014.json", metrics=("chair",)),
+    "probing": Probing(AWA2, every=-1, metrics=("nearest",), train=dataclasses.replace(AWA2, split="train")),
+  },
+  "language_modelling": {},
+}
+
+
+def stored(task):
+  return (DATA / f"config_0.1.0_{task}.json").read_text()
+
+
+@pytest.mark.parametrize("task", registry.TASKS)
+def test_the_config_json_of_an_earlier_release_is_read(task):
+  config = from_json(stored(task), "x")
+  assert config.evals == EVALS[task] and config.task == task
+  assert from_json(to_json(config), "x") == config
+
+
+@pytest.mark.parametrize("name", registry.EVALS)
+def test_an_evaluation_knows_its_own_fields_and_no_others(name):
+  cls = evaluation_of(name)
+  assert issubclass(cls, Evaluation) and cls.name == name and cls.needs
+  known = {f.name for f in dataclasses.fields(cls)}
+  assert set(cls.files) <= known
+  for field in {*config_history.UNION, "nam"} - known:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{field}'"):
+      cls(**{field: ""})
+    values = json.loads(stored("contrastive")) | {f"evals.zeroshot.{k}": v for k, v in flatten(cls()).items()}
+    values = {k: v for k, v in values.items() if not k.startswith("evals.zeroshot.") or k.split(".")[2] in {
+      *known, "name"}}
+    assert from_json(json.dumps(values), "x").evals["zeroshot"] == cls()
+    with pytest.raises(UserError, match=rf"^x: evals\.zeroshot\.{field}: no such field(; did you mean|; known: )"):
+      from_json(json.dumps(values | {f"evals.zeroshot.{field}": ""}), "x")
+
+
+def test_an_evaluation_that_is_not_there_or_none_is_one_line():
+  values = json.loads(stored("contrastive")) | {"evals.zeroshot.name": "zeroshoot"}
+  with pytest.raises(UserError, match=r"^x: evals\.zeroshot\.name: no evaluation 'zeroshoot'; did you mean 'zeroshot'"):
+    from_json(json.dumps(values), "x")
+  config, renamed = from_json(stored("contrastive"), "x"), ZeroShot()
+  renamed.name = "vqa"
+  for evaluation, match in ((Evaluation(), "a: expected an evaluation of the reg"), (renamed, "a.name='vqa': what")):
+    config.evals = {"a": evaluation}
+    with pytest.raises(UserError, match=rf"^config\.evals\.{match}"):
+      check(config)
+
+
+def test_an_entry_of_results_of_an_earlier_release_says_the_same_as_one_of_this():
+  old = {"evaluation": "shift", "figures": {"top1": 0.5}, "facts": {},
+         "protocol": {"name": "shift", "classes": "imagenet_r", "damaged": 0.5, "threshold": 0.95, "source.path": "x"}}
+  new = config_history.entry(old)
+  assert new["protocol"] == {"name": "shift", "dataset": "imagenet_r", "max_bad_fraction": 0.5, "source.path": "x"}
+  assert config_history.entry(new) == new
+  other = old | {"evaluation": "own", "protocol": {"classes": "x"}}  # of somebody's own
+  assert config_history.entry(other) == other
