@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy import special
 
 from limber_jax.evals.robustness import SETS, SHIFTS, VIDEOS, classes_of, read
@@ -101,6 +99,8 @@ def draw(rows: dict[str, dict[str, float]], name: str, path: str) -> None:
     name: of the model, for the legend.
     path: where to; the folder is made.
   """
+  from matplotlib.figure import Figure  # here: a command that draws nothing waits for it otherwise
+
   sets = [s for s in SHIFTS if s in rows]
   panels = ["mean", *sets] if len(sets) > 1 else sets
   columns = min(4, len(panels))
@@ -121,7 +121,7 @@ def draw(rows: dict[str, dict[str, float]], name: str, path: str) -> None:
   save_figure(figure, path)
 
 
-def _panel(axes: Axes, row: dict[str, float], x: np.ndarray, y: np.ndarray, title: str, name: str) -> None:
+def _panel(axes: Any, row: dict[str, float], x: np.ndarray, y: np.ndarray, title: str, name: str) -> None:
   own = [row["accuracy_own"]] if "accuracy_own" in row else []
   shown = [np.clip([*part], 0.002, 0.998) for part in ([*x, row["imagenet"]], [*y, row["accuracy"], *own])]
   low, high = zip(*((special.logit(part.min()) - 0.3, special.logit(part.max()) + 0.3) for part in shown), strict=True)

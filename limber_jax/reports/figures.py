@@ -3,9 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from limber_jax.reports import published
 from limber_jax.reports.runs import (
@@ -20,19 +18,23 @@ from limber_jax.reports.runs import (
   zeroshot_columns,
 )
 
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
 ACROSS = 3       # panes in a row of a picture
 COLOURS = ("#1f6f8b", "#d1603d", "#6a4c93", "#4f772d", "#b5838d", "#e09f3e", "#335c67", "#9e2a2b", "#577590")
 GREY, INK = "#c9c9c9", "#222222"
 
 
-def pictured(runs: Sequence[Run]) -> dict[str, Figure]:
+def pictured(runs: Sequence[Run]) -> "dict[str, Figure]":
   """Returns pictures by name, those there are figures for: "captioning", "vqa", "zeroshot"."""
   runs = ordered(runs)
   drawn = {"captioning": _draw_captioning(runs), "vqa": _draw_vqa(runs), "zeroshot": _draw_zeroshot(runs)}
   return {name: figure for name, figure in drawn.items() if figure}
 
 
-def _draw_captioning(runs: Sequence[Run]) -> Figure | None:
+def _draw_captioning(runs: Sequence[Run]) -> "Figure | None":
   """Bars of the columns of captioning, a pane a run."""
   panes = []
   for run in runs:
@@ -66,7 +68,7 @@ def _draw_captioning(runs: Sequence[Run]) -> Figure | None:
   return figure
 
 
-def _draw_vqa(runs: Sequence[Run]) -> Figure | None:
+def _draw_vqa(runs: Sequence[Run]) -> "Figure | None":
   """Lines over the number of examples, a colour a run, grey without any image; as published, dashed."""
   lines = []  # (label, shots -> percent, how it is drawn)
   colours: dict[str | None, str] = {BLIND: "#888888"}
@@ -98,7 +100,7 @@ def _draw_vqa(runs: Sequence[Run]) -> Figure | None:
   return figure
 
 
-def _draw_zeroshot(runs: Sequence[Run]) -> Figure | None:
+def _draw_zeroshot(runs: Sequence[Run]) -> "Figure | None":
   """Bars, or points of several runs, of every data set; a mark where it was published."""
   mine = [(run, run.scores.get(("zeroshot", ""), {})) for run in runs]
   mine = [(run, scores) for run, scores in mine if scores]
@@ -156,13 +158,15 @@ def _plain(text: str) -> str:
   return text.replace("$", r"\$")
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def _figure(width: float, height: float, title: str) -> "Figure":
+  from matplotlib.figure import Figure  # here, for most commands draw nothing
+
   figure = Figure(figsize=(width, height), layout="constrained")
   figure.suptitle(title, size=12, color=INK)
   return figure
 
 
-def _style(axes: Axes, title: str, grid: str = "y") -> None:
+def _style(axes: "Axes", title: str, grid: str = "y") -> None:
   axes.set_title(title, size=10, color=INK, loc="left", parse_math=False)
   axes.spines[["top", "right"]].set_visible(False)
   axes.spines[["left", "bottom"]].set_color("#888888")

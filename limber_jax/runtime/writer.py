@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from limber_jax.errors import UserError
 from limber_jax.runtime.atomic import atomic_write
 
@@ -43,6 +41,8 @@ class Log:
     self._tty = active and print is _builtin_print and sys.stdout.isatty()
     if not active:
       return
+    from tensorboardX import SummaryWriter  # here, for it brings in torch where that is installed: seconds
+
     self._path = os.path.join(workdir, "metrics.jsonl")
     with self._guarded():
       _truncate(self._path, start_step)
