@@ -42,6 +42,65 @@ class Setup:
   tokenizer: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class _Start:
+  """Where the parts of a model start: on disk, at what was kept of an earlier start, or at random."""
+
+  config: Config
+  task: Task
+  mesh: jax.sharding.Mesh
+  params: dict[str, Any]  # ShapeDtypeStructs with shardings, by part
+  stats: dict[str, Any]
+
+  @classmethod
+  def of(cls, config: Config, task: Task, mesh: jax.sharding.Mesh) -> "_Start":
+    """Returns the start of an experiment; raises UserError if its model has no such parts to train."""
+    params, stats = jax.eval_shape(task.init, jax.random.key(config.seed))
+    check_trainable(config.trainable, params)
+    bare = cls(config, task, mesh, {}, {})
+    return dataclasses.replace(bare, params=bare.laid_out(jax.eval_shape(bare.cast, params)),
+                               stats=bare.laid_out(stats))
+
+  def laid_out(self, tree: Any) -> Any:
+    """Returns ShapeDtypeStructs with the shardings that a state, or a part of one, has on the mesh."""
+    return abstract(tree, parallel.shardings(tree, (*SHARDING, *self.task.sharding), self.mesh))
+
+  def cast(self, params: dict[str, Any]) -> dict[str, Any]:
+    """Returns parameters, what is not trained in the precision that it is computed in."""
+    dtype = jnp.dtype(self.config.compute.dtype)
+    fixed = split(params, self.config.trainable)[1]
+    return params | jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, fixed)
+
+  def read(self, path: str, part: str) -> tuple[dict, dict]:
+    """Returns (params, stats) of a part from disk; raises UserError that names the setting."""
+    try:
+      return self.task.load(path, part, self.params[part], self.stats.get(part, {}),
+                            self.config.init.resample_positions)
+    except UserError as error:
+      raise UserError(f"--config.init.{part}: {error}") from error
+
+  def values(self, parts: Iterable[str], kept: dict[str, dict]) -> tuple[dict, dict]:
+    """Returns (params, stats) of some parts, from disk, from what was `kept`, or at random."""
+    paths = {part: path for part in parts if (path := self.config.init.path_of(part))}
+    random = [part for part in parts if part not in paths and part not in kept]
+    rng = jax.random.key(self.config.seed)
+
+    def draw():  # what is not returned is not computed
+      params, stats = self.task.init(rng)
+      return self.cast({p: params[p] for p in random}), {p: stats[p] for p in random if p in stats}
+
+    with jax.set_mesh(self.mesh):
+      layout = jax.tree.map(lambda x: x.sharding, ({p: self.params[p] for p in random},
+                                                   {p: self.stats[p] for p in random if p in self.stats}))
+      params, stats = jax.jit(draw, out_shardings=layout)()
+    found = {part: self.read(path, part) for part, path in paths.items()}
+    found |= {part: (tree["params"], tree["stats"]) for part, tree in kept.items()}
+    for part, (params[part], part_stats) in found.items():
+      if part_stats:
+        stats[part] = part_stats
+    return params, stats
+
+
 def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   """Returns what training and evaluation share.
 
@@ -64,63 +123,23 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
     raise UserError(f"config.data.tokenizer has {tokenizer.vocab_size} ids, the model only {task.vocab}; "
                     "choose another tokenizer, or set the vocab of config.model")
   tx = optimizer.make(config.optim, config.steps)
-  rng = jax.random.key(config.seed)
-  params_like, stats_like = jax.eval_shape(task.init, rng)
-  check_trainable(config.trainable, params_like)
-
-  def cast(params):
-    """What is not trained is held in the precision it is computed in."""
-    dtype = jnp.dtype(config.compute.dtype)
-    fixed = split(params, config.trainable)[1]
-    return params | jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, fixed)
-
-  def abstract_state(tree):
-    return abstract(tree, parallel.shardings(tree, (*SHARDING, *task.sharding), mesh))
-
-  params_like, stats_like = abstract_state(jax.eval_shape(cast, params_like)), abstract_state(stats_like)
-
-  def read(path: str, part: str) -> tuple[dict, dict]:
-    try:
-      return task.load(path, part, params_like[part], stats_like.get(part, {}), config.init.resample_positions)
-    except UserError as error:
-      raise UserError(f"--config.init.{part}: {error}") from error
-
-  def initial(parts: Iterable[str], kept: dict[str, dict]) -> tuple[dict, dict]:
-    """Returns (params, stats) of some parts, from disk, from what was `kept`, or at random."""
-    paths = {part: path for part in parts if (path := config.init.path_of(part))}
-    random = [part for part in parts if part not in paths and part not in kept]
-
-    def draw():  # what is not returned is not computed
-      params, stats = task.init(rng)
-      return cast({p: params[p] for p in random}), {p: stats[p] for p in random if p in stats}
-
-    with jax.set_mesh(mesh):
-      layout = jax.tree.map(lambda x: x.sharding, ({p: params_like[p] for p in random},
-                                                   {p: stats_like[p] for p in random if p in stats_like}))
-      params, stats = jax.jit(draw, out_shardings=layout)()
-    found = {part: read(path, part) for part, path in paths.items()}
-    found |= {part: (tree["params"], tree["stats"]) for part, tree in kept.items()}
-    for part, (params[part], part_stats) in found.items():
-      if part_stats:
-        stats[part] = part_stats
-    return params, stats
-
-  trained, fixed = split(params_like, config.trainable)
+  start = _Start.of(config, task, mesh)
+  trained, fixed = split(start.params, config.trainable)
   loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
   random = [part for part in loaded if not config.init.path_of(part)]
-  parallel.check_fits([trained, [params_like[part] for part in loaded]], mesh, "config.model")
+  parallel.check_fits([trained, [start.params[part] for part in loaded]], mesh, "config.model")
   kept = {part: tree for part in random if workdir and (tree := kept_frozen(
-    workdir, part, {"params": params_like[part], "stats": stats_like.get(part, {})})) is not None}
-  frozen = Frozen(*initial(loaded, kept) if loaded else ({}, {}))
+    workdir, part, {"params": start.params[part], "stats": start.stats.get(part, {})})) is not None}
+  frozen = Frozen(*start.values(loaded, kept) if loaded else ({}, {}))
   digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
 
   def create(params, stats):
     return TrainState.create(params, stats, tx, config.optim.spike.window)
 
-  like = abstract_state(jax.eval_shape(create, trained, split(stats_like, config.trainable)[0]))
+  like = start.laid_out(jax.eval_shape(create, trained, split(start.stats, config.trainable)[0]))
 
   def init() -> TrainState:
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*initial(list(trained), {}))
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*start.values(list(trained), {}))
 
   drawn = tuple(part for part in random if part not in kept)
   return Setup(config, mesh, task, tx, frozen, digests, drawn, init, like, tokenizer)
