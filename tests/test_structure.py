@@ -15,7 +15,7 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "config", "config_history", "ranges", "registry", "errors"},
+  {"__init__", "losses", "losses_engine", "config", "config_history", "ranges", "registry", "errors"},
   {"runtime"},
   {"cli", "help", "models", "data", "metrics"},
   {"checkpoints"},
@@ -91,7 +91,43 @@ def test_importing_the_losses_loads_jax_and_optax_and_no_more():
     print(*sorted({m if m.startswith("limber_jax") else m.split(".")[0] for m in set(sys.modules) - before}))
   """
   loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, check=True).stdout
-  assert set(loaded.split()) - set(sys.stdlib_module_names) <= {"limber_jax", "limber_jax.losses", "limber_jax.errors"}
+  assert set(loaded.split()) - set(sys.stdlib_module_names) <= {
+    "limber_jax", "limber_jax.losses", "limber_jax.losses_engine", "limber_jax.errors"}
+
+
+COMMANDS = sorted(f.stem for f in (ROOT / "limber_jax").glob("*.py") if 'if __name__ == "__main__":' in f.read_text())
+
+
+def test_no_module_imports_a_command():
+  commands = {f"limber_jax.{name}" for name in COMMANDS}
+  assert {"limber_jax.train", "limber_jax.caption", "limber_jax.health"} <= commands
+  for path in (f for f in FILES if f.is_relative_to(ROOT / "limber_jax")):
+    for line, module in imports(path):
+      assert module not in commands, f"{path.relative_to(ROOT)}:{line}: {module} is a command; what it calls lies below"
+
+
+def test_importing_a_command_loads_nothing_that_takes_seconds():
+  script = "if True:\n" + "\n".join(f"  import limber_jax.{name}" for name in ("losses", *COMMANDS)) + """
+  import sys
+  print(*sys.modules)
+  """
+  loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, check=True
+                          ).stdout.split()
+  assert "limber_jax.evaluate" in loaded
+  assert {"torch", "tensorflow", "tensorboardX", "matplotlib"}.isdisjoint(loaded)
+
+
+# This list may only shrink.
+LONG_FILES = {"config.py": 454}  # lines it may have
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.is_relative_to(ROOT / "limber_jax")], ids=own)
+def test_a_file_has_at_most_400_lines_and_a_function_80(path):
+  text, name = path.read_text(), path.relative_to(ROOT / "limber_jax").as_posix()
+  assert len(text.splitlines()) <= LONG_FILES.get(name, 400), f"{name}: split it by meaning"
+  assert name not in LONG_FILES or len(text.splitlines()) > 400, f"{name} is short enough: take it off LONG_FILES"
+  functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+  assert [f"{n.name}: {n.end_lineno - n.lineno + 1} lines" for n in functions if n.end_lineno - n.lineno >= 80] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
