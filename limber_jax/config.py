@@ -7,7 +7,9 @@ model.
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
@@ -292,10 +294,15 @@ def check(config: Config, start: str = "config.") -> None:
 
 def check_model(config: Config) -> None:
   """Raises UserError if the model is of another task."""
-  size = registry.lookup("task", registry.SIZES, config.task)
-  if not isinstance(config.model, size):
-    raise UserError(f"task {config.task!r} needs a {size.__module__.removeprefix('limber_jax.')}.{size.__name__}, "
-                    f"got {type(config.model).__name__}")
+  models = models_of(config.task)
+  if not isinstance(config.model, models):
+    wanted = " or ".join(f"{m.__module__.removeprefix('limber_jax.')}.{m.__name__}" for m in models)
+    raise UserError(f"task {config.task!r} needs a {wanted}, got {type(config.model).__name__}")
+
+
+def models_of(task: str) -> tuple[type, ...]:
+  """Returns the dataclasses that `Config.model` may be; raises UserError if there is no such task."""
+  return registry.lookup("task", registry.TASKS, task).model_configs()
 
 
 def check_best(config: Config) -> None:
@@ -367,7 +374,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
   """Returns the instance of the dataclass `cls` whose `flatten` gave `values`, as JSON gives them back.
 
   The annotations of the fields say what belongs where: of several dataclasses the one is built whose `kind` is there,
-  and `Config.model` is the one that registry.SIZES names for the task. Of dicts of dataclasses no key has a dot.
+  and `Config.model` is one of those that the task names. Of dicts of dataclasses no key has a dot.
 
   A setting of a Config that is not there came later than the run, and has its default. A size has all of its fields,
   for a model is not to be guessed, but those marked LATER, whose defaults are what was done before there was a choice.
@@ -408,7 +415,7 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
         raise UserError(f"{start}name: {error}") from error
     hints = ranges.hints_of(cls)
     if cls is Config:
-      hints["model"] = registry.lookup("task", registry.SIZES, read(str, "task"))
+      hints["model"] = functools.reduce(operator.or_, models_of(read(str, "task")))
     return cls(**{f.name: read(hints[f.name], start + f.name) for f in dataclasses.fields(cls)
                   if start + f.name in groups or not later(f, start + f.name)})
 

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from limber_jax import ranges, registry
-from limber_jax.config import Config, Evaluation, evaluation_of
+from limber_jax.config import Config, Evaluation, evaluation_of, models_of
 
 WIDTH = 100
 
@@ -78,9 +78,9 @@ def configuration(word: str = "config") -> str:
 def fields() -> list[tuple[str, dataclasses.Field, Any, str]]:
   """Returns (dotted name, field, type, comment) of every field of a configuration; sizes come last, by task."""
   out = _fields(Config, "config.")
-  for task in registry.SIZES:
-    size = registry.lookup("task", registry.SIZES, task)
-    out += [(n, f, h, f"[task {task}] {c}".strip()) for n, f, h, c in _fields(size, "config.model.")]
+  for task in registry.TASKS:
+    for model in models_of(task):
+      out += [(n, f, h, f"[task {task}] {c}".strip()) for n, f, h, c in _fields(model, "config.model.")]
   return out
 
 

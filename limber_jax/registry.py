@@ -27,13 +27,6 @@ LANGUAGE_MODELS = {
   "gptj": "limber_jax.models.gptj:DECODER",
 }
 
-# What config.model is, by task.
-SIZES = {
-  "captioning": "limber_jax.models.limber:LimberConfig",
-  "contrastive": "limber_jax.models.clip:ClipConfig",
-  "language_modelling": "limber_jax.models.gptj:GPTJSize",
-}
-
 SOURCES = {
   "awa2": "limber_jax.data.sources.awa2:Awa2",
   "captions": "limber_jax.data.sources.captions:Captions",

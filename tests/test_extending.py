@@ -34,6 +34,7 @@ from limber_jax.models.encoders import Encoder, encoder_size
 from limber_jax.models.limber import LimberConfig
 from limber_jax.models.spec import decoder_of
 from limber_jax.training.loop import train
+from limber_jax.training.results import results
 from limber_jax.weights.parts import load_part
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -125,6 +126,24 @@ def test_an_encoders_weights_load_from_a_file_by_its_table(recipe, tmp_path):
     model = LimberConfig(image=size, lm=runs.tiny_limber().model.lm)
     config = runs.tiny_limber(model=model, trainable=("prompt",), init=Init(image=str(tmp_path / "gone")))
     train(config, str(tmp_path / "run"), log=lambda _: None)
+
+
+def test_an_evaluation_of_one_file_runs_while_training_and_by_the_command(recipe, tmp_path):
+  recipe("collapse")
+  cls = config_lib.evaluation_of("collapse")
+  config = runs.tiny("clip_vit_digits", mesh=(-1, 1, 1), steps=3, evals={"collapse": cls(
+    source=Source(split="test"), every=0, batch_size=64)})
+  said, run = [], str(tmp_path / "run")
+  train(config, run, log=said.append)
+  assert any("collapse/cosine" in line for line in said), said
+  again = config_lib.from_json((tmp_path / "run" / "config.json").read_text(), "x")
+  assert type(again.evals["collapse"]) is cls and again.evals["collapse"].most == 1000
+  found = results(config, run)["evaluations"]["collapse"]["figures"]["cosine"]
+  config.evals["collapse"].most = 2  # of two images it is their cosine
+  pair = results(config, run)["evaluations"]["collapse"]["figures"]["cosine"]
+  assert -1 <= pair <= 1 and -1 <= found <= 1 and pair != found
+  with pytest.raises(UserError, match=r"most=1: wanted 2 or more"):
+    config_lib.check(dataclasses.replace(config, evals={"collapse": cls(most=1)}))
 
 
 def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recipe, tmp_path):

@@ -21,6 +21,11 @@ class Task(Protocol):
   length: int
   """T, the tokens of a text."""
 
+  @staticmethod
+  def model_configs() -> tuple[type, ...]:
+    """Returns the dataclasses of what config.model may be."""
+    ...
+
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> Transform:
     """Returns (record, rng) -> arrays of a batch's row; the rng is None where not `train`."""
     ...

@@ -20,7 +20,7 @@ from limber_jax.decoding import interleaved
 from limber_jax.decoding.generate import check as check_decoding
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
-from limber_jax.models.limber import Limber, part
+from limber_jax.models.limber import Limber, LimberConfig, part
 from limber_jax.models.prompt import prefix_inputs
 from limber_jax.runtime.parallel import WHOLE, Rules, within
 from limber_jax.tasks import microbatches
@@ -41,6 +41,10 @@ class Captioning:
   captions: Captions
   decoding: Decoding
   length: int                  # T
+
+  @staticmethod
+  def model_configs() -> tuple[type, ...]:
+    return (LimberConfig,)
 
   @classmethod
   def from_config(cls, config: Config) -> "Captioning":

@@ -30,6 +30,10 @@ class Contrastive:
   accumulate: int              # pieces a batch goes through the towers in
   trainable: tuple[str, ...]
 
+  @staticmethod
+  def model_configs() -> tuple[type, ...]:
+    return (clip.ClipConfig,)
+
   @classmethod
   def from_config(cls, config: Config) -> "Contrastive":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from limber_jax import losses, ranges
+from limber_jax import losses, ranges, registry
 from limber_jax.config import Config, Data, check_model
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
@@ -30,6 +30,10 @@ class LanguageModelling:
   model: nn.Module    # of a DecoderSpec
   accumulate: int
   length: int      # T
+
+  @staticmethod
+  def model_configs() -> tuple[type, ...]:
+    return tuple(decoder_of(kind).size for kind in registry.LANGUAGE_MODELS)
 
   @classmethod
   def from_config(cls, config: Config) -> "LanguageModelling":
