@@ -25,8 +25,8 @@ OF_OS = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "s
 ALLOWED = {
   "limber_jax/cli.py": {"runpy"},                   # an experiment is code
   "limber_jax/metrics/captions.py": {"subprocess"},  # Java: the published tokenizer and scorers
-  "limber_jax/health.py": {"socket"},               # for the host's name
-  "limber_jax/runtime/lock.py": {"socket"},                 # for the host's name
+  "limber_jax/runtime/health.py": {"socket"},       # for the host's name
+  "limber_jax/runtime/lock.py": {"socket"},         # for the host's name
   "limber_jax/runtime/surroundings.py": {"os.execv"},       # this program again, in Python's UTF-8 mode
   "limber_jax/runtime/peers.py": {"os.fork"},               # of several processes: what their stderr passes through
 }
