@@ -27,7 +27,8 @@ from ml_collections import config_flags
 from limber_jax import config as config_lib
 from limber_jax import help as help_lib
 from limber_jax import ranges
-from limber_jax.config import Config, flatten
+from limber_jax.config import Config
+from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
 from limber_jax.runtime import peers, streams, surroundings
 

@@ -25,7 +25,7 @@ VALUES = {"retrieval": {"prompt": {"imagenet7": ""}}}
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a configuration, as `config.flatten` gives them, from those of this or an earlier release."""
+  """Returns the fields of a configuration, by their dotted names, from those of this or an earlier release."""
   out, evals = {}, {}
   for name, value in values.items():
     if name.startswith("evals.") and name.count(".") > 1:

@@ -11,18 +11,8 @@ from PIL import Image
 
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.checkpoints.state import SHARDING, TrainState
-from limber_jax.config import (
-  Checkpoint,
-  Compute,
-  Config,
-  Data,
-  Decoding,
-  Mesh,
-  Optim,
-  Source,
-  Tokenizer,
-  to_json,
-)
+from limber_jax.config import Checkpoint, Compute, Config, Data, Decoding, Mesh, Optim, Source, Tokenizer
+from limber_jax.config_json import to_json
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.config import Compute, Data, Init, Optim, Source, Tokenizer
 from limber_jax.data import pipeline, tokenizers, transforms
 from limber_jax.data.sources.digits import Digits
@@ -197,23 +197,23 @@ def test_a_config_that_contradicts_the_weights_is_refused_and_native_pixels_are_
 def test_a_run_of_before_goes_on_as_it_was_whatever_its_weights_directory_says(tmp_path, squash):
   for config in (tiny(model=dataclasses.replace(SIZE), init=Init(image=squash)),
                  tiny_limber(model=limber_size(), init=Init(image=squash))):
-    old = {k: v for k, v in config_lib.flatten(config).items()
+    old = {k: v for k, v in config_json.flatten(config).items()
            if k.rpartition(".")[2] not in ("resize_to", "crop_rounding", "fill_color", "eos")
            and k not in ("model.resize", "model.resample")}
     (tmp_path / "config.json").write_text(json.dumps(old))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
-    assert config_lib.from_json(json.dumps(old), "old").model == config.model
+    assert config_json.from_json(json.dumps(old), "old").model == config.model
     assert adopt(config, str(tmp_path)) == config.model
-    config_lib.check_same(dataclasses.replace(config, model=adopt(config, str(tmp_path))), json.dumps(old), "old")
+    config_json.check_same(dataclasses.replace(config, model=adopt(config, str(tmp_path))), json.dumps(old), "old")
     # What is kept of it beside (features, results of items) is found again by the same words.
-    assert config_lib.flatten(config.model, known=True) == {
+    assert config_json.flatten(config.model, known=True) == {
       k.removeprefix("model."): v for k, v in old.items() if k.startswith("model.")}
 
 
 def test_a_projection_is_used_on_the_pixels_that_it_learnt_from(tmp_path, squash):
   learnt = tiny_limber(model=limber_size(resample="hamming", resize="squash"), init=Init(image=squash))
   card = {"encoder": "", "lm": "", "digests": {"image": "", "lm": ""}, "step": 1, "version": "0", "map": "",
-          "config": config_lib.flatten(learnt)}
+          "config": config_json.flatten(learnt)}
   path = str(tmp_path / "map.safetensors")
   projection.save(path, {"kernel": np.zeros((2, 2))}, card)
   config = tiny_limber(model=limber_size(), init=Init(image=squash))
@@ -221,7 +221,7 @@ def test_a_projection_is_used_on_the_pixels_that_it_learnt_from(tmp_path, squash
   assert adopt(config, weights=str(tmp_path / "proj.ckpt"), log=lambda _: None).image.resample == "bilinear"
   # That of a further map goes into the place of the first.
   learnt.model.others["x"].image.resample = "box"
-  projection.save(path, {"kernel": np.zeros((2, 2))}, card | {"config": config_lib.flatten(learnt), "map": "x"})
+  projection.save(path, {"kernel": np.zeros((2, 2))}, card | {"config": config_json.flatten(learnt), "map": "x"})
   assert adopt(config, weights=path).image.resample == "box"
 
 

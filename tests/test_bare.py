@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from limber_jax.config import Compute, flatten
+from limber_jax.config import Compute
+from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip
 from limber_jax.models.clip import ClipConfig

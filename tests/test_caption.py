@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.config import Decoding
 from limber_jax.errors import UserError
 from limber_jax.inference import output, projections
@@ -162,11 +162,11 @@ def test_a_projection_is_refused_between_other_frozen_models(run, tmp_path):
     open_run(moved, to_use(dataclasses.replace(config, seed=1)))
   del config.model.others["other"]
   config.trainable = ("prompt", "lm")
-  (tmp_path / "config.json").write_text(config_lib.to_json(config))
+  (tmp_path / "config.json").write_text(config_json.to_json(config))
   with pytest.raises(UserError, match="a run that trained 'lm' too; a projection is all there is only where"):
     projections.export_projection(str(tmp_path), path)
   config.trainable = ("lm",)
-  (tmp_path / "config.json").write_text(config_lib.to_json(config))
+  (tmp_path / "config.json").write_text(config_json.to_json(config))
   with pytest.raises(UserError, match="a run that trained no 'prompt'; it trained lm"):
     projections.export_projection(str(tmp_path), path)
 
@@ -180,7 +180,7 @@ def test_a_mistake_ends_the_command_with_one_line(run, pictures):
 
 def test_mistakes_are_told_in_a_line(run, tmp_path):
   config = read_run(run)
-  (tmp_path / "config.json").write_text(config_lib.to_json(runs.tiny()))
+  (tmp_path / "config.json").write_text(config_json.to_json(runs.tiny()))
   for call, match in (
       (lambda: read_run(str(tmp_path / "none")), "no run there .config.json: No such file or directory.; train one"),
       (lambda: read_run(str(tmp_path)), "config.json: a run of task 'contrastive', which writes no captions"),

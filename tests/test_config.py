@@ -12,18 +12,8 @@ from runs import environment, tiny, tiny_limber
 
 from limber_jax import cli, help, ranges, registry
 from limber_jax.checkpoints import workdirs
-from limber_jax.config import (
-  Compute,
-  Optim,
-  Source,
-  check,
-  check_best,
-  check_same,
-  from_json,
-  missing_best,
-  models_of,
-  to_json,
-)
+from limber_jax.config import Compute, Optim, Source, check, check_best, missing_best, models_of
+from limber_jax.config_json import check_same, from_json, to_json
 from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
 from limber_jax.evals.linear_probe import LinearProbe

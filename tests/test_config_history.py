@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from limber_jax import config_history, registry
-from limber_jax.config import Evaluation, Source, check, evaluation_of, flatten, from_json, to_json
+from limber_jax.config import Evaluation, Source, check, evaluation_of
+from limber_jax.config_json import flatten, from_json, to_json
 from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
 from limber_jax.evals.hallucination import Hallucination

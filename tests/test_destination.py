@@ -10,7 +10,8 @@ import pytest
 import runs
 from absl import flags
 
-from limber_jax.config import Source, to_json
+from limber_jax.config import Source
+from limber_jax.config_json import to_json
 from limber_jax.data import features
 from limber_jax.data.sources import packed
 from limber_jax.data.tokenizers import BpeTokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from limber_jax import cli, registry
+from limber_jax import cli, config_json, registry
 from limber_jax import config as config_lib
 from limber_jax.checkpoints.state import split
 from limber_jax.config import Config, Loss
@@ -158,12 +158,12 @@ def test_overrides_are_typed_by_their_defaults(monkeypatch):
 
 def test_runs_may_differ_only_in_how_they_run():
   config = get(ROOT / "experiments" / "quickstart.py")
-  saved = config_lib.to_json(config)
+  saved = config_json.to_json(config)
   config.mesh.fsdp, config.log_every, config.data.workers = 2, 1, 4
-  config_lib.check_same(config, saved, "runs/x")
+  config_json.check_same(config, saved, "runs/x")
   config.optim.lr = 0.5
   with pytest.raises(UserError, match=r"runs/x holds a run with optim\.lr=0\.002, but this config says 0\.5"):
-    config_lib.check_same(config, saved, "runs/x")
+    config_json.check_same(config, saved, "runs/x")
 
 
 @pytest.mark.parametrize(("field", "value"), [("kind", "hinge"), ("accumulate", 0), ("accumulate", 7)])

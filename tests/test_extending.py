@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from limber_jax import config as config_lib
-from limber_jax import registry
+from limber_jax import config_json, registry
 from limber_jax.config import Decoding, Init, Source, Tokenizer
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
@@ -136,7 +136,7 @@ def test_an_evaluation_of_one_file_runs_while_training_and_by_the_command(recipe
   said, run = [], str(tmp_path / "run")
   train(config, run, log=said.append)
   assert any("collapse/cosine" in line for line in said), said
-  again = config_lib.from_json((tmp_path / "run" / "config.json").read_text(), "x")
+  again = config_json.from_json((tmp_path / "run" / "config.json").read_text(), "x")
   assert type(again.evals["collapse"]) is cls and again.evals["collapse"].most == 1000
   found = results(config, run)["evaluations"]["collapse"]["figures"]["cosine"]
   config.evals["collapse"].most = 2  # of two images it is their cosine
@@ -156,4 +156,4 @@ def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recip
   said = []
   train(config, str(tmp_path / "run"), log=said.append)
   assert "64 examples" in said[0] and any("zeroshot/top1" in line for line in said), said
-  assert config_lib.from_json((tmp_path / "run" / "config.json").read_text(), "x") is not None
+  assert config_json.from_json((tmp_path / "run" / "config.json").read_text(), "x") is not None

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from limber_jax import losses
-from limber_jax.config import Compute, flatten
+from limber_jax.config import Compute
+from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, spec
 from limber_jax.models.clip import ClipConfig

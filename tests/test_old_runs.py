@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.caption import captions
 from limber_jax.checkpoints import workdirs
 from limber_jax.evaluate import results
@@ -55,7 +55,7 @@ def test_an_old_run_goes_on_as_it_would_have(old):
 def test_an_old_run_is_evaluated_captioned_and_converted(old, tmp_path):
   task, workdir = old
   config = on_all_devices(workdirs.read_config(workdir))
-  assert config_lib.from_json(config_lib.to_json(config), "x") == config
+  assert config_json.from_json(config_json.to_json(config), "x") == config
   if config.evals:
     found = results(config, workdir, data="")
     assert found["evaluations"].keys() == config.evals.keys()

@@ -9,7 +9,7 @@ import tarfile
 
 import pytest
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.config import Data, Source
 from limber_jax.data import pipeline
 from limber_jax.data.inspection import inspect
@@ -179,10 +179,10 @@ def test_old_indices_are_made_again_and_runs_on_plain_names_keep_their_fingerpri
 
 def test_a_run_on_tars_with_dots_goes_on_by_the_old_rule():
   config = tiny(data=Data(source=Source(name="webdataset", path="x.tar")))
-  saved = config_lib.to_json(config)
+  saved = config_json.to_json(config)
   old = "\n".join(line for line in saved.splitlines() if "key_dot" not in line and "incomplete" not in line)
   config.data.source = dataclasses.replace(config.data.source, key_dot="first", incomplete="keep")
-  config_lib.check_same(config, old, "runs/x")
+  config_json.check_same(config, old, "runs/x")
 
 
 # Cut off

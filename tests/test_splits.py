@@ -9,8 +9,7 @@ import types
 import pytest
 from PIL import Image
 
-from limber_jax import config as config_lib
-from limber_jax import registry
+from limber_jax import config_json, registry
 from limber_jax.config import Data, Source, Unnamed
 from limber_jax.errors import UserError
 from limber_jax.evals.linear_probe import LinearProbe
@@ -128,9 +127,9 @@ def test_old_configurations_mean_what_they_meant():
   for same in (copy.deepcopy(plain), dataclasses.replace(plain, path="y"), Source(**dataclasses.asdict(plain))):
     assert isinstance(same.split, Unnamed)
   config = tiny(evals={"a": ZeroShot(source=plain)})
-  values = json.loads(config_lib.to_json(config))
+  values = json.loads(config_json.to_json(config))
   assert values["data.source.split"] == values["evals.a.source.split"] == "train"
-  back = config_lib.from_json(json.dumps(values), "x")
+  back = config_json.from_json(json.dumps(values), "x")
   assert not isinstance(back.evals["a"].source.split, Unnamed)  # it was written down
-  config_lib.check_same(config, json.dumps(values), "x")
+  config_json.check_same(config, json.dumps(values), "x")
   assert Data().source.split == "train" and named(back.evals["a"], "a") is back.evals["a"]

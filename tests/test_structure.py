@@ -15,7 +15,7 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "losses_engine", "config", "config_history", "ranges", "registry", "errors"},
+  {"__init__", "losses", "losses_engine", "config", "config_history", "config_json", "ranges", "registry", "errors"},
   {"runtime"},
   {"cli", "help", "models", "data", "metrics"},
   {"checkpoints"},
@@ -118,7 +118,7 @@ def test_importing_a_command_loads_nothing_that_takes_seconds():
 
 
 # This list may only shrink.
-LONG_FILES = {"config.py": 454}  # lines it may have
+LONG_FILES: dict[str, int] = {}  # lines they may have, of files not yet split
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.is_relative_to(ROOT / "limber_jax")], ids=own)

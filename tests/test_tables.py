@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from limber_jax import config as config_lib
-from limber_jax import registry
+from limber_jax import config_json, registry
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import checks
 from limber_jax.data import text as text_lib
@@ -330,7 +329,7 @@ def test_a_run_on_fewer_records_than_a_batch_is_refused_and_an_option_allows_it(
   config.data.repeat = True
   checks.check_enough(source, config)
   assert data_fingerprint(source, ByteTokenizer(), config.data, 16, 0) == old
-  config_lib.check_same(config, config_lib.to_json(dataclasses.replace(config, data=dataclasses.replace(
+  config_json.check_same(config, config_json.to_json(dataclasses.replace(config, data=dataclasses.replace(
     config.data, repeat=False))), "run")
 
 

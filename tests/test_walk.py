@@ -12,7 +12,8 @@ import pytest
 from runs import tiny, tiny_limber, zeroshot
 
 from limber_jax import config, ranges, registry
-from limber_jax.config import Source, flatten, from_json, to_json
+from limber_jax.config import Source
+from limber_jax.config_json import flatten, from_json, to_json
 from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
 from limber_jax.models import gptj

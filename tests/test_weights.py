@@ -17,7 +17,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint, Compute, Config, Init
@@ -64,7 +64,7 @@ def published(monkeypatch):
 def said(tmp_path, size):
   """Returns what --model= says of a size: a file with its configuration, elsewhere than the weights."""
   (tmp_path / "said").mkdir(exist_ok=True)
-  (tmp_path / "said" / "limber_config.json").write_text(json.dumps(config_lib.flatten(size)))
+  (tmp_path / "said" / "limber_config.json").write_text(json.dumps(config_json.flatten(size)))
   return str(tmp_path / "said")
 
 
@@ -245,8 +245,8 @@ def test_a_size_of_before_there_was_an_end_of_its_own_is_read(tmp_path):
   config = json.loads((tmp_path / "out" / "limber_config.json").read_text())
   assert "text.eos" not in config and load.load(str(tmp_path / "out")).size.text.eos == -1
   run = Config("run", size)
-  values = {k: v for k, v in config_lib.flatten(run).items() if not k.endswith((".eos", "resample_positions"))}
-  config_lib.check_same(run, json.dumps(values), "a run of before")
+  values = {k: v for k, v in config_json.flatten(run).items() if not k.endswith((".eos", "resample_positions"))}
+  config_json.check_same(run, json.dumps(values), "a run of before")
   with pytest.raises(UserError, match="tokenizer ends a text with id 258, but the text tower is pooled at id 60"):
     check_end(TextSize(eos=60), ByteTokenizer().eot, "tokenizer")
 
@@ -896,7 +896,7 @@ def workdir(path, values, params, stats):
 def test_an_encoder_loads_from_the_workdir_of_a_clip(tmp_path, name):
   size = SIZES[name]
   params, stats = random_model(size)
-  path = workdir(str(tmp_path / "run"), json.loads(config_lib.to_json(Config("run", size))), params, stats)
+  path = workdir(str(tmp_path / "run"), json.loads(config_json.to_json(Config("run", size))), params, stats)
   like, stats_like = encoder_like(clip_encoder(size))
   mesh = parallel.make_mesh({"fsdp": 8})
   like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16, sharding=s), like,
@@ -911,7 +911,7 @@ def test_an_encoder_loads_from_the_workdir_of_a_clip(tmp_path, name):
 @pytest.mark.parametrize("start,others", [("model.", {}), ("model.lm.", {"prompt": {"linear": {"bias": np.ones(3)}}})])
 def test_a_language_model_loads_from_the_workdir_of_a_run_that_trained_it(tmp_path, start, others):
   params = random_tree(lm_like())
-  values = {f"{start}{k}": v for k, v in config_lib.flatten(GPTJ_MU).items()}
+  values = {f"{start}{k}": v for k, v in config_json.flatten(GPTJ_MU).items()}
   values |= {"trainable": ["lm", *others], "checkpoint.best": ""}
   path = workdir(str(tmp_path / "run"), values, {"lm": params, **others}, {})
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
@@ -936,7 +936,7 @@ def test_a_clip_with_a_frozen_resnet_loads_with_the_statistics_that_it_started_f
   export.save(str(tmp_path / "start"), "open_clip", size, params, stats)
   config = Config("run", size, trainable=("text", "logit_scale"), init=Init(image=str(tmp_path / "start")))
   trained = {k: v for k, v in random_model(size, seed=1)[0].items() if k != "image"}
-  path = workdir(str(tmp_path / "run"), json.loads(config_lib.to_json(config)), trained, {})
+  path = workdir(str(tmp_path / "run"), json.loads(config_json.to_json(config)), trained, {})
   loaded = load.load(path)
   assert_equal((loaded.params, loaded.stats), (trained | {"image": params["image"]}, stats))
 
@@ -944,7 +944,7 @@ def test_a_clip_with_a_frozen_resnet_loads_with_the_statistics_that_it_started_f
 def test_a_part_that_was_frozen_in_a_run_comes_from_where_the_run_had_it(tmp_path):
   params = random_tree(lm_like())
   export.save_lm(str(tmp_path / "lm"), GPTJ_MU, params)
-  values = {f"model.lm.{k}": v for k, v in config_lib.flatten(GPTJ_MU).items()}
+  values = {f"model.lm.{k}": v for k, v in config_json.flatten(GPTJ_MU).items()}
   values |= {"trainable": ["prompt"], "checkpoint.best": "", "init.lm": str(tmp_path / "lm")}
   prompt = {"linear": {"bias": np.ones(3, np.float32)}}
   path = workdir(str(tmp_path / "run"), values, {"prompt": prompt}, {})

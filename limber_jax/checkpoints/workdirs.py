@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.checkpoints import manifest
 from limber_jax.config import Config
 from limber_jax.data import vocabularies
@@ -66,19 +66,19 @@ def check_same(config: Config, workdir: str) -> None:
   """
   with open(os.path.join(workdir, CONFIG), encoding="utf-8") as file:
     saved = file.read()
-  was, init = config_lib.from_json(saved, workdir).init, copy.deepcopy(config.init)
+  was, init = config_json.from_json(saved, workdir).init, copy.deepcopy(config.init)
   for part in ("image", "text", "prompt", "lm"):
     if part not in config.trainable and getattr(init, part):
       setattr(init, part, getattr(was, part) or getattr(init, part))
   for part in init.others.keys() - set(config.trainable):
     init.others[part] = init.others[part] and (was.others.get(part) or init.others[part])
-  config_lib.check_same(dataclasses.replace(config, init=init), saved, workdir)
+  config_json.check_same(dataclasses.replace(config, init=init), saved, workdir)
 
 
 def claim(config: Config, workdir: str, run: str) -> None:
   """Writes both files of a run; raises UserError if it cannot."""
   said = {"run": run, "workdir": os.path.realpath(workdir), "folder": os.getcwd()}
-  for name, text in ((RUN, json.dumps(said, indent=1)), (CONFIG, config_lib.to_json(config))):
+  for name, text in ((RUN, json.dumps(said, indent=1)), (CONFIG, config_json.to_json(config))):
     with atomic.atomic_write(os.path.join(workdir, name)) as file:
       file.write(text)
 
@@ -95,7 +95,7 @@ def read_config(workdir: str) -> Config:
   except (OSError, UnicodeDecodeError, UserError) as error:
     raise UserError(f"--workdir={workdir}: no run there ({CONFIG}: {getattr(error, 'strerror', None) or error}); "
                     f"train one with python -m limber_jax.train --config=… --workdir={workdir}") from error
-  config, here = config_lib.from_json(text, path), finder(workdir)
+  config, here = config_json.from_json(text, path), finder(workdir)
   init = dataclasses.replace(
     config.init, **{part: here(getattr(config.init, part)) for part in ("image", "text", "prompt", "lm")},
     others={part: here(path) for part, path in config.init.others.items()})

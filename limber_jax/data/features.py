@@ -16,7 +16,7 @@ import ml_dtypes  # noqa: F401 (numpy then knows "bfloat16")
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from limber_jax.config import flatten
+from limber_jax.config_json import flatten
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
 from limber_jax.runtime import lock

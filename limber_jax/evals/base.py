@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from limber_jax.config import Decoding, Evaluation, flatten
+from limber_jax.config import Decoding, Evaluation
+from limber_jax.config_json import flatten
 from limber_jax.data import pipeline
 from limber_jax.data.contents import contents as contents_of
 from limber_jax.data.contents import of_list

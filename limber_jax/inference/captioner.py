@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import limber_jax
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.data import transforms
 from limber_jax.data.images import ImageOptions
 from limber_jax.data.sources import folder
@@ -77,7 +77,7 @@ class Captioner:
     params, stats = self._trained
     config = self._setup.config
     trained = {part: digest({"params": tree, "stats": stats.get(part, {})}) for part, tree in params.items()}
-    return {"weights": self._setup.digests | trained, "model": config_lib.flatten(config.model, known=True),
+    return {"weights": self._setup.digests | trained, "model": config_json.flatten(config.model, known=True),
             "decoding": dataclasses.asdict(self.decoding), "map": self._name, "blind": self._blind,
             "images": ImageOptions.from_config(config.data).changes(), "tokenizer": self._tokenizer.fingerprint(),
             "dtype": config.compute.dtype, "batch_size": self.batch_size, "version": limber_jax.__version__}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import limber_jax
-from limber_jax import config
+from limber_jax import config, config_json
 from limber_jax.config import Compute
 from limber_jax.data import tokenizers, transforms
 from limber_jax.data.images import PLAIN, ImageOptions
@@ -75,7 +75,7 @@ class Classifier:
     text = classifier(functools.partial(embed, "embed_text"), functools.partial(words, truncate=False), labels,
                       templates, size.text.context)
     self._depends = {"labels": list(labels), "templates": list(templates), "tokenizer": words.fingerprint(),
-                     "model": config.flatten(size, known=True), "images": images.changes(),
+                     "model": config_json.flatten(size, known=True), "images": images.changes(),
                      "batch_size": self.batch_size, "version": limber_jax.__version__}
     self._loaded = params, stats
     self._weights = text * np.exp(loaded.params["logit_scale"])  # [L, E]

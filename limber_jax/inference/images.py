@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from limber_jax import cli, config
+from limber_jax import cli, config_json
 from limber_jax.data.images import PLAIN, ImageOptions
 from limber_jax.data.sources import folder
 from limber_jax.errors import UserError
@@ -55,4 +55,4 @@ def own_images(weights: str) -> ImageOptions:
     return ImageOptions()
   with naming(path):
     text = inputs.text(path, inputs.CONFIG)
-  return ImageOptions.from_config(config.from_json(text, path).data)
+  return ImageOptions.from_config(config_json.from_json(text, path).data)

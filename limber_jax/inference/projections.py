@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 
 import limber_jax
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints, abstract
 from limber_jax.checkpoints.state import split
@@ -71,7 +71,7 @@ def open_run(workdir: str, config: Config, *, checkpoint: str = "latest", name: 
 def read_projection(path: str) -> tuple[Config, str]:
   """Returns (the experiment, the map's name) of a projection's file; raises UserError if it is none."""
   metadata = projection.load(path)[1]
-  config = _captioning(config_lib.from_json(json.dumps(metadata["config"]), f"{path}, config of its metadata"), path)
+  config = _captioning(config_json.from_json(json.dumps(metadata["config"]), f"{path}, config of its metadata"), path)
   return config, str(metadata.get("map", ""))
 
 
@@ -132,7 +132,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
   encoder = task.model.encoders[task.model.encoder_of(name)].size
   projection.save(path, trained[here], {
     "encoder": _named(encoder, encoders.known()), "lm": _named(config.model.lm, decoder_of(config.model.lm.kind).named),
-    "map": name, "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_lib.flatten(config),
+    "map": name, "digests": {"image": frozen[image], "lm": frozen["lm"]}, "config": config_json.flatten(config),
     "step": step, "version": limber_jax.__version__})
   return step
 
@@ -140,7 +140,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
 def _named(size: Any, known: Mapping[str, Any]) -> Any:
   """Returns the name of a size, or all of its fields where it has none."""
   plain = dataclasses.replace(size, crop_rounding="even") if hasattr(size, "crop_rounding") else size
-  return next((name for name, make in known.items() if make() == plain), config_lib.flatten(size, known=True))
+  return next((name for name, make in known.items() if make() == plain), config_json.flatten(size, known=True))
 
 
 def _setup(config: Config, workdir: str = "") -> Setup:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import ranges
-from limber_jax.config import Compute, unflatten
+from limber_jax.config import Compute
+from limber_jax.config_json import unflatten
 from limber_jax.errors import UserError
 from limber_jax.models import text
 from limber_jax.models.layers import ACTIVATIONS, Features, Rows, under
@@ -196,5 +197,5 @@ def _whole(image: Rows, text_rows: Rows) -> Rows:
 
 
 def size_from_dict(values: dict[str, Any]) -> ClipConfig:
-  """Returns the size whose `config.flatten` gave `values`; raises UserError as `config.unflatten` does."""
+  """Returns the size whose `config_json.flatten` gave `values`; raises UserError as `config_json.unflatten` does."""
   return unflatten(ClipConfig, values)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from limber_jax.config import evaluation_of, flatten
+from limber_jax.config import evaluation_of
+from limber_jax.config_json import flatten
 from limber_jax.registry import EVALS
 from limber_jax.reports import published
 from limber_jax.reports.runs import Run, label_of

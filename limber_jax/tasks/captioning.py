@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges
-from limber_jax.config import Captions, Config, Data, Decoding, check_model, flatten
+from limber_jax.config import Captions, Config, Data, Decoding, check_model
+from limber_jax.config_json import flatten
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.decoding import interleaved

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Config, Evaluation
@@ -161,12 +162,12 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
   parallel.fail_together(problem)
   figures = evaluate(s, {name: run}, params, stats)
   return {"evaluation": s.config.evals[name].name, "figures": {k.split("/", 1)[1]: v for k, v in figures.items()},
-          "protocol": config_lib.flatten(s.config.evals[name]), "facts": run.facts()}
+          "protocol": config_json.flatten(s.config.evals[name]), "facts": run.facts()}
 
 
 def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
   """Returns what results of items depend on beside the evaluation and its data."""
-  settings = {name: config_lib.flatten(getattr(s.config, name), known=True) for name in ("model", "decoding")}
+  settings = {name: config_json.flatten(getattr(s.config, name), known=True) for name in ("model", "decoding")}
   if options := ImageOptions.from_config(s.config.data).changes():
     settings["images"] = options
   return {"weights": digests, **settings, "tokenizer": s.tokenizer.fingerprint(), "length": s.task.length,

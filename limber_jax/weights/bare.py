@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from limber_jax.config import flatten
+from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, spec
 from limber_jax.models.clip import ClipConfig
@@ -84,7 +84,7 @@ def parts(source: Mapping[str, Any], names: Layout) -> tuple[str, ...]:
 
 
 def shown(source: Mapping[str, Any], names: Layout, parts: tuple[str, ...]) -> dict[str, Any]:
-  """Returns what shapes show of the size, as `config.flatten` has it: {"embed_dim": 512, "image.width": 768, …}.
+  """Returns what shapes show of the size, as `config_json.flatten` has it: {"embed_dim": 512, "image.width": 768, …}.
 
   Raises:
     UserError: a tensor that is missing or of no such shape.

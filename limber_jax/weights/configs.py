@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from limber_jax import config as config_lib
+from limber_jax import config_json
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip
 from limber_jax.models.clip import ClipConfig
@@ -223,7 +223,7 @@ def described(model: str) -> ClipConfig:
     raise UserError(f"no model {base!r} is known here, and no file or directory{did_you_mean(base, clip.SIZES)}")
   if not changes:
     return size
-  values = config_lib.flatten(size)
+  values = config_json.flatten(size)
   for name, value in (map(str.strip, change.split("=", 1)) for change in changes):
     if name not in values:
       raise UserError(f"a CLIP has no {name!r}{did_you_mean(name, values)}")

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from limber_jax.config import flatten
+from limber_jax.config_json import flatten
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, gptj
 from limber_jax.models.clip import ClipConfig

@@ -29,7 +29,8 @@ import numpy as np
 
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
-from limber_jax.config import Checkpoint, Tokenizer, flatten
+from limber_jax.config import Checkpoint, Tokenizer
+from limber_jax.config_json import flatten
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError
 from limber_jax.models import clip

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.frozen import kept_frozen
 from limber_jax.checkpoints.manager import Checkpoints
-from limber_jax.config import Checkpoint, Compute, flatten
+from limber_jax.config import Checkpoint, Compute
+from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
 from limber_jax.models import clip, gptj, prompt, spec
 from limber_jax.models.clip import ClipConfig
