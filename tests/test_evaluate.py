@@ -28,6 +28,7 @@ from standins import (
 from limber_jax import cli
 from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
+from limber_jax.evals.captions import Captions
 from limber_jax.models.clip import openai_weights
 from limber_jax.reports import results_file
 from limber_jax.runtime.lock import Lock
@@ -236,8 +237,7 @@ def test_mistakes_are_one_line(clip, data, tmp_path):
       results.results(config, str(workdir), data=str(data), **changes)
   with pytest.raises(UserError, match=r"no run there .*--weights"):
     results.results(config, str(tmp_path / "nothing"))
-  config.evals = {"captions": config.evals["digits"]}
-  config.evals["captions"].name = "captions"
+  config.evals = {"captions": Captions(config.evals["digits"].source)}
   with pytest.raises(UserError, match="evaluation 'captions' asks a model for 'generate', which task 'contrastive'"):
     results.results(config, str(workdir), data=str(data))
 
