@@ -64,7 +64,9 @@ def config(cls: type[Evaluation] = ZeroShot, **fields: Any) -> Any:
 
 def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):
   devices = jax.devices()[: int(np.prod(mesh))]
-  return Context(ByteTokenizer(), transforms.evaluation(image_size, ByteTokenizer(), length), length, Decoding(),
+  rule = transforms.ResizeCrop(image_size, "center")
+  transform = transforms.pairs(rule, ByteTokenizer(), length, ("image", "tokens", "label"))
+  return Context(ByteTokenizer(), transform, length, Decoding(),
                  parallel.make_mesh(dict(zip(parallel.AXES, mesh, strict=True)), devices), str(workdir), stop)
 
 

@@ -33,7 +33,8 @@ def damaged(monkeypatch):
 
 
 def runner(items="", *, stop=lambda: False, key="a", **changes):
-  context = Context(ByteTokenizer(), transforms.evaluation(32, ByteTokenizer(), 16), 16, Decoding(),
+  transform = transforms.pairs(transforms.ResizeCrop(32, "center"), ByteTokenizer(), 16, ("image", "tokens", "label"))
+  context = Context(ByteTokenizer(), transform, 16, Decoding(),
                     parallel.make_mesh({"data": -1}), "", stop, name="digits", items=str(items), key={"weights": key})
   return Runner(ZeroShot(**{"source": Source(split="test"), "batch_size": 64} | changes), context)
 

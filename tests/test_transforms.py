@@ -245,7 +245,7 @@ def test_training_gives_image_and_tokens_and_evaluation_the_label_too():
   assert {k: (v.shape, v.dtype) for k, v in out.items()} == {
     "image": ((32, 32, 3), np.uint8), "tokens": ((16,), np.int32)}
   np.testing.assert_array_equal(out["tokens"], tokenizer("a dog", 16)[0])
-  out = transforms.evaluation(32, tokenizer, 16)(RECORD, None)
+  out = transforms.pairs(ResizeCrop(32, "center"), tokenizer, 16, ("image", "tokens", "label"))(RECORD, None)
   assert out["label"] == 7 and out["label"].dtype == np.int32
   np.testing.assert_array_equal(out["image"], ResizeCrop(32, "center")({"image": picture(50, 40)}, None)["image"])
 

@@ -42,11 +42,6 @@ def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_s
   return pairs(ResizeCrop(image_size, crop, tuple(crop_scale)), tokenizer, context, ("image", "tokens"), draft)
 
 
-def evaluation(image_size: int, tokenizer: Tokenizer, context: int) -> Transform:
-  """Returns (record, None) -> as `train` has it, with the center crop, the first text, and "label": int32 [] if any."""
-  return pairs(ResizeCrop(image_size, "center"), tokenizer, context, ("image", "tokens", "label"))
-
-
 def pairs(rule: "ResizeCrop", tokenizer: Tokenizer, context: int, kept: Sequence[str], draft: bool = False
           ) -> Transform:
   """Returns (record, rng) -> what of {"image": uint8 [H, W, 3] by `rule`, "tokens": int32 [context], …} is `kept`."""

@@ -231,10 +231,3 @@ def rank(scores: np.ndarray, label: int) -> int:
   """
   own, before = scores[label], np.arange(len(scores)) < label
   return int(np.count_nonzero(~(scores <= own) | ((scores == own) & before)))
-
-
-def any_of(scores: np.ndarray, members: Sequence[Sequence[int]]) -> np.ndarray:
-  """Returns scores [M] of classes that hold several others: the highest score [C] among the members of each."""
-  return np.array([scores[list(m)].max() for m in members])
-
-
