@@ -201,7 +201,7 @@ class Evaluation:
 
   def open(self, context: Any) -> Any:
     """Returns the `evals.base.Eval` of an `evals.base.Context`; raises UserError if data are missing or unfit."""
-    raise NotImplementedError
+    raise NotImplementedError  # what all evaluations share is none: each has an `open` of its own
 
 
 def evaluation_of(name: str) -> type[Evaluation]:

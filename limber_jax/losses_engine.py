@@ -43,7 +43,7 @@ def apply(plain: Callable, sweeping: Callable, image, text, parameters: dict, ax
 
   Args:
     plain: (how, *operands) -> (loss, metrics), which holds all logits.
-    sweeping: the same by `sweep`; taken where `axis_name` or `chunk_size` are given.
+    sweeping: the same in chunks, or around a ring; taken where `axis_name` or `chunk_size` are given.
     image, text, axis_name, chunk_size, forward: as of the losses.
     parameters: their scalars by name.
   """

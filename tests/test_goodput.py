@@ -96,7 +96,7 @@ def test_a_run_of_before_phases_had_their_names_keeps_its_account(tmp_path):
   json.dumps({"seconds": dict.fromkeys(PHASES, 1e999), "starts": 1, "max_step": 1}),
   json.dumps({"seconds": dict.fromkeys(PHASES, 1), "starts": 1e999, "max_step": 1})],
   ids=lambda text: text[:12])
-def test_a_damaged_ledger_begins_anew(text, tmp_path):
+def test_a_damaged_account_begins_anew(text, tmp_path):
   (tmp_path / goodput.FILE).write_text(text)
   clock = Clock()
   tracker = TimeTracker(str(tmp_path), clock=clock)
@@ -105,7 +105,7 @@ def test_a_damaged_ledger_begins_anew(text, tmp_path):
   assert account(tmp_path) == {"start": 2}
 
 
-def test_a_ledger_that_cannot_be_written_ends_nothing(tmp_path):
+def test_an_account_that_cannot_be_written_ends_nothing(tmp_path):
   with TimeTracker(str(tmp_path / "missing")) as tracker:
     tracker.write()
   assert list(tmp_path.iterdir()) == []

@@ -138,7 +138,7 @@ def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows:
 
 def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_size: int, seed: int,
                      pixels: dict[str, Any] | None = None, *, earlier: bool = False) -> str:
-  """Returns 64 hex digits that change with anything that decides what the batch of a step holds; see `order`.
+  """Returns 64 hex digits that change with anything that decides what the batch of a step holds.
 
   Where the data and the tokenizer are kept does not count, nor how they are read. With `earlier` they are those of the
   first runs, all of CLIP, whose texts' length is the model's: there was no `data.length`.

@@ -76,11 +76,9 @@ class Eval(Protocol):
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     """Returns figures by name ({"top1": 0.63, …}), the same in every process; raises Stopped."""
-    ...
 
   def facts(self) -> dict[str, Any]:
     """Returns what the figures of the last call rest on, plain JSON: `Runner.facts` and more of the protocol."""
-    ...
 
 
 class Runner:

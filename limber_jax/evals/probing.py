@@ -220,7 +220,9 @@ def _looker(parts: dict[str, Callable[..., Any]], map_: str, wide: Sequence[int]
     if vocab:
       out["nearest"] = nearest(prompt, params["lm"]["embedding"][:vocab], NEAREST)
     if length is not None:
-      nll = lambda prompt: parts["nll"](params, stats, batch | {f"prompt{map_}": prompt})  # noqa: E731 (one line)
+      def nll(prompt):
+        return parts["nll"](params, stats, batch | {f"prompt{map_}": prompt})
+
       out |= {"tokens": batch["mask"].sum(-1), "nll": nll(prompt)}
       out |= {f"nll_k{k}": nll(pool(prompt, k).astype(prompt.dtype)) for k in length}
     return out

@@ -132,8 +132,8 @@ class ResultStore:
   def _write(self, lines, rows) -> None:
     if not self._files:
       new = not os.path.exists(self._path)
-      self._files = {name: open(self._beside(name), "ab") for name in self._names}  # noqa: SIM115 (see `close`)
-      self._files[""] = open(self._path, "ab")  # noqa: SIM115 (see `close`)
+      self._files = {name: open(self._beside(name), "ab") for name in self._names}  # noqa: SIM115 (closed by `close`)
+      self._files[""] = open(self._path, "ab")  # noqa: SIM115 (closed by `close`)
       if new:
         shapes = {name: list(some.shape[1:]) for name, some in rows.items()}
         self._files[""].write(self._line({"key": self._key, "shapes": shapes}))

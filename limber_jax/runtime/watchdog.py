@@ -40,7 +40,7 @@ class Watchdog:
       name: of this process, for the message.
       end: what ends the process, given the exit code.
     """
-    self._ledger, self._seconds, self._name, self._end = tracker, seconds, name, end
+    self._tracker, self._seconds, self._name, self._end = tracker, seconds, name, end
     self._left = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -59,12 +59,12 @@ class Watchdog:
     while not self._left.wait(_TICK):
       now = time.monotonic()
       idle, last = idle + min(now - last, 2 * _TICK), now
-      if self._ledger.turns != turns:
-        turns, idle = self._ledger.turns, 0.0
-      phase = self._ledger.phase
+      if self._tracker.turns != turns:
+        turns, idle = self._tracker.turns, 0.0
+      phase = self._tracker.phase
       limit = self._seconds * (1 if phase in _STEPWISE else PATIENCE)
       if idle > limit:
-        self._ledger.write()
+        self._tracker.write()
         sys.stderr.write(f"error: no progress for {limit:g} s in phase {phase!r} of {self._name} (config.watchdog="
                          f"{self._seconds:g}); what its threads are at:\n")
         sys.stderr.flush()

@@ -24,22 +24,18 @@ class Task(Protocol):
   @staticmethod
   def model_configs() -> tuple[type, ...]:
     """Returns the dataclasses of what config.model may be."""
-    ...
 
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> Transform:
     """Returns (record, rng) -> arrays of a batch's row; the rng is None where not `train`."""
-    ...
 
   def pixel_settings(self, data: Data) -> dict[str, Any]:
     """Returns, as JSON, how `transform` makes a training batch's pixels, where runs had no such choice at first; or {}.
 
     What `data` itself says is left out.
     """
-    ...
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns (params {"image": …, "text": …, "logit_scale": []}, stats {"image": …}), by part."""
-    ...
 
   def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
            ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -48,16 +44,12 @@ class Task(Protocol):
     Raises:
       UserError: nothing there, or another model; the message names what does not fit.
     """
-    ...
 
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     """Returns (loss [], (metrics {name: []}, stats)) of a global batch of arrays [N, ...]."""
-    ...
 
   def project(self, params: dict) -> dict:
     """Returns parameters moved back to where they may be, after an optimizer step: the temperature's bound."""
-    ...
 
   def predict(self) -> dict[str, Callable[..., Any]]:
     """Returns what the model can be asked for, by name: pure functions f(params, stats, inputs) that can be jitted."""
-    ...

@@ -25,7 +25,7 @@ class Evaluations:
 
   def begin(self, scores: Scores, out: Log, tracker: TimeTracker) -> None:
     """Takes what was measured before, and where to write what will be."""
-    self._scores, self._out, self._ledger = scores, out, tracker
+    self._scores, self._out, self._tracker = scores, out, tracker
 
   def due(self, step: int) -> list[str]:
     """Returns the names of those that are to be measured at a step, and have not been."""
@@ -65,7 +65,7 @@ class Evaluations:
     """Returns the figures of one evaluation, {} if it failed."""
     try:
       self._scores.begin(step, name)
-      with self._ledger("evaluation"):
+      with self._tracker("evaluation"):
         figures = evaluate(self._setup, {name: self._evals[name]}, state.params, state.stats)
     except (Stopped, Interrupted):
       self._scores.interrupted(step, name)

@@ -1,7 +1,5 @@
 """Batches on their way to the devices, and what each process says of its rows beside them."""
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
@@ -12,6 +10,7 @@ from limber_jax.data.images import ImageOptions
 from limber_jax.data.sources import Source
 from limber_jax.runtime import parallel
 from limber_jax.runtime.goodput import TimeTracker
+from limber_jax.runtime.writer import Log
 from limber_jax.training.setup import Setup
 from limber_jax.training.stopping import Stopping
 
@@ -22,10 +21,11 @@ class Feed:
   """The batches of a run from one step on, each as global arrays over the mesh."""
 
   def __init__(self, setup: Setup, source: Source, damage: BadRecords, stopping: Stopping, tracker: TimeTracker,
-               start: int):
-    """Starts to read for the batch after step `start`."""
+               out: Log, start: int):
+    """Starts to read for the batch after step `start`; the log is told how long each was waited for."""
+    self._out = out
     config: Config = setup.config
-    self._mesh, self._damage, self._stopping, self._ledger = setup.mesh, damage, stopping, tracker
+    self._mesh, self._damage, self._stopping, self._tracker = setup.mesh, damage, stopping, tracker
     self._rows = parallel.local_rows(config.batch_size, setup.mesh)  # of a batch that this process loads
     transform = transforms.with_options(setup.task.transform(setup.tokenizer, config.data, train=True),
                                         ImageOptions.from_config(config.data))
@@ -33,7 +33,7 @@ class Feed:
       source, transform, batch_size=config.batch_size, rows=self._rows, seed=config.seed, start_step=start,
       workers=config.data.workers, threads=config.data.threads, prefetch=config.data.prefetch)
 
-  def take(self, step: int, waited: Callable[[float], None] = lambda seconds: None) -> tuple[Arrays, Arrays]:
+  def take(self, step: int) -> tuple[Arrays, Arrays]:
     """Returns (the batch of `step`, flags of its rows), global arrays [B, …].
 
     The flags are "stop" (this process was asked to), "damaged" (records that a row tried in vain) and "record" (which
@@ -41,15 +41,14 @@ class Feed:
 
     Args:
       step: counted from 1.
-      waited: told the seconds until the batch was there.
 
     Raises:
       UserError: the data can no longer be read.
       signals.Interrupted: a request to stop came meanwhile.
     """
-    with self._ledger("data") as wait, self._stopping.waiting():
+    with self._tracker("data") as wait, self._stopping.waiting():
       local, damaged = self._damage.read(step, next(self._batches))
-    waited(wait.seconds)
+    self._out.waited(wait.seconds)
     index = local.pop("index")
     flags = {"stop": np.full(len(self._rows), self._stopping.request(), np.int32), "damaged": damaged,
              "record": (index ^ (index >> 32)).astype(np.int32)}

@@ -92,12 +92,12 @@ def _steps(run: Run, profiler: Profiler) -> tuple[TrainState, int, bool]:
     with jax.set_mesh(mesh):
       while step < config.steps and not stopping:
         try:
-          batch, flags = run.feed.take(step + 1, run.out.waited)
+          batch, flags = run.feed.take(step + 1)
         except UserError as error:  # a mount that is gone may come back, and the state is whole
           _save_before(error, run, step, state)
           raise UserError(f"{error}; step {step} was saved") from error
-        if step == start and (peak := peak_flops(config)):
-          run.out.count_flops(model_flops(config, batch)[1], peak)
+        if step == start:
+          _count_flops(run, batch)
         step += 1
         profiler.before(step)
         with run.tracker("compile" if step == start + 1 else "step"), _annotated(step):
@@ -127,6 +127,14 @@ def _steps(run: Run, profiler: Profiler) -> tuple[TrainState, int, bool]:
     if step != run.saver.last:
       _save(run, step, state)
   return state, step, stopping
+
+
+def _count_flops(run: Run, batch: dict[str, jax.Array]) -> None:
+  """Has the log show what the devices reach, in the process that writes it and where their peak is known."""
+  config = run.setup.config
+  if jax.process_index() == 0 and (peak := peak_flops(config)):
+    with run.tracker("compile"):
+      run.out.count_flops(model_flops(config, batch)[1], peak)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
              log: Say, began: float | None, failures: list[str] | None = None) -> Run:
   """Returns the run of `config` in `workdir`, at the newest checkpoint there, or at step 0.
 
-  Nothing is written but for the log, the tracker and what names damaged data.
+  Nothing is written but for the log, goodput.json and what names damaged data.
 
   Args:
     config: the experiment.
@@ -100,8 +100,8 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
   _announce(out, s, source, start, damage, notes)
   evaluations.begin(scores, out, tracker)
   return Run(
-    s, state, start, meta.get("evaluated", not meta), Feed(s, source, damage, stopping, tracker, start), evaluations,
-    Saver(checkpoints, s, workdir, held, tracker, start=start, fingerprint=fingerprints[0]),
+    s, state, start, meta.get("evaluated", not meta), Feed(s, source, damage, stopping, tracker, out, start),
+    evaluations, Saver(checkpoints, s, workdir, held, tracker, start=start, fingerprint=fingerprints[0]),
     StepLog(config, out, damage, start, checkpoints.latest), out, tracker, stopping)
 
 

@@ -27,7 +27,7 @@ class Saver:
       fingerprint: of the data, which a checkpoint repeats.
     """
     self._checkpoints, self._setup, self._workdir, self._held = checkpoints, setup, workdir, held
-    self._ledger, self._start, self._fingerprint = tracker, start, fingerprint
+    self._tracker, self._start, self._fingerprint = tracker, start, fingerprint
     self._saved: int | None = None
 
   @property
@@ -43,7 +43,7 @@ class Saver:
   def save(self, step: int, state: TrainState) -> None:
     """Starts to save the state of `step` in the background; raises UserError if it or the save before it failed."""
     self._held.check()
-    with self._ledger("save"):
+    with self._tracker("save"):
       if self._saved is None:
         self._claim()
       self._checkpoints.save(state, {"data": self._fingerprint, "frozen": self._setup.digests})
@@ -55,12 +55,12 @@ class Saver:
 
   def wait(self) -> None:
     """Returns when the save under way is on disk; raises UserError if it failed."""
-    with self._ledger("save"):
+    with self._tracker("save"):
       self._checkpoints.wait()
 
   def close(self) -> None:
     """Waits, then frees the threads; raises UserError if the save under way failed."""
-    with self._ledger("save"):
+    with self._tracker("save"):
       self._checkpoints.close()
 
   def _claim(self) -> None:

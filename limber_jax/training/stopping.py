@@ -14,7 +14,7 @@ class Stopping:
 
   def __init__(self, request: StopRequest, tracker: TimeTracker):
     """Takes the request, entered already, and the tracker, which is told that asking is progress."""
-    self.request, self._ledger = request, tracker
+    self.request, self._tracker = request, tracker
     self.single = jax.process_count() == 1
 
   def alone(self) -> bool:
@@ -23,7 +23,7 @@ class Stopping:
 
   def together(self) -> bool:
     """Returns whether any process was asked to stop; all of them must ask together."""
-    self._ledger.alive()
+    self._tracker.alive()
     return any(parallel.allgather_objects(self.request()))
 
   def waiting(self) -> contextlib.AbstractContextManager:

@@ -28,16 +28,14 @@ class Source(Protocol):
   classes: tuple[str, ...] | None
   """The names of the classes by label, where the source knows them."""
 
-  def __len__(self) -> int: ...
+  def __len__(self) -> int:
+    """Returns the number of records."""
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns the record; raises UserError if it cannot be read."""
-    ...
 
   def annotation(self, index: int) -> dict[str, Any]:
     """Returns the record without its image, which is not read where the format allows that."""
-    ...
 
   def fingerprint(self) -> str:
     """Returns 16 hex digits that change with the data; the same wherever the data are kept."""
-    ...

@@ -60,7 +60,7 @@ class Tfds:
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     try:
       self._records = builder.as_data_source(split=config.split, decoders=decoders)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what TFDS says of a format without random access
       raise UserError(f"{self._name} was prepared as {builder.info.file_format}, which has no random access; prepare "
                       "it again with file_format='array_record'") from error
     except ValueError as error:
