@@ -1,8 +1,10 @@
 """Tiny experiments for the tests of training: mu towers, digits, bytes."""
 
+import functools
 import json
 import os
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from PIL import Image
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.checkpoints.state import SHARDING, TrainState
 from limber_jax.config import Checkpoint, Compute, Config, Data, Decoding, Mesh, Optim, Source, Tokenizer
-from limber_jax.config_json import to_json
+from limber_jax.config_json import from_json, to_json
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
@@ -126,21 +128,28 @@ def run(config: Config, data: list[dict[str, np.ndarray]], task: type[Contrastiv
 
   The state before it is `start`, or a fresh one.
   """
-  sizes = vars(config.mesh)
-  mesh = parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-  task = task.from_config(config)
-  tx = optimizer.make(config.optim, config.steps)
-  rng = jax.random.key(0)
-  # Drawn on one device and then spread: drawing takes longer to compile than a step, and so is compiled only once.
-  state, frozen = jax.jit(make_init(task, tx, config.trainable, config.optim.spike.window))(rng)
-  shardings = parallel.shardings(state, (*SHARDING, *task.sharding), mesh)
-  state = jax.device_put(state if start is None else start, shardings)
-  metrics, states = [], []
+  mesh, step, shardings, first, frozen = _program(task, to_json(config), optimizer.make)
+  state = jax.device_put(first if start is None else start, shardings)
+  rng, metrics, states = jax.random.key(0), [], []
   with jax.set_mesh(mesh):
-    step = jax.jit(make_step(task, tx, optimizer.schedule(config.optim, config.steps), config.optim.spike),
-                   out_shardings=(shardings, parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
     for batch in data:
       state, values = step(state, frozen, parallel.global_batch(batch, mesh), rng)
       metrics.append({k: float(v) for k, v in values.items()})
       states.append(jax.device_get(state))
   return metrics, states
+
+
+@functools.lru_cache(maxsize=8)  # most tests run the same twice or more, and tracing takes longer than the steps
+def _program(task: type[Contrastive], config: str, make: Callable[..., Any]) -> tuple[Any, ...]:
+  """Returns (mesh, jitted step, shardings of the state, first state, frozen parts) of a configuration's JSON."""
+  config = from_json(config, "a test's configuration")
+  sizes = vars(config.mesh)
+  mesh = parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+  task = task.from_config(config)
+  tx = make(config.optim, config.steps)
+  # Drawn on one device and then spread: drawing takes longer to compile than a step, and so is compiled only once.
+  state, frozen = jax.jit(make_init(task, tx, config.trainable, config.optim.spike.window))(jax.random.key(0))
+  shardings = parallel.shardings(state, (*SHARDING, *task.sharding), mesh)
+  step = jax.jit(make_step(task, tx, optimizer.schedule(config.optim, config.steps), config.optim.spike),
+                 out_shardings=(shardings, parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
+  return mesh, step, shardings, jax.device_get(state), frozen
