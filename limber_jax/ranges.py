@@ -158,8 +158,9 @@ def split_commas(config: Any) -> None:
         split_commas(inner)
     if f.name == "formats":  # split where it is used, and written down so of runs
       continue
-    if hints[f.name] == tuple[str, ...] and isinstance(value, tuple) and len(value) == 1 and "," in value[0]:
-      object.__setattr__(config, f.name, tuple(filter(None, map(str.strip, value[0].split(",")))))
+    one = value[0] if isinstance(value, tuple) and len(value) == 1 else None  # a user's (1,) is for `check` to refuse
+    if hints[f.name] == tuple[str, ...] and isinstance(one, str) and "," in one:
+      object.__setattr__(config, f.name, tuple(filter(None, map(str.strip, one.split(",")))))
 
 
 def range_of(f: dataclasses.Field) -> Range:

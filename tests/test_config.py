@@ -190,6 +190,10 @@ def test_texts_with_commas_are_several_and_a_group_of_settings_does_not_flood():
   config = tiny(trainable=("image, text",), evals={"a": Captions(metrics=("cider,bleu",))})
   ranges.split_commas(config)
   assert config.trainable == ("image", "text") and config.evals["a"].metrics == ("cider", "bleu")
+  config = tiny(trainable=(-1,))
+  ranges.split_commas(config)
+  with pytest.raises(UserError, match=r"^config\.trainable: expected str, got -1$"):
+    check(config)
   line = cli._group("evals", [f"evals.a.{n}" for n in range(50)])
   assert len(line) < 600 and "and 30 more" in line and line.endswith("every=-1 leaves one out of training")
 
