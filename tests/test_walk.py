@@ -18,6 +18,7 @@ from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
 from limber_jax.models import gptj
 from limber_jax.training import optimizer
+from limber_jax.training.setup import setup
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = ("0", "1", "-1", "2", "3", "7", "16", "1000", "-1000", "1000000", "2147483648", "100000000000",
@@ -197,3 +198,8 @@ def test_500_settings_train_or_are_refused_in_one_line(tmp_path):
         bad.append(line)
   report.close()
   assert not bad, "\n".join(bad)
+
+
+def test_a_dtype_that_the_device_has_no_products_of_is_refused_in_one_line():
+  with pytest.raises(UserError, match=r"^config\.compute\.dtype='float16': on a CPU there are no products of it"):
+    setup(tiny(mesh=(-1, 1, 1), compute=config.Compute(dtype="float16")))

@@ -115,6 +115,9 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   config_lib.check(config)
   mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
   parallel.local_rows(config.batch_size, mesh)
+  if config.compute.dtype == "float16" and mesh.devices.flat[0].platform == "cpu":  # else XLA says it, of one product
+    raise UserError("config.compute.dtype='float16': on a CPU there are no products of it with sums in float32; choose "
+                    "float32 or bfloat16")
   task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
   if config.data.features and not hasattr(task, "feature_specs"):
     raise UserError(f"config.data.features: there are none of task {config.task!r}, only of 'captioning'")
