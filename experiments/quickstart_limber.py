@@ -32,7 +32,7 @@ def get_config() -> Config:
       lm=gptj.SIZES["gptj_digits"](),
       others={"random": Map(image=ENCODER, prompt=PROMPT)},
     ),
-    first={CLIP: "experiments/quickstart.py", LM: "experiments/quickstart_lm.py"},
+    prerequisites={CLIP: "experiments/quickstart.py", LM: "experiments/quickstart_lm.py"},
     init=Init(image=CLIP, lm=LM),
     batch_size=64,
     steps=300,

@@ -25,8 +25,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from limber_jax import config as config_lib
+from limber_jax import config_history, ranges
 from limber_jax import help as help_lib
-from limber_jax import ranges
 from limber_jax.config import Config
 from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
@@ -174,7 +174,8 @@ def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
   if (page := help_lib.asked(argv)) is not None:
     print(help_lib.configuration(page) if page else help_lib.command(module), flush=True)
     sys.exit(0)
-  argv = surroundings.at_home(argv)
+  argv = [_current(argument) for argument in surroundings.at_home(argv)]
+  sys.argv[1:] = argv[1:]  # where ml_collections looks for the fields
   logging.getLogger("absl").setLevel(logging.ERROR)  # ml_collections warns of what `get_config` then refuses
   try:
     if (path := _config_path(argv)) is not None:
@@ -186,6 +187,12 @@ def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
     message = _explain(argv, error)
   print(f"error: {message}", file=sys.stderr, flush=True)
   sys.exit(2)
+
+
+def _current(argument: str) -> str:
+  """Returns an argument in which a field of the configuration has the name that it has now."""
+  m = re.fullmatch(r"(--?config\.)([\w.@-]+)(.*)", argument, re.DOTALL)
+  return f"{m[1]}{config_history.renamed(m[2])}{m[3]}" if m else argument
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

@@ -71,7 +71,7 @@ class Data:
   prefetch: int = ranged(2, at_least=0, at_most=1024)  # batches ready ahead of the device
   repeat: bool = False      # whether a batch may hold records twice, where there are fewer than it has
   # The share of the records seen that may be unreadable: others stand in for them. 0 ends the run at the first.
-  damaged: float = ranged(0.01, at_least=0, at_most=1)
+  max_bad_fraction: float = ranged(0.01, at_least=0, at_most=1)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Loss:
   chunk_size: int = ranged(0, at_least=0, at_most=COUNT)  # rows of logits held at a time; 0 holds them all
   # GradCache: the batch goes through the towers in this many pieces, and the loss still sees all of it. On so many
   # devices that pieces would leave some without rows it goes in fewer.
-  accumulate: int = ranged(1, at_least=1, at_most=COUNT)
+  num_microbatches: int = ranged(1, at_least=1, at_most=COUNT)
 
 
 @dataclass
@@ -247,7 +247,7 @@ class Config:
   checkpoint: Checkpoint = field(default_factory=Checkpoint)
   evals: dict[str, Evaluation] = field(default_factory=dict)
   # workdir -> the experiment file that is trained there first, unless it has been: what `init` reads
-  first: dict[str, str] = field(default_factory=dict)
+  prerequisites: dict[str, str] = field(default_factory=dict)
   log_every: int = ranged(50, at_least=1, at_most=COUNT)  # steps
   # Seconds without a batch or a step, or six times as many without anything else, after which the run prints where its
   # threads are and exits; see limber_jax.runtime.watchdog. 0 waits for ever.
@@ -257,7 +257,7 @@ class Config:
   peak_flops: float = ranged(0.0, at_least=0)
 
   def __post_init__(self):
-    self.evals, self.first = dict(self.evals), dict(self.first)
+    self.evals, self.prerequisites = dict(self.evals), dict(self.prerequisites)
 
 
 def check(config: Config, start: str = "config.") -> None:

@@ -5,10 +5,14 @@ whoever reads the configuration, as any field that is not there.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from limber_jax import registry
 
+# Fields that are called otherwise now, outside of evaluations; of a command's flags too.
+RENAMED = {"data.damaged": "data.max_bad_fraction", "first": "prerequisites",
+           "loss.accumulate": "loss.num_microbatches"}
 # Until 0.1 all evaluations were one dataclass: these fields stood in the JSON of each, whether it used them or not.
 UNION = ("classes", "templates", "train", "validation", "metrics", "scorer", "scorer_model", "shots", "seeds",
          "threshold")
@@ -32,10 +36,18 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
       key, _, field = name.removeprefix("evals.").partition(".")
       evals.setdefault(key, {})[field] = value
     else:
-      out[name] = value
+      out[renamed(name)] = value
   for key, fields in evals.items():
     out |= {f"evals.{key}.{field}": value for field, value in evaluation(fields).items()}
   return out
+
+
+def renamed(name: str) -> str:
+  """Returns what a field is called now, "loss.num_microbatches", by what it is or was called: "loss.accumulate"."""
+  if m := re.fullmatch(r"(evals\.[^.]+\.)(\w+)", name):
+    return m[1] + FIELDS[""].get(m[2], m[2])
+  old = next((old for old in RENAMED if f"{name}.".startswith(f"{old}.")), "")
+  return RENAMED[old] + name.removeprefix(old) if old else name
 
 
 def evaluation(values: dict[str, Any]) -> dict[str, Any]:

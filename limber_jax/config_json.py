@@ -15,9 +15,9 @@ from limber_jax.ranges import LATER
 
 # What may differ between two runs in the same workdir: it changes how fast and where, never which losses come out.
 RUNTIME = ("mesh", "checkpoint", "log_every", "watchdog", "peak_flops", "data.workers", "data.threads", "data.prefetch",
-           "data.damaged", "data.repeat", "compute.attention", "compute.remat", "compute.unroll", "data.source.path",
-           "data.source.images", "data.source.key_dot", "data.source.incomplete", "data.source.quoting",
-           "data.tokenizer.path", "data.features", "decoding", "evals", "first")
+           "data.max_bad_fraction", "data.repeat", "compute.attention", "compute.remat", "compute.unroll",
+           "data.source.path", "data.source.images", "data.source.key_dot", "data.source.incomplete",
+           "data.source.quoting", "data.tokenizer.path", "data.features", "decoding", "evals", "prerequisites")
 
 
 def flatten(config: Any, prefix: str = "", *, known: bool = False) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def limber(name: str, encoder: str, image: str = "", *, model: dict[str, Any] | 
     "init": Init(image=image, lm=GPTJ),
     # What ran: 256 a step over all GPUs, times 8 by accumulation, though the configuration says 256.
     "batch_size": 2048,
-    "loss": Loss(accumulate=8),
+    "loss": Loss(num_microbatches=8),
     "steps": 15_000,
     "data": Data(
       source=Source(name="captions", path="data/cc3m/train.tsv"),

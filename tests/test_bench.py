@@ -100,7 +100,7 @@ def test_reading_is_measured_beside_plain_pillow_and_as_a_share_of_training():
   (("data", "--steps=4"), "--steps=4: wanted 0, or more than the 4"),
   (("train",), "--config is missing"),
   (("train", "--config=experiments/limber_clip.py", "--size=gptj_mu"), "no size 'gptj_mu' for task 'captioning'"),
-  (("train", "--config=experiments/limber_clip.py", "--size=mu", "--batch_size=3"), "accumulate=8 does not divide"),
+  (("train", "--config=experiments/limber_clip.py", "--size=mu", "--batch_size=3"), "microbatches=8 does not divide"),
 ])
 def test_a_mistake_is_one_line(flags, words):
   done = bench(*flags)

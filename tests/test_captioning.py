@@ -236,7 +236,7 @@ def test_accumulated_steps_equal_whole_batches(captions):
   config = tiny(captions=captions)
   data = batches(config, 4)
   whole, whole_states = run(config, data, Captioning)
-  pieces, states = run(tiny(captions=captions, loss=Loss(accumulate=4)), data, Captioning)
+  pieces, states = run(tiny(captions=captions, loss=Loss(num_microbatches=4)), data, Captioning)
   for name in ("loss", "grad_norm", "accuracy"):
     np.testing.assert_allclose([m[name] for m in pieces], [m[name] for m in whole], rtol=1e-5)
   for a, b in zip(jax.tree.leaves(states[-1].params), jax.tree.leaves(whole_states[-1].params), strict=True):
@@ -245,7 +245,7 @@ def test_accumulated_steps_equal_whole_batches(captions):
 
 @pytest.mark.parametrize(("trainable", "rows"), [(("prompt",), 16), (("prompt", "image"), 4)])
 def test_a_frozen_encoder_sees_the_whole_batch_at_once_and_a_trained_one_its_pieces(trainable, rows, monkeypatch):
-  config, seen, encode = tiny(trainable=trainable, loss=Loss(accumulate=4)), [], Limber.encode
+  config, seen, encode = tiny(trainable=trainable, loss=Loss(num_microbatches=4)), [], Limber.encode
   monkeypatch.setattr(Limber, "encode", lambda self, params, stats, images, *args, **kwargs: (
     seen.append(images.shape[0]), encode(self, params, stats, images, *args, **kwargs))[1])
   task = Captioning.from_config(config)
@@ -293,12 +293,12 @@ def test_the_encoder_runs_as_at_test_unless_told_otherwise():
 
 @pytest.mark.parametrize(("changes", "message"), [
   ({"model": VIT}, "needs a models.limber.LimberConfig, got EncoderConfig"),
-  ({"loss": Loss(accumulate=3)}, "accumulate=3 does not divide config.batch_size=16"),
+  ({"loss": Loss(num_microbatches=3)}, "num_microbatches=3 does not divide config.batch_size=16"),
   ({"captions": Captions(eos="never")}, "captions.eos='never': choose one of always, reference"),
   ({"captions": Captions(eos="reference", micro_batch=5)}, "micro_batch=5 does not divide"),
   ({"decoding": Decoding("beam", top_p=0.9)}, "decoding.top_p=0.9 is for method='sample', but the method is 'beam'"),
   ({"data": Data(length=63)}, "more than the language model's context of 64"),
-  ({"model": size(RESNET), "loss": Loss(accumulate=2), "captions": Captions(encoder="train"),
+  ({"model": size(RESNET), "loss": Loss(num_microbatches=2), "captions": Captions(encoder="train"),
     "trainable": ("prompt", "image")}, "BatchNorm"),
   ({"trainable": ("image", "prompt"), "data": Data(features="x", length=9)}, "holds what a frozen encoder saw"),
 ])
@@ -321,7 +321,7 @@ def test_a_language_model_learns_its_captions_and_counts_them_once():
   task = LanguageModelling.from_config(config)
   data = [{k: b[k] for k in ("tokens", "mask")} for b in batches(tiny(), 3)]
   whole, _ = run(config, data, LanguageModelling)
-  config.loss.accumulate = 4
+  config.loss.num_microbatches = 4
   pieces, _ = run(config, data, LanguageModelling)
   np.testing.assert_allclose([m["loss"] for m in pieces], [m["loss"] for m in whole], rtol=1e-5)
   params, stats = jax.jit(task.init)(jax.random.key(0))

@@ -38,7 +38,7 @@ def test_an_experiment_comes_back_from_its_json(path):
 
 def test_names_with_dots_come_back():
   config = cli.load_experiment(str(LIMBER))
-  config.first, config.init.others = {"runs/v1.0": "a.py", "b": "c"}, {"image@random": "runs/v1.5"}
+  config.prerequisites, config.init.others = {"runs/v1.0": "a.py", "b": "c"}, {"image@random": "runs/v1.5"}
   config.optim.part_lr = {"prompt": 1.0}
   assert from_json(to_json(config), "x") == config
 
@@ -182,7 +182,8 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(tmp_path):
 def test_a_mistake_in_an_experiment_that_comes_first_is_told_before_anything_is_trained(tmp_path):
   (tmp_path / "broken.py").write_text("from runs import tiny\n\ndef get_config():\n  return tiny(steps=-1)\n")
   with pytest.raises(UserError, match=r"broken.py: config.steps=-1: wanted 1 or more$"):
-    train(tiny(first={"a": f"{EXPERIMENTS}/quickstart.py", "b": f"{tmp_path}/broken.py"}), str(tmp_path / "run"))
+    train(tiny(prerequisites={"a": f"{EXPERIMENTS}/quickstart.py", "b": f"{tmp_path}/broken.py"}),
+          str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,36 @@ def test_an_evaluation_that_is_not_there_or_none_is_one_line():
     config.evals = {"a": evaluation}
     with pytest.raises(UserError, match=rf"^config\.evals\.{match}"):
       check(config)
+
+
+def test_fields_of_an_earlier_release_are_read_by_their_names_of_now():
+  values = json.loads(stored("contrastive"))
+  for name in ("data.max_bad_fraction", "loss.num_microbatches"):
+    values.pop(name, None)
+  config = from_json(json.dumps(values | {"data.damaged": 0.25, "loss.accumulate": 4, "first.a": "a.py"}), "x")
+  assert (config.data.max_bad_fraction, config.loss.num_microbatches) == (0.25, 4)
+  assert config.prerequisites == {"a": "a.py"}
+
+
+PROGRAM = """
+from limber_jax import cli
+CONFIG = cli.define_config()
+
+def main(_):
+  config = CONFIG.value
+  print(config.data.max_bad_fraction, config.loss.num_microbatches,
+        config.evals["zeroshot"].max_bad_fraction)
+
+cli.run(main)
+"""
+
+
+def test_flags_of_an_earlier_release_set_the_fields_of_now():
+  experiment = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+  flags = ["--config.data.damaged=0.25", "--config.loss.accumulate", "4", "--config.evals.zeroshot.damaged=0.5"]
+  done = subprocess.run([sys.executable, "-c", PROGRAM, f"--config={experiment}", *flags], text=True,
+                        capture_output=True)
+  assert done.stdout.split() == ["0.25", "4", "0.5"], done.stderr
 
 
 def test_an_entry_of_results_of_an_earlier_release_says_the_same_as_one_of_this():

@@ -152,7 +152,7 @@ def test_a_source_that_raises_what_it_may_not_ends_the_run_in_one_line(workers):
 def tracker(folder, records=1000, allowed=0.01, found=(), batch_size=10):
   source = Numbers(records)
   source.damage = list(found)
-  data = Data(source=Source(path="x/data.tsv"), damaged=allowed)
+  data = Data(source=Source(path="x/data.tsv"), max_bad_fraction=allowed)
   return bad_records.BadRecords(str(folder), source, data, batch_size)
 
 
@@ -209,8 +209,8 @@ def test_few_end_no_run_but_too_large_a_share_does(tmp_path):
   with pytest.raises(UserError) as caught:
     feed(d, 2, 10)
   assert str(caught.value) == (
-    f"11 of the data's records cannot be used, 55.00% of what was seen, more than config.data.damaged=0.5 allows; the "
-    f"first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/bad_records.jsonl")
+    f"11 of the data's records cannot be used, 55.00% of what was seen, more than config.data.max_bad_fraction=0.5 "
+    f"allows; the first: data.tsv: record 0 (n0): torn; all are in {tmp_path}/bad_records.jsonl")
   assert len(lines(tmp_path)) == 11
   again = tracker(tmp_path, allowed=0.6)
   again.start(2)
@@ -220,9 +220,9 @@ def test_few_end_no_run_but_too_large_a_share_does(tmp_path):
 def test_none_is_allowed_where_the_share_is_0(tmp_path):
   d = tracker(tmp_path, allowed=0.0)
   d.start(0)
-  with pytest.raises(UserError, match=r"^1 of .*damaged=0\.0 allows; the first: data\.tsv: record 4 \(n4\): torn"):
+  with pytest.raises(UserError, match=r"^1 of .*fraction=0\.0 allows; the first: data\.tsv: record 4 \(n4\): torn"):
     feed(d, 1, 4)
-  with pytest.raises(UserError, match="damaged=2: wanted a share"):
+  with pytest.raises(UserError, match="max_bad_fraction=2: wanted a share"):
     tracker(tmp_path, allowed=2)
 
 

@@ -338,7 +338,7 @@ class TestWhatIsRefused:
     assert not os.listdir(tmp_path)
 
   def test_an_encoder_that_is_yet_to_be_trained(self, tmp_path):
-    config = limber(first={"runs/nowhere": "experiments/quickstart.py"})
+    config = limber(prerequisites={"runs/nowhere": "experiments/quickstart.py"})
     config.init.image = "runs/nowhere"
     with pytest.raises(UserError, match=r"first, in runs/nowhere: .*train --config=experiments/quickstart"):
       encode(config, str(tmp_path / "features"))

@@ -90,8 +90,8 @@ def test_every_leaf_of_an_experiment_is_split_on_4_8_and_64_devices(path):
     assert not whole(like, layout) or sizes[1] == 1, sizes
     assert config.batch_size % devices == 0
     with jax.sharding.use_abstract_mesh(mesh):
-      count = microbatches.fitting(config.loss.accumulate, config.batch_size)
-    assert config.batch_size // count % devices == 0 and (devices > 256 or count == config.loss.accumulate)
+      count = microbatches.fitting(config.loss.num_microbatches, config.batch_size)
+    assert config.batch_size // count % devices == 0 and (devices > 256 or count == config.loss.num_microbatches)
 
 
 def test_a_frozen_network_of_convolutions_is_whole_on_every_device():
@@ -166,7 +166,7 @@ def test_runs_may_differ_only_in_how_they_run():
     config_json.check_same(config, saved, "runs/x")
 
 
-@pytest.mark.parametrize(("field", "value"), [("kind", "hinge"), ("accumulate", 0), ("accumulate", 7)])
+@pytest.mark.parametrize(("field", "value"), [("kind", "hinge"), ("num_microbatches", 0), ("num_microbatches", 7)])
 def test_a_loss_that_cannot_be_is_refused(field, value):
   config = get(ROOT / "experiments" / "quickstart.py")
   config.loss = Loss(**{field: value})

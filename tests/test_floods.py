@@ -116,7 +116,7 @@ def test_caption_names_each(photos, tmp_path):
 @pytest.mark.process
 def test_training_replaces_each_and_names_it(photos, tmp_path):
   command = ("-m", "limber_jax.train", "--config=experiments/quickstart.py", "--config.data.source.name=folder",
-             f"--config.data.source.path={photos}", "--config.data.damaged=0.5", "--config.batch_size=16",
+             f"--config.data.source.path={photos}", "--config.data.max_bad_fraction=0.5", "--config.batch_size=16",
              "--config.optim.warmup_steps=1")
   start(*command, "--config.data.source.name=digits", "--config.data.source.path=", "--config.steps=6",
         f"--workdir={tmp_path}/warm", warm=True)

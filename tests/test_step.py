@@ -60,7 +60,7 @@ def test_accumulated_steps_equal_whole_batches():
   config = tiny(**GENTLE)
   data = batches(config, 5)
   whole, whole_states = run(config, data)
-  pieces, piece_states = run(tiny(loss=Loss(accumulate=8), **GENTLE), data)
+  pieces, piece_states = run(tiny(loss=Loss(num_microbatches=8), **GENTLE), data)
   np.testing.assert_allclose([m["loss"] for m in pieces], [m["loss"] for m in whole], rtol=1e-6)
   np.testing.assert_allclose([m["grad_norm"] for m in pieces], [m["grad_norm"] for m in whole], rtol=1e-5)
   assert apart(piece_states[-1].params, whole_states[-1].params) < 1e-5
@@ -76,14 +76,14 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     task = Contrastive.from_config(config)
     return jax.jit(jax.grad(lambda p: task.loss(p, stats, batch, rng)[0]))(params)
 
-  whole, pieces = gradient(config), gradient(tiny(loss=Loss(accumulate=8)))
+  whole, pieces = gradient(config), gradient(tiny(loss=Loss(num_microbatches=8)))
   scale = max(float(abs(x).max()) for x in jax.tree.leaves(whole))
   assert apart(whole, pieces) < 1e-5 * scale
 
 
 def test_accumulation_keeps_one_piece_of_activations_at_a_time():
   def peak(accumulate):
-    config = tiny(batch_size=128, loss=Loss(accumulate=accumulate))
+    config = tiny(batch_size=128, loss=Loss(num_microbatches=accumulate))
     task = Contrastive.from_config(config)
     params, stats = jax.eval_shape(task.init, jax.random.key(0))
     loss = jax.jit(jax.grad(lambda p, b: task.loss(p, stats, b, None)[0]))
@@ -96,14 +96,14 @@ def test_accumulation_and_chunks_hold_on_a_mesh():
   config = tiny(**GENTLE)
   data = batches(config, 4)
   want = [m["loss"] for m in run(config, data)[0]]
-  got = [m["loss"] for m in run(tiny(mesh=(2, 2, 2), loss=Loss(accumulate=2, chunk_size=3), **GENTLE), data)[0]]
+  got = [m["loss"] for m in run(tiny(mesh=(2, 2, 2), loss=Loss(num_microbatches=2, chunk_size=3), **GENTLE), data)[0]]
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_batchnorm_refuses_accumulation_with_a_reason():
   with pytest.raises(UserError, match="BatchNorm"):
-    Contrastive.from_config(tiny("clip_rn50_mu", loss=Loss(accumulate=2)))
-  Contrastive.from_config(tiny("clip_rn50_mu", loss=Loss(accumulate=2), trainable=("text", "logit_scale")))
+    Contrastive.from_config(tiny("clip_rn50_mu", loss=Loss(num_microbatches=2)))
+  Contrastive.from_config(tiny("clip_rn50_mu", loss=Loss(num_microbatches=2), trainable=("text", "logit_scale")))
 
 
 @pytest.mark.parametrize(("size", "bad"), [("clip_vit_b32_mu", 0), ("clip_vit_b32_mu", 1), ("clip_vit_b32_mu", 10),

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
   out = measure.surroundings(("jax", "flax", "optax")) | {
     "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
     "config": config.name, "task": config.task, "dtype": config.compute.dtype, "remat": config.compute.remat,
-    "batch": config.batch_size, "accumulate": config.loss.accumulate,
+    "batch": config.batch_size, "num_microbatches": config.loss.num_microbatches,
     "shapes": {name: list(x.shape) for name, x in batch.items()}, "trainable": list(config.trainable),
     "examples_per_second": config.batch_size / step_time, "step_seconds": step_time,
     **facts,
@@ -192,7 +192,7 @@ def jax_step(task: Task, config: Config, batch: dict[str, np.ndarray]) -> tuple[
 
 def torch_step(config: Config, batch: dict[str, np.ndarray]) -> Callable[[], None] | None:
   """Returns the same for open_clip's model, ClipLoss and AdamW; None, with a line on stderr, where it cannot be."""
-  same = config.task == "contrastive" and config.loss.kind == "softmax" and config.loss.accumulate == 1
+  same = config.task == "contrastive" and config.loss.kind == "softmax" and config.loss.num_microbatches == 1
   if not same or set(config.trainable) != {"image", "text", "logit_scale"}:
     measure.no_peer("open_clip", "it has no step like this one")
     return None

@@ -33,7 +33,7 @@ class BadRecords:
   end the run at the same step.
 
   The run ends where the share of annotations that the source could not use and the share of the records seen so far
-  that could not be read are together more than config.data.damaged, and more than FEW.
+  that could not be read are together more than config.data.max_bad_fraction, and more than FEW.
   """
 
   def __init__(self, workdir: str, source: Source, data: Data, batch_size: int):
@@ -53,13 +53,13 @@ class BadRecords:
     self._file = os.path.basename(os.path.normpath(where)) if where else data.source.name
     self.found: list[Line] = [{"step": 0, "file": d["file"], "index": None, "id": d["id"], "reason": d["reason"]}
                               for d in getattr(source, "damage", ())]
-    self._records, self._allowed, self._batch = len(source), data.damaged, batch_size
+    self._records, self._allowed, self._batch = len(source), data.max_bad_fraction, batch_size
     self._named: set[int] = set()    # records
     self._read: list[Line] = []      # by this process, and not settled
     self._news = 0                   # of all processes, in steps that are not settled
     self._example = self.found[:1]  # for messages
     if not 0 <= self._allowed <= 1:
-      raise UserError(f"config.data.damaged={self._allowed}: wanted a share, 0 to 1")
+      raise UserError(f"config.data.max_bad_fraction={self._allowed}: wanted a share, 0 to 1")
     self._check(0)
 
   def start(self, step: int) -> None:
@@ -134,7 +134,8 @@ class BadRecords:
     if total > (FEW if self._allowed else 0) and (share := self.share(step)) > self._allowed:
       where = f"; all are in {self._path}" if self._named else ""
       raise UserError(f"{total:,} of the data's records cannot be used, {share:.2%} of what was seen, more than "
-                      f"config.data.damaged={self._allowed} allows; the first: {describe(self._example[0])}{where}")
+                      f"config.data.max_bad_fraction={self._allowed} allows; the first: "
+                      f"{describe(self._example[0])}{where}")
 
   def _write(self, lines: list[Line], append: bool = False) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)

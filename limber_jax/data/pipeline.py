@@ -144,7 +144,7 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   first runs, all of CLIP, whose texts' length is the model's: there was no `data.length`.
   """
   settings = dataclasses.asdict(data)
-  for name in ("workers", "threads", "prefetch", "features", "damaged", "repeat"):
+  for name in ("workers", "threads", "prefetch", "features", "max_bad_fraction", "repeat"):
     del settings[name]
   del settings["formats"], settings["exif"]
   settings |= ImageOptions.from_config(data).changes()

@@ -110,7 +110,7 @@ def with_options(transform: Transform, options: ImageOptions) -> Transform:
 
 
 def decode(image: bytes | np.ndarray, options: ImageOptions = PLAIN) -> np.ndarray:
-  """Returns uint8 [h, w, 3]; see `opened`."""
+  """Returns uint8 [h, w, 3]; see `decode_image`."""
   return np.asarray(decode_image(image, 0, options))
 
 

@@ -46,7 +46,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
       no room for them, or another process that writes there.
   """
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=out))
-  for directory, file in config.first.items():
+  for directory, file in config.prerequisites.items():
     if directory in (config.init.image, *config.init.others.values()) and not os.path.exists(directory):
       raise UserError(f"the encoder is trained first, in {directory}: python -m limber_jax.train --config={file} "
                       f"--workdir={directory}")

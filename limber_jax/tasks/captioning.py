@@ -38,7 +38,7 @@ class Captioning:
 
   model: Limber
   trainable: tuple[str, ...]
-  accumulate: int              # pieces a batch goes through the model in
+  num_microbatches: int              # pieces a batch goes through the model in
   captions: Captions
   decoding: Decoding
   length: int                  # T
@@ -51,21 +51,21 @@ class Captioning:
   def from_config(cls, config: Config) -> "Captioning":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     check_model(config)
-    c, k, n = config.captions, config.loss.accumulate, config.batch_size
+    c, k, n = config.captions, config.loss.num_microbatches, config.batch_size
     ranges.check(c, "config.captions.")
     check_decoding(config.decoding)
     ranges.check(config.loss, "config.loss.")
     if "reference" in (c.eos, c.mean) and n % c.micro_batch:
       raise UserError(f"config.captions.micro_batch={c.micro_batch} does not divide config.batch_size={n}")
     if n % k:
-      raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={n}")
+      raise UserError(f"config.loss.num_microbatches={k} does not divide config.batch_size={n}")
     model = Limber.from_config(config.model, config.compute)
     if any(p.startswith("image") for p in config.trainable) and config.data.features:
       raise UserError("config.data.features holds what a frozen encoder saw; a trained one needs the images")
     batch_norm = [part("image", n) for n, e in model.encoders.items() if e.spec.batch_norm]
     if c.encoder == "train" and k > 1 and set(batch_norm) & set(config.trainable):
-      raise UserError(f"config.loss.accumulate={k}: config.captions.encoder='train' takes BatchNorm's statistics from "
-                      "the whole batch, which pieces of it cannot give; use accumulate=1")
+      raise UserError(f"config.loss.num_microbatches={k}: config.captions.encoder='train' takes BatchNorm's statistics "
+                      "from the whole batch, which microbatches cannot give; use num_microbatches=1")
     if c.encoder == "train" and config.data.features:
       raise UserError("config.data.features holds what the encoder gives as at test; config.captions.encoder='train' "
                       "needs the images")
@@ -168,7 +168,7 @@ class Captioning:
         metrics |= {part(key, name): value for key, value in found.items()}
       return total, metrics
 
-    loss, metrics = microbatches.accumulate_gradients(piece, trained, batch, rng, self.accumulate)
+    loss, metrics = microbatches.accumulate_gradients(piece, trained, batch, rng, self.num_microbatches)
     return loss, (metrics, changed)
 
   def _encode_frozen(self, params, stats, batch, rng) -> tuple[dict[str, jax.Array], dict]:

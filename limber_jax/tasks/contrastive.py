@@ -27,7 +27,7 @@ class Contrastive:
   model: clip.Clip
   kind: str                    # softmax | sigmoid
   chunk_size: int              # 0: all logits at once
-  accumulate: int              # pieces a batch goes through the towers in
+  num_microbatches: int              # pieces a batch goes through the towers in
   trainable: tuple[str, ...]
 
   @staticmethod
@@ -40,13 +40,14 @@ class Contrastive:
     loss = config.loss
     ranges.check(loss, "config.loss.")
     check_model(config)
-    if config.batch_size % loss.accumulate:
-      raise UserError(f"config.loss.accumulate={loss.accumulate} does not divide config.batch_size={config.batch_size}")
-    if loss.accumulate > 1 and spec_of(config.model.image.kind).batch_norm and "image" in config.trainable:
-      raise UserError(f"config.loss.accumulate={loss.accumulate}: BatchNorm of a trained ResNet takes its statistics "
-                      "from the whole batch, which pieces of it cannot give; use accumulate=1 with "
+    count = loss.num_microbatches
+    if config.batch_size % count:
+      raise UserError(f"config.loss.num_microbatches={count} does not divide config.batch_size={config.batch_size}")
+    if count > 1 and spec_of(config.model.image.kind).batch_norm and "image" in config.trainable:
+      raise UserError(f"config.loss.num_microbatches={count}: BatchNorm of a trained ResNet takes its statistics from "
+                      "the whole batch, which microbatches cannot give; use num_microbatches=1 with "
                       "config.compute.remat=full or more devices, or a ViT")
-    return cls(clip.build(config.model, config.compute), loss.kind, loss.chunk_size, loss.accumulate, config.trainable)
+    return cls(clip.build(config.model, config.compute), loss.kind, loss.chunk_size, count, config.trainable)
 
   @property
   def sharding(self) -> Rules:
@@ -103,9 +104,9 @@ class Contrastive:
     return loss, (metrics, stats)
 
   def _embed(self, params, stats, images, tokens):
-    """Returns (image [N, E], text [N, E], stats), going through the towers in `accumulate` pieces."""
+    """Returns (image [N, E], text [N, E], stats), going through the towers in `num_microbatches` pieces."""
     image_stats = stats.get("image", {})
-    count = microbatches.fitting(self.accumulate, len(images))
+    count = microbatches.fitting(self.num_microbatches, len(images))
     if count == 1:
       train = "image" in self.trainable
       image, image_stats = self.model.encode_image(params["image"], image_stats, images, train=train)

@@ -28,7 +28,7 @@ class LanguageModelling:
   """
 
   model: nn.Module    # of a DecoderSpec
-  accumulate: int
+  num_microbatches: int
   length: int      # T
 
   @staticmethod
@@ -39,12 +39,12 @@ class LanguageModelling:
   def from_config(cls, config: Config) -> "LanguageModelling":
     """Returns the task of an experiment; raises UserError if its settings cannot go together."""
     check_model(config)
-    size, k = config.model, config.loss.accumulate
+    size, k = config.model, config.loss.num_microbatches
     decoder = decoder_of(size.kind)
     decoder.check(size, None)
     ranges.check(config.loss, "config.loss.")
     if config.batch_size % k:
-      raise UserError(f"config.loss.accumulate={k} does not divide config.batch_size={config.batch_size}")
+      raise UserError(f"config.loss.num_microbatches={k} does not divide config.batch_size={config.batch_size}")
     if config.data.length < 2:
       raise UserError(f"config.data.length={config.data.length}: wanted 2 or more: what is predicted follows "
                       "another token")
@@ -81,7 +81,7 @@ class LanguageModelling:
       del rng  # no dropout: GPT-J's are 0
       return self._nats(params, batch, count)
 
-    loss, metrics = microbatches.accumulate_gradients(piece, params, batch, rng, self.accumulate)
+    loss, metrics = microbatches.accumulate_gradients(piece, params, batch, rng, self.num_microbatches)
     return loss, (metrics, stats)
 
   def _nats(self, params, batch, total):

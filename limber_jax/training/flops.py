@@ -46,7 +46,7 @@ def model_flops(config: Config, batch: dict[str, Any]) -> tuple[int, int]:
   """
   plain = copy.copy(config)
   plain.compute = dataclasses.replace(config.compute, remat="none", attention="xla", unroll=1)
-  plain.loss = dataclasses.replace(config.loss, accumulate=1, chunk_size=0)
+  plain.loss = dataclasses.replace(config.loss, num_microbatches=1, chunk_size=0)
   task = registry.lookup("task", registry.TASKS, config.task).from_config(plain)
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   trained, frozen = split(params, config.trainable)

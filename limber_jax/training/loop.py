@@ -46,13 +46,13 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
   Raises:
     UserError: a workdir in which another process trains, settings or data that do not fit, a workdir of another
       experiment, no checkpoint there that is whole, optim.max_skips steps in a row without a finite and usual loss and
-      gradient, more damaged records than config.data.damaged allows, a data worker that is gone, or a checkpoint that
-      could not be saved: the run ends there rather than take steps that the next fault would lose.
+      gradient, more bad records than config.data.max_bad_fraction allows, a data worker that is gone, or a checkpoint
+      that could not be saved: the run ends there rather than take steps that the next fault would lose.
   """
   config_lib.check(config)
   config_lib.check_best(config)
   profiler = Profiler(workdir, profile)
-  first = {directory: (file, cli.load_experiment(file)) for directory, file in config.first.items()}
+  first = {directory: (file, cli.load_experiment(file)) for directory, file in config.prerequisites.items()}
   with contextlib.ExitStack() as until_end:
     held = until_end.enter_context(lock.Lock(
       os.path.join(workdir, lock.NAME), what=workdir, otherwise="choose another --workdir",

@@ -149,10 +149,10 @@ def _announce(out: Log, s: Setup, source: Source, start: int, damage: BadRecords
            f"{jax.device_count()} × {jax.devices()[0].device_kind}"
            + (f", going on from step {start}" if start else ""))
   with jax.set_mesh(s.mesh):
-    count = microbatches.fitting(config.loss.accumulate, config.batch_size)
-  if count != config.loss.accumulate:
-    out.line(f"in {count} pieces of {config.batch_size // count} rows: loss.accumulate={config.loss.accumulate} would "
-             f"leave devices of the mesh {dict(s.mesh.shape)} without any")
+    count = microbatches.fitting(config.loss.num_microbatches, config.batch_size)
+  if count != config.loss.num_microbatches:
+    out.line(f"in {count} microbatches of {config.batch_size // count} rows: loss.num_microbatches="
+             f"{config.loss.num_microbatches} would leave devices of the mesh {dict(s.mesh.shape)} without any")
   if damage.found:
     out.line(f"{len(damage.found):,} annotations cannot be used, and {bad_records.FILE} names them; the first: "
              f"{bad_records.describe(damage.found[0])}")
