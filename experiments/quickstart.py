@@ -1,8 +1,8 @@
 """A small CLIP on scikit-learn's handwritten digits: real images, captions in words, no download, two minutes."""
 
 from limber_jax.config import Checkpoint, Compute, Config, Data, Optim, Source, Tokenizer
+from limber_jax.evals.contamination import Contamination
 from limber_jax.evals.linear_probe import LinearProbe
-from limber_jax.evals.overlap import Overlap
 from limber_jax.evals.retrieval import Retrieval
 from limber_jax.evals.similarity import Similarity
 from limber_jax.evals.zeroshot import ZeroShot
@@ -28,7 +28,7 @@ def get_config() -> Config:
       "similarity": Similarity(source=HELD_OUT, every=0),
       # By limber_jax.evaluate only:
       "probe": LinearProbe(source=HELD_OUT, train=TRAIN, every=-1, shots=(0, 1, 2, 4, 8, 16), seeds=(0, 1, 2)),
-      "overlap": Overlap(source=HELD_OUT, train=TRAIN, every=-1, threshold=0.995),
+      "contamination": Contamination(source=HELD_OUT, train=TRAIN, every=-1, threshold=0.995),
     },
     log_every=10,
   )

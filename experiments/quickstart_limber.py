@@ -8,9 +8,9 @@ import dataclasses
 
 from limber_jax.config import Checkpoint, Compute, Config, Data, Decoding, Init, Optim, Source, Tokenizer
 from limber_jax.evals.captions import Captions
-from limber_jax.evals.naming import Naming
-from limber_jax.evals.probing import Probing
-from limber_jax.evals.words import Words
+from limber_jax.evals.class_mention import ClassMention
+from limber_jax.evals.prompt_probing import PromptProbing
+from limber_jax.evals.word_recall import WordRecall
 from limber_jax.models import encoders, gptj
 from limber_jax.models.limber import LimberConfig, Map, PromptSize
 
@@ -42,11 +42,11 @@ def get_config() -> Config:
     decoding=Decoding(prompt="", max_new_tokens=30),
     checkpoint=Checkpoint(every=100, keep=1),
     evals={
-      "digits": Naming(source=HELD_OUT, every=0, batch_size=60),
+      "digits": ClassMention(source=HELD_OUT, every=0, batch_size=60),
       # By limber_jax.evaluate only:
       "captions": Captions(source=HELD_OUT, every=-1, batch_size=60),
-      "words": Words(source=HELD_OUT, every=-1, batch_size=60),
-      "probing": Probing(source=HELD_OUT, every=-1, batch_size=60),
+      "word_recall": WordRecall(source=HELD_OUT, every=-1, batch_size=60),
+      "prompt_probing": PromptProbing(source=HELD_OUT, every=-1, batch_size=60),
     },
     log_every=20,
   )

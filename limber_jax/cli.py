@@ -9,6 +9,7 @@ tells the others, which end with the same code and a line that names it; one tha
 without a word dies of SIGABRT, after one line (runtime.peers).
 """
 
+import contextlib
 import difflib
 import errno
 import functools
@@ -174,11 +175,13 @@ def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
   if (page := help_lib.asked(argv)) is not None:
     print(help_lib.configuration(page) if page else help_lib.command(module), flush=True)
     sys.exit(0)
-  argv = [_current(argument) for argument in surroundings.at_home(argv)]
+  argv = surroundings.at_home(argv)
+  path = _config_path(argv)
+  argv = [_current(argument, path) for argument in argv]
   sys.argv[1:] = argv[1:]  # where ml_collections looks for the fields
   logging.getLogger("absl").setLevel(logging.ERROR)  # ml_collections warns of what `get_config` then refuses
   try:
-    if (path := _config_path(argv)) is not None:
+    if path is not None:
       _check_file(path, "--config: ")
     return flags.FLAGS(argv)
   except UserError as error:
@@ -189,10 +192,16 @@ def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
   sys.exit(2)
 
 
-def _current(argument: str) -> str:
-  """Returns an argument in which a field of the configuration has the name that it has now."""
+def _current(argument: str, path: str | None) -> str:
+  """Returns an argument in which a field of the configuration, of the experiment at `path`, has its name of now."""
   m = re.fullmatch(r"(--?config\.)([\w.@-]+)(.*)", argument, re.DOTALL)
-  return f"{m[1]}{config_history.renamed(m[2])}{m[3]}" if m else argument
+  if m is None:
+    return argument
+  name = config_history.renamed(m[2])
+  if path is not None and (key := re.match(r"evals\.(\w+)", name)) and key[1] in config_history.EVALUATIONS:
+    with contextlib.suppress(UserError):  # of a broken experiment, which the parser has a line for
+      name = f"evals.{config_history.named(key[1], _read_experiment(path).evals)}{name[key.end():]}"
+  return f"{m[1]}{name}{m[3]}"
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

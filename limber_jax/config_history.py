@@ -6,6 +6,7 @@ whoever reads the configuration, as any field that is not there.
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 from limber_jax import registry
@@ -13,6 +14,9 @@ from limber_jax import registry
 # Fields that are called otherwise now, outside of evaluations; of a command's flags too.
 RENAMED = {"data.damaged": "data.max_bad_fraction", "first": "prerequisites",
            "loss.accumulate": "loss.num_microbatches"}
+# Evaluations that are called otherwise now. What an experiment calls its own stays, but for flags: `named`.
+EVALUATIONS = {"naming": "class_mention", "overlap": "contamination", "probing": "prompt_probing",
+               "shift": "robustness", "words": "word_recall"}
 # Until 0.1 all evaluations were one dataclass: these fields stood in the JSON of each, whether it used them or not.
 UNION = ("classes", "templates", "train", "validation", "metrics", "scorer", "scorer_model", "shots", "seeds",
          "threshold")
@@ -21,8 +25,8 @@ FIELDS = {
   "": {"damaged": "max_bad_fraction"},
   "hallucination": {"classes": "segments"},
   "retrieval": {"templates": "prompt"},
-  "shift": {"classes": "dataset"},
-  "words": {"classes": "nouns"},
+  "robustness": {"classes": "dataset"},
+  "word_recall": {"classes": "nouns"},
 }
 # evaluation -> field, as it is called now -> value -> what it meant. Templates of classes were once the default of all.
 VALUES = {"retrieval": {"prompt": {"imagenet7": ""}}}
@@ -50,9 +54,17 @@ def renamed(name: str) -> str:
   return RENAMED[old] + name.removeprefix(old) if old else name
 
 
+def named(name: str, known: Collection[str]) -> str:
+  """Returns what an experiment calls one of its evaluations, which are `known`, by its name or its earlier one."""
+  return EVALUATIONS[name] if name not in known and EVALUATIONS.get(name) in known else name
+
+
 def evaluation(values: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of an evaluation, {"name": …, "source.path": …}, from those of this or an earlier release."""
   name = values.get("name")
+  if isinstance(name, str) and name in EVALUATIONS:
+    name = EVALUATIONS[name]
+    values = values | {"name": name}
   if "max_bad_fraction" in values or not isinstance(name, str) or name not in registry.EVALS:
     return values
   renamed = FIELDS[""] | FIELDS.get(name, {})

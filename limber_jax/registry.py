@@ -54,16 +54,16 @@ TOKENIZERS = {
 
 EVALS = {
   "captions": "limber_jax.evals.captions:Captions",
+  "class_mention": "limber_jax.evals.class_mention:ClassMention",
+  "contamination": "limber_jax.evals.contamination:Contamination",
   "hallucination": "limber_jax.evals.hallucination:Hallucination",
   "linear_probe": "limber_jax.evals.linear_probe:LinearProbe",
-  "naming": "limber_jax.evals.naming:Naming",
-  "probing": "limber_jax.evals.probing:Probing",
-  "overlap": "limber_jax.evals.overlap:Overlap",
+  "prompt_probing": "limber_jax.evals.prompt_probing:PromptProbing",
   "retrieval": "limber_jax.evals.retrieval:Retrieval",
-  "shift": "limber_jax.evals.robustness:Shift",
+  "robustness": "limber_jax.evals.robustness:Robustness",
   "similarity": "limber_jax.evals.similarity:Similarity",
-  "words": "limber_jax.evals.words:Words",
   "vqa": "limber_jax.evals.vqa:Vqa",
+  "word_recall": "limber_jax.evals.word_recall:WordRecall",
   "zeroshot": "limber_jax.evals.zeroshot:ZeroShot",
 }
 

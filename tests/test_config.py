@@ -18,7 +18,7 @@ from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
 from limber_jax.evals.linear_probe import LinearProbe
 from limber_jax.evals.vqa import Vqa
-from limber_jax.evals.words import Words
+from limber_jax.evals.word_recall import WordRecall
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training.loop import train
@@ -138,7 +138,7 @@ def test_what_cannot_be_in_an_experiment_is_named(change, message, tmp_path):
 @pytest.mark.parametrize("best", ["top1", "digit/top1", "digits", "words/top1"])
 def test_the_best_checkpoint_is_by_a_metric_of_an_evaluation_in_training(best):
   config = cli.load_experiment(str(LIMBER))
-  config.checkpoint.best, config.evals["words"] = best, Words(every=-1)
+  config.checkpoint.best, config.evals["word_recall"] = best, WordRecall(every=-1)
   with pytest.raises(UserError, match=rf"checkpoint.best='{best}': wanted a metric .* such as digits/top1; those of t"):
     check_best(config)
   config.checkpoint.best = "digits/cider"

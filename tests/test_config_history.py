@@ -12,17 +12,18 @@ from limber_jax import config_history, registry
 from limber_jax.config import Evaluation, Source, check, evaluation_of
 from limber_jax.config_json import flatten, from_json, to_json
 from limber_jax.errors import UserError
+from limber_jax.evals import naming, overlap, probing, robustness, words
 from limber_jax.evals.captions import Captions
+from limber_jax.evals.class_mention import ClassMention
+from limber_jax.evals.contamination import Contamination
 from limber_jax.evals.hallucination import Hallucination
 from limber_jax.evals.linear_probe import LinearProbe
-from limber_jax.evals.naming import Naming
-from limber_jax.evals.overlap import Overlap
-from limber_jax.evals.probing import Probing
+from limber_jax.evals.prompt_probing import PromptProbing
 from limber_jax.evals.retrieval import Retrieval
-from limber_jax.evals.robustness import Shift
+from limber_jax.evals.robustness import Robustness
 from limber_jax.evals.similarity import Similarity
 from limber_jax.evals.vqa import Vqa
-from limber_jax.evals.words import Words
+from limber_jax.evals.word_recall import WordRecall
 from limber_jax.evals.zeroshot import ZeroShot
 
 DATA = Path(__file__).parent / "data"
@@ -39,18 +40,18 @@ EVALS = {
     "plain": Retrieval(COCO, every=-1),
     "similarity": Similarity(DIGITS, every=0, **TEMPLATES),
     "probe": LinearProbe(DIGITS, every=-1, train=TRAIN, validation=DIGITS, shots=(0, 4), seeds=(1, 2), **TEMPLATES),
-    "overlap": Overlap(DIGITS, every=-1, train=TRAIN, threshold=0.9, **TEMPLATES),
-    "shift_imagenet_r": Shift(Source("folder", "data/imagenet-r", ""), every=-1, dataset="imagenet_r",
+    "overlap": Contamination(DIGITS, every=-1, train=TRAIN, threshold=0.9, **TEMPLATES),
+    "shift_imagenet_r": Robustness(Source("folder", "data/imagenet-r", ""), every=-1, dataset="imagenet_r",
                               templates="imagenet80"),
   },
   "captioning": {
     "coco": Captions(COCO, every=-1, metrics=("cider_d",), scorer="data/clip"),
     "vqa2": Vqa(Source("vqa", "data/vqa2", "val2014"), every=-1, train=Source("vqa", "data/vqa2", "train2014"),
                 shots=(0, 1), seeds=(3,), batch_size=8),
-    "awa2": Naming(AWA2, every=-1, classes="animals.txt"),
-    "words": Words(COCO, every=-1, nouns="nouns.txt"),
+    "awa2": ClassMention(AWA2, every=-1, classes="animals.txt"),
+    "words": WordRecall(COCO, every=-1, nouns="nouns.txt"),
     "hallucination": Hallucination(COCO, every=-1, segments="instances_val2014.json", metrics=("chair",)),
-    "probing": Probing(AWA2, every=-1, metrics=("nearest",), train=dataclasses.replace(AWA2, split="train")),
+    "probing": PromptProbing(AWA2, every=-1, metrics=("nearest",), train=dataclasses.replace(AWA2, split="train")),
   },
   "language_modelling": {},
 }
@@ -112,7 +113,7 @@ CONFIG = cli.define_config()
 def main(_):
   config = CONFIG.value
   print(config.data.max_bad_fraction, config.loss.num_microbatches,
-        config.evals["zeroshot"].max_bad_fraction)
+        config.evals["zeroshot"].max_bad_fraction, config.evals["contamination"].threshold)
 
 cli.run(main)
 """
@@ -120,17 +121,33 @@ cli.run(main)
 
 def test_flags_of_an_earlier_release_set_the_fields_of_now():
   experiment = Path(__file__).parent.parent / "experiments" / "quickstart.py"
-  flags = ["--config.data.damaged=0.25", "--config.loss.accumulate", "4", "--config.evals.zeroshot.damaged=0.5"]
+  flags = ["--config.data.damaged=0.25", "--config.loss.accumulate", "4", "--config.evals.zeroshot.damaged=0.5",
+           "--config.evals.overlap.threshold=0.75"]
   done = subprocess.run([sys.executable, "-c", PROGRAM, f"--config={experiment}", *flags], text=True,
                         capture_output=True)
-  assert done.stdout.split() == ["0.25", "4", "0.5"], done.stderr
+  assert done.stdout.split() == ["0.25", "4", "0.5", "0.75"], done.stderr
+
+
+@pytest.mark.parametrize(("old", "new"), config_history.EVALUATIONS.items())
+def test_an_evaluation_is_found_by_its_earlier_name(old, new):
+  values = json.loads(to_json(dataclasses.replace(from_json(stored("contrastive"), "x"), evals={})))
+  own = {f"evals.a.{k}": v for k, v in flatten(evaluation_of(new)()).items()} | {"evals.a.name": old}
+  assert from_json(json.dumps(values | own), "x").evals == {"a": evaluation_of(new)()}
+  assert config_history.named(old, {new}) == new and config_history.named(old, {old, new}) == old
+  assert config_history.named(old, {"x"}) == old and config_history.named("x", {new}) == "x"
+
+
+def test_experiments_import_evaluations_by_their_earlier_names():
+  classes = (naming.Naming, overlap.Overlap, probing.Probing, robustness.Shift, words.Words)
+  assert [cls.name for cls in classes] == list(config_history.EVALUATIONS.values())
 
 
 def test_an_entry_of_results_of_an_earlier_release_says_the_same_as_one_of_this():
   old = {"evaluation": "shift", "figures": {"top1": 0.5}, "facts": {},
          "protocol": {"name": "shift", "classes": "imagenet_r", "damaged": 0.5, "threshold": 0.95, "source.path": "x"}}
   new = config_history.entry(old)
-  assert new["protocol"] == {"name": "shift", "dataset": "imagenet_r", "max_bad_fraction": 0.5, "source.path": "x"}
+  assert new["evaluation"] == "robustness"
+  assert new["protocol"] == {"name": "robustness", "dataset": "imagenet_r", "max_bad_fraction": 0.5, "source.path": "x"}
   assert config_history.entry(new) == new
   other = old | {"evaluation": "own", "protocol": {"classes": "x"}}  # of somebody's own
   assert config_history.entry(other) == other

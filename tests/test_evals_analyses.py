@@ -16,12 +16,12 @@ from limber_jax.data.sources.digits import CLASSES
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.decoding.generate import Generated
 from limber_jax.errors import UserError
-from limber_jax.evals import naming, probing, words
+from limber_jax.evals import class_mention, prompt_probing, word_recall
+from limber_jax.evals.class_mention import ClassMention, named, names_of, overlap
 from limber_jax.evals.hallucination import Hallucination
-from limber_jax.evals.naming import Naming, named, names_of, overlap
-from limber_jax.evals.probing import (
+from limber_jax.evals.prompt_probing import (
   STRENGTHS,
-  Probing,
+  PromptProbing,
   chosen_strength,
   held_out,
   nearest,
@@ -30,7 +30,7 @@ from limber_jax.evals.probing import (
   predicted,
   standardised,
 )
-from limber_jax.evals.words import Words
+from limber_jax.evals.word_recall import WordRecall
 from limber_jax.metrics.words import WordNet
 from limber_jax.models import encoders
 from limber_jax.models.gptj import GPTJSize
@@ -68,7 +68,7 @@ def settings(workdir, **fields):
   return dataclasses.replace(context(workdir=workdir), decoding=Decoding(prompt=""), **fields)
 
 
-# Naming
+# ClassMention
 
 @pytest.mark.parametrize(("caption", "classes"), [
   ("a photo of the digit Seven.", {7}), ("seventy", set()), ("one or two", {1, 2}), ("", set()), ("number\nzero", {0}),
@@ -100,15 +100,15 @@ def test_captions_are_counted_by_map_and_without_an_image(made, tmp_path):
   predict = {"nll": None, "generate": functools.partial(generate, right),
              "generate@b": functools.partial(generate, lambda batch: batch["label"] + 1),
              "generate_blind": functools.partial(generate, never)}
-  found = config(Naming).open(settings(tmp_path))(predict, {}, {})
+  found = config(ClassMention).open(settings(tmp_path))(predict, {}, {})
   assert found == {"right": 1.0, "named": 1.0, "right@b": 0.0, "named@b": 0.0, "blind": 0.5, "count": 4.0}
-  with Image.open(tmp_path / "captions_naming.png") as sheet:
+  with Image.open(tmp_path / "captions_class_mention.png") as sheet:
     assert sheet.width > 300
 
 
 def test_naming_another_class_too_is_not_right_but_names_it(made, tmp_path):
   made([{"label": 0}, {"label": 1}], classes=("cat", "dog"))
-  found = config(Naming).open(settings(tmp_path))({"generate": writing(["cats and a dog", "dogs"])}, {}, {})
+  found = config(ClassMention).open(settings(tmp_path))({"generate": writing(["cats and a dog", "dogs"])}, {}, {})
   assert (found["right"], found["named"]) == (1 / 2, 1)
 
 
@@ -134,9 +134,9 @@ def test_mistakes_are_measured_by_common_attributes_and_on_wordnet(monkeypatch, 
     def similarity(self, one, other):
       return 1.0 if one == other else kinship.get(tuple(sorted((one, other))), 0.5)
 
-  monkeypatch.setattr(naming.WordNet, "find", Small)
+  monkeypatch.setattr(class_mention.WordNet, "find", Small)
   captions = ["a cat", "two hounds", "birds", "fish and a cat", "grass", "a fish and a dog"]
-  run = config(Naming).open(settings(tmp_path))
+  run = config(ClassMention).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
   # Wrong are the cat as a hound, the dog as birds, the bird as fish and cat; grass names nothing, the last names both.
   # Of the hound's one attribute the cat has it; of the bird's two the dog has none; of the fish's one the bird has it,
@@ -148,8 +148,8 @@ def test_mistakes_are_measured_by_common_attributes_and_on_wordnet(monkeypatch, 
   assert found["overlap_chance"] == pytest.approx((1.5 / 3 + 0.5 / 3 + 1.5 / 3) / 3)
   assert found["wup_chance"] == pytest.approx(((0.8 + 0.6 + 0.5) + (0.8 + 0.5 + 0.5) + (0.6 + 0.5 + 0.5)) / 9)
   assert run.facts()["wordnet"] == "found" and run.facts()["covered"] == 6
-  monkeypatch.setattr(naming.WordNet, "find", lambda: None)
-  run = config(Naming).open(settings(tmp_path))
+  monkeypatch.setattr(class_mention.WordNet, "find", lambda: None)
+  run = config(ClassMention).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
   assert "wup_wrong" not in found and "nltk" in run.facts()["wordnet"]
 
@@ -159,14 +159,14 @@ def test_overlap_is_of_the_attributes_of_the_class_named():
   np.testing.assert_allclose(overlap(has), [[1, 1, 0], [1 / 3, 1, 0], [0, 0, 0]])
 
 
-# Words
+# WordRecall
 
 def test_words_are_counted_by_map_and_without_an_image(made, tmp_path, monkeypatch):
-  monkeypatch.setattr(words.metric.WordNet, "find", lambda: None)
+  monkeypatch.setattr(word_recall.metric.WordNet, "find", lambda: None)
   nouns = tmp_path / "nouns.txt"
   nouns.write_text("dog\ncat\n")
   made([{"text": "a red dog", "texts": ("a red dog", "the dog")}, {"text": "a cat", "texts": ("a cat",)}])
-  run = config(Words, nouns=str(nouns)).open(settings(tmp_path / "out", name="coco_words"))
+  run = config(WordRecall, nouns=str(nouns)).open(settings(tmp_path / "out", name="coco_words"))
   found = run({"generate": writing(["dogs", "dogs"]), "generate@b": writing(["a cat", "a red cat"]),
                "generate_blind": writing(["", ""])}, {}, {})
   assert found == {
@@ -189,7 +189,7 @@ def test_words_are_counted_by_map_and_without_an_image(made, tmp_path, monkeypat
 def test_texts_without_words_are_one_line(made, tmp_path):
   made([{"text": "?!"}])
   with pytest.raises(UserError, match="its texts hold no word"):
-    config(Words).open(settings(tmp_path))({"generate": writing(["a"])}, {}, {})
+    config(WordRecall).open(settings(tmp_path))({"generate": writing(["a"])}, {}, {})
 
 
 # Hallucination
@@ -259,7 +259,7 @@ def test_segments_that_are_missing_or_of_other_images_are_one_line(made, tmp_pat
   refused("choose one of chair, run_off", metrics=("chairs",))
 
 
-# Probing
+# PromptProbing
 
 def test_pooling_takes_means_over_runs_of_neighbours():
   x = jnp.arange(7, dtype=jnp.float32)[None, :, None] * jnp.array([1.0, 10.0])[None, None]  # [1, 7, 2]
@@ -354,13 +354,13 @@ def probed(workdir, tokenizer=None):
 
 
 def test_probes_nearest_words_and_shorter_prompts_are_those_counted_by_hand(made, tmp_path, monkeypatch):
-  monkeypatch.setattr(probing, "NEAREST", 1)
-  monkeypatch.setattr(probing, "WIDEST", 15)  # of the prompt pooled to 4 there are 16 numbers
+  monkeypatch.setattr(prompt_probing, "NEAREST", 1)
+  monkeypatch.setattr(prompt_probing, "WIDEST", 15)  # of the prompt pooled to 4 there are 16 numbers
   # Cats and dogs in turn; the second half of the dogs' references speak of zebras.
   made([{"label": i % 2, "text": ("a cat", "a zebra of" if i > 10 else "a dog")[i % 2]} for i in range(20)],
        classes=("cat", "dog"))
   predict, params, where = probed(tmp_path)
-  run = config(Probing, batch_size=10).open(where)
+  run = config(PromptProbing, batch_size=10).open(where)
   found = run(predict, params, {})
   # Pooled to k tokens, the made nll is k nats a token of the text.
   assert {k: v for k, v in found.items() if k.startswith("nll")} == {"nll": 6, "nll_k1": 1, "nll_k4": 4}
@@ -372,23 +372,23 @@ def test_probes_nearest_words_and_shorter_prompts_are_those_counted_by_hand(made
   # By the references of the image 10 further on, of the same class: the first 5 dogs have zebras' then.
   assert found["hits_other"] == pytest.approx((10 * 5 + 5 * 1 + 5 * 5) / 120)
   assert found["count"] == 20 and run.facts()["metrics"] == ["category", "nearest", "length", "picture"]
-  rows = [json.loads(line) for line in (tmp_path / "probing.tokens.jsonl").read_text().splitlines()]
+  rows = [json.loads(line) for line in (tmp_path / "prompt_probing.tokens.jsonl").read_text().splitlines()]
   assert len(rows) == 20 and rows[0] == {
     "id": "0", "texts": ["a cat"], "tokens": [[" cat"]] * 5 + [[" zebra"]], "hits": ["cat"]}
-  assert "| 0 | a cat | cat | ` cat` ` cat`" in (tmp_path / "probing.tokens.md").read_text()
-  with Image.open(tmp_path / "probing.pca.png") as picture:
+  assert "| 0 | a cat | cat | ` cat` ` cat`" in (tmp_path / "prompt_probing.tokens.md").read_text()
+  with Image.open(tmp_path / "prompt_probing.pca.png") as picture:
     assert picture.format == "PNG"
 
 
 def test_attributes_are_probed_on_other_images_and_maps_apart(monkeypatch, made, tmp_path):
   monkeypatch.setitem(SOURCES, "made", f"{__name__}:Animals")
-  monkeypatch.setattr(probing, "chosen_strength", lambda x, labels: 1.0)
+  monkeypatch.setattr(prompt_probing, "chosen_strength", lambda x, labels: 1.0)
   made([{"label": i % 2, "text": "?"} for i in range(20)], classes=("cat", "dog", "bird", "fish"))
   predict, params, where = probed(tmp_path)
   predict |= {"prompt@b": lambda params, stats, batch: jnp.zeros((len(batch["tokens"]), 1, 3)),
               "features@b": predict["features"], "nll@b": predict["nll"]}
   train = Source(name="made", split="other")
-  run = config(Probing, batch_size=10, metrics=("attributes",), train=train).open(where)
+  run = config(PromptProbing, batch_size=10, metrics=("attributes",), train=train).open(where)
   # Of the three attributes only the second tells cats from dogs.
   assert run(predict, params, {}) == {"attributes_features": 1 / 2, "attributes_prompt": 1, "attributes_prompt_k4": 1,
                                       "attributes_features@b": 1 / 2, "attributes_prompt@b": 1 / 2, "count": 20}
@@ -400,11 +400,11 @@ def test_what_the_data_do_not_allow_is_told_or_left_out(made, tmp_path):
   predict, params, where = probed(tmp_path)
   predict["prompt"] = lambda params, stats, batch: jnp.ones((len(batch["tokens"]), 1, 4))
   predict["features"] = predict["prompt"]
-  run = config(Probing, batch_size=4, metrics=("nearest",)).open(where)
+  run = config(PromptProbing, batch_size=4, metrics=("nearest",)).open(where)
   assert set(run(predict, params, {})) == {"hits", "images_hit", "hits_other", "images_hit_other", "count"}
   for metric, match in (("category", "needs labels"), ("attributes", "as awa2 has them"), ("hits", "choose one of")):
     with pytest.raises(UserError, match=match):
-      config(Probing, metrics=(metric,)).open(where)
+      config(PromptProbing, metrics=(metric,)).open(where)
 
 
 # A whole model
@@ -415,7 +415,7 @@ def tiny(tmp_path_factory):
   written = write_awa2(tmp_path_factory.mktemp("awa2"), each=5, hostile=True)
   source = Source(name="awa2", path=written.path, split="all")
   evals = {name: evaluation_of(name)(source=source, batch_size=16, max_bad_fraction=0.1)
-           for name in ("naming", "probing", "words")}
+           for name in ("class_mention", "prompt_probing", "word_recall")}
   size = LimberConfig(image=encoders.encoder_size("clip_vit_b32_mu"), prompt=PromptSize(per_feature=2),
                     lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16))
   s = setup(tiny_limber(evals=evals, model=size, trainable=("prompt",)))
@@ -423,7 +423,7 @@ def tiny(tmp_path_factory):
 
 
 def test_a_tiny_model_is_analysed_on_awa2s_files_and_goes_on_where_it_was_killed(tiny, tmp_path, monkeypatch):
-  monkeypatch.setattr(probing, "chosen_strength", lambda x, labels: 1.0)  # compiling takes seconds for each shape
+  monkeypatch.setattr(prompt_probing, "chosen_strength", lambda x, labels: 1.0)  # each shape compiles for seconds
   s, state = tiny
 
   def run(names):
@@ -434,17 +434,18 @@ def test_a_tiny_model_is_analysed_on_awa2s_files_and_goes_on_where_it_was_killed
     return out
 
   whole = run(s.config.evals)
-  assert whole["probing/count"] == whole["naming/count"] == whole["words/count"] == 50
-  assert {k for k in whole if k.startswith("probing/")} == {f"probing/{k}" for k in (
+  assert whole["prompt_probing/count"] == whole["class_mention/count"] == whole["word_recall/count"] == 50
+  assert {k for k in whole if k.startswith("prompt_probing/")} == {f"prompt_probing/{k}" for k in (
     "nll", "nll_k1", "nll_k4", "hits", "images_hit", "hits_other", "images_hit_other", "count",
     *(f"{kind}_{of}" for kind in ("category", "attributes") for of in ("features", "prompt", "prompt_k4")))}
-  assert {"naming/right", "naming/named", "naming/wrong", "naming/blind", "words/modifiers_recall"} <= whole.keys()
+  assert {*(f"class_mention/{k}" for k in ("right", "named", "wrong", "blind")),
+          "word_recall/modifiers_recall"} <= whole.keys()
   # Untrained, the language model gives each of 259 tokens about the same probability.
-  assert whole["probing/nll"] == pytest.approx(np.log(259), abs=0.1)
-  kept = tmp_path / "items/probing/probe.jsonl"
+  assert whole["prompt_probing/nll"] == pytest.approx(np.log(259), abs=0.1)
+  kept = tmp_path / "items/prompt_probing/probe.jsonl"
   lines = kept.read_bytes().splitlines(keepends=True)
   kept.write_bytes(b"".join(lines[:20]) + lines[20][:30])
-  assert run(["probing"]).items() <= whole.items()
+  assert run(["prompt_probing"]).items() <= whole.items()
   assert kept.read_bytes() == b"".join(lines)
 
 

@@ -18,7 +18,7 @@ from limber_jax.errors import UserError
 from limber_jax.evals import effective_robustness, robustness
 from limber_jax.evals.effective_robustness import baseline, draw, expected, standard, summary
 from limber_jax.evals.prompts import load_classes
-from limber_jax.evals.robustness import Part, Shift, classes_of, perturbed
+from limber_jax.evals.robustness import Part, Robustness, classes_of, perturbed
 from limber_jax.metrics.statistics import Line
 from tests.made import Made, config, context, install
 
@@ -52,7 +52,7 @@ def of(*names):
 
 
 def shift(set_, items="", **fields):
-  return config(Shift, dataset=set_, **fields).open(dataclasses.replace(context(length=LENGTH), items=items))
+  return config(Robustness, dataset=set_, **fields).open(dataclasses.replace(context(length=LENGTH), items=items))
 
 
 def figures(set_, names, **fields):

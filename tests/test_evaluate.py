@@ -53,10 +53,11 @@ def clip():
   return tiny(mesh=(-1, 1, 1), evals={{
     "digits": evaluation("zeroshot", DIGITS, templates="imagenet7"),
     "retrieval": evaluation("retrieval", KARPATHY, prompt="a photo of {{}}"),
-    "shift": evaluation("shift", Source("folder", "data/imagenet-r", ""), dataset="imagenet_r", templates="{{}}"),
+    "robustness": evaluation("robustness", Source("folder", "data/imagenet-r", ""), dataset="imagenet_r",
+                             templates="{{}}"),
     "probe": evaluation("linear_probe", DIGITS, train=Source("digits", split="test"), shots=(1, 2), batch_size=64,
                         templates="{{}}"),
-    "overlap": evaluation("overlap", DIGITS, train=Source("digits", split="test"), templates="{{}}"),
+    "contamination": evaluation("contamination", DIGITS, train=Source("digits", split="test"), templates="{{}}"),
   }})
 
 def limber():
@@ -66,10 +67,10 @@ def limber():
                          metrics=("cider_d",)),
     "vqa2": evaluation("vqa", Source("vqa", "data/vqa2", "val2014"), train=Source("vqa", "data/vqa2", "train2014"),
                        shots=(0, 1), metrics=("accuracy",)),
-    "awa2": evaluation("naming", AWA2),
-    "words": evaluation("words", KARPATHY),
+    "awa2": evaluation("class_mention", AWA2),
+    "word_recall": evaluation("word_recall", KARPATHY),
     "hallucination": evaluation("hallucination", KARPATHY, metrics=("run_off",)),
-    "probing": evaluation("probing", AWA2, metrics=("category", "nearest")),
+    "prompt_probing": evaluation("prompt_probing", AWA2, metrics=("category", "nearest")),
   }})
 
 get_config = {task}

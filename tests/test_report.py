@@ -93,9 +93,9 @@ def test_published_figures_of_limber_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(("evaluation", "model", "column", "source", "percent"), [
-  ("naming", "limber_clip", "awa2/named", "LiMBeR paper", 59),
-  ("naming", "limber_nfrn50", "awa2/overlap_wrong", "LiMBeR paper", 68),
-  ("naming", "limber_nfrn50_random", "awa2/named", "LiMBeR paper", 0.4),
+  ("class_mention", "limber_clip", "awa2/named", "LiMBeR paper", 59),
+  ("class_mention", "limber_nfrn50", "awa2/overlap_wrong", "LiMBeR paper", 68),
+  ("class_mention", "limber_nfrn50_random", "awa2/named", "LiMBeR paper", 0.4),
   ("zeroshot", "clip_rn50", "imagenet/top1", "CLIP paper", 59.6),
   ("zeroshot", "clip_rn50", "imagenet/top1", "open_clip", 59.82),
   ("zeroshot", "clip_vit_l14_336", "imagenet/top1", "open_clip", 76.56),
@@ -103,10 +103,10 @@ def test_published_figures_of_limber_are_those_of_the_paper():
   ("zeroshot", "clip_vit_b32", "food101/top1", "open_clip", 84.0),
   ("zeroshot", "clip_vit_b32", "oxford_pets/mean_per_class", "open_clip", 87.0),
   ("zeroshot", "clip_rn101", "rendered_sst2/top1", "open_clip", 64.03),
-  ("shift", "clip_vit_l14_336", "imagenet_a/top1", "CLIP paper", 77.2),
-  ("shift", "clip_vit_l14_336", "imagenet_vid_robust/pm10_own", "CLIP paper", 89.2),
-  ("shift", "clip_vit_b16", "imagenet_r/top1", "open_clip", 77.7),
-  ("shift", "resnet101", "imagenet_a/top1", "CLIP paper", 2.7),
+  ("robustness", "clip_vit_l14_336", "imagenet_a/top1", "CLIP paper", 77.2),
+  ("robustness", "clip_vit_l14_336", "imagenet_vid_robust/pm10_own", "CLIP paper", 89.2),
+  ("robustness", "clip_vit_b16", "imagenet_r/top1", "open_clip", 77.7),
+  ("robustness", "resnet101", "imagenet_a/top1", "CLIP paper", 2.7),
   ("retrieval", "clip_vit_l14_336", "coco/t2i_r1", "CLIP issue 115", 37.8),
   ("retrieval", "clip_vit_l14_336", "flickr30k/i2t_r1", "CLIP paper", 88.0),
   ("retrieval", "clip_vit_b32", "coco/i2t_r1", "open_clip", 50.12),
@@ -209,7 +209,7 @@ def test_what_figures_rest_on_is_told():
 
 def test_of_many_damaged_items_the_first_are_named():
   damage = [f"{i}.jpg: cut short" for i in range(30)]
-  text = report.report(runs(results(evaluations={"a": entry("words", {"count": 1.0}, 70, 100, damage=damage)})))
+  text = report.report(runs(results(evaluations={"a": entry("word_recall", {"count": 1.0}, 70, 100, damage=damage)})))
   assert "30 damaged" in text and "Damaged, the first 20:" in text and "19.jpg" in text and "20.jpg" not in text
 
 
@@ -256,7 +256,7 @@ def test_a_data_set_without_the_papers_figure_is_in_no_table():
 def test_shifts_are_beside_the_published_ones_and_have_their_robustness():
   shifts = {"imagenet": {"top1": 0.75}, "imagenet_v2": {"top1": 0.7}, "imagenet_sketch": {"top1": 0.6}}
   text = report.report(runs(results("clip_vitl14", {
-    f"my {name}": entry("shift", figures, protocol={"classes": name}) for name, figures in shifts.items()})))
+    f"my {name}": entry("robustness", figures, protocol={"dataset": name}) for name, figures in shifts.items()})))
   rows = cells(text, "Natural distribution shift")
   assert rows[0] == ["model", "figures", "ImageNet", "V2", "A", "R", "ObjectNet", "Sketch", "Vid PM-0", "PM-10",
                      "YT-BB PM-0", "PM-10"]
@@ -274,7 +274,7 @@ def test_relative_robustness_is_what_an_intervention_gained_under_each_shift():
   """Taori et al. (2020), section 3: accuracy under the shift after it, less that before it."""
 
   def run(name, **figures):
-    return results(name, {key: entry("shift", {"top1": value}, protocol={"classes": key})
+    return results(name, {key: entry("robustness", {"top1": value}, protocol={"dataset": key})
                           for key, value in figures.items()})
 
   before, after = runs(run("standard", imagenet=0.76, imagenet_v2=0.63, imagenet_sketch=0.25),
@@ -290,8 +290,8 @@ def test_relative_robustness_is_what_an_intervention_gained_under_each_shift():
 def test_overlap_is_beside_clips_own_and_corrected_for_the_number_of_data_sets():
   birds = {"top1": 0.4, "clean": 0.39, "overlap": 0.5, "share": 0.1, "gain": 0.01, "p": 0.02}
   text = report.report(runs(results("mine", {
-    "birdsnap_overlap": entry("overlap", birds),
-    "digits": entry("overlap", {"top1": 0.9, "clean": 0.9, "share": 0.0})})))
+    "birdsnap_overlap": entry("contamination", birds),
+    "digits": entry("contamination", {"top1": 0.9, "clean": 0.9, "share": 0.0})})))
   assert cells(text, "Overlap with the training data") == [
     ["model", "data set", "all", "clean", "overlap", "share, %", "gain", "p", "p, corrected", "CLIP's share, %",
      "CLIP's gain"],
@@ -302,9 +302,9 @@ def test_overlap_is_beside_clips_own_and_corrected_for_the_number_of_data_sets()
 
 def test_figures_that_are_not_finite_break_nothing(tmp_path):
   broken = limber("limber_clip", cider=math.nan, shots0=math.inf)
-  broken["evaluations"]["overlap"] = entry("overlap", {"share": math.nan, "gain": math.nan, "p": math.nan})
+  broken["evaluations"]["contamination"] = entry("contamination", {"share": math.nan, "gain": math.nan, "p": math.nan})
   broken["evaluations"]["imagenet"] = entry("zeroshot", {"top1": math.nan})
-  broken["evaluations"]["shift"] = entry("shift", {"top1": -math.inf}, protocol={"classes": "imagenet"})
+  broken["evaluations"]["robustness"] = entry("robustness", {"top1": -math.inf}, protocol={"dataset": "imagenet"})
   report.write(json.loads(json.dumps(broken)), str(tmp_path))
   rows = cells((tmp_path / "report.md").read_text(), "Captioning and VQA")
   assert rows[1][:2] == ["CLIP", "measured"] and "nan" in rows[1] and "inf" in rows[1]
@@ -333,9 +333,11 @@ def test_two_runs_of_one_name_are_told_apart_by_their_workdirs():
 
 
 def test_other_evaluations_have_a_column_a_run():
-  text = report.report(runs(results("limber_beit", {"words": entry("words", {"nouns_f1": 0.5})}),
-                            results("limber_clip", {"words": entry("words", {"nouns_f1": 0.25, "count": 40.0})})))
-  assert cells(text, "words: words") == [["figure", "BEIT", "CLIP"], ["nouns_f1", "0.5", "0.25"], ["count", "–", "40"]]
+  text = report.report(runs(
+    results("limber_beit", {"words": entry("word_recall", {"nouns_f1": 0.5})}),
+    results("limber_clip", {"words": entry("word_recall", {"nouns_f1": 0.25, "count": 40.0})})))
+  assert cells(text, "words: word_recall") == [
+    ["figure", "BEIT", "CLIP"], ["nouns_f1", "0.5", "0.25"], ["count", "–", "40"]]
 
 
 def test_of_two_evaluations_of_a_data_set_the_one_with_its_name_is_in_the_table():
@@ -352,7 +354,7 @@ def test_of_two_evaluations_of_a_data_set_the_one_with_its_name_is_in_the_table(
   ("a", "zeroshot", {"source.path": "data/birds", "classes": "birdsnap"}, "birdsnap"),
   ("a", "zeroshot", {"source.path": "data/a", "classes": "imagenet"}, "a"),  # those of ImageNet-V2 are the same
   ("imagenet_v2", "zeroshot", {"source.path": "data/a", "classes": "imagenet"}, "imagenet_v2"),
-  ("coco", "shift", {"source.path": "data/a", "classes": "objectnet"}, "objectnet")])
+  ("coco", "robustness", {"source.path": "data/a", "dataset": "objectnet"}, "objectnet")])
 def test_a_data_set_is_known_by_name_classes_or_file(name, kind, protocol, data):
   run = runs_lib.of(results(evaluations={name: entry(kind, {"x": 0.5}, protocol=protocol)}), "")
   assert run.data == {name: data} and run.scores == {(kind, ""): {f"{data}/x": 0.5}}
@@ -371,7 +373,7 @@ def test_a_report_is_the_same_every_time(tmp_path):
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
-  shifts = {f"shift_{name}": entry("shift", {"top1": 0.6}, protocol={"classes": name})
+  shifts = {f"shift_{name}": entry("robustness", {"top1": 0.6}, protocol={"dataset": name})
             for name in ("imagenet", "imagenet_v2")}
   clip = results("clip_vitb", {name: entry("zeroshot", {"top1": 0.6}) for name in ("imagenet", "cifar10")} | shifts)
   report.write(clip, str(tmp_path))

@@ -16,10 +16,10 @@ from limber_jax.config import Compute, Evaluation, choose
 from limber_jax.data import tokenizers, transforms
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Runner
+from limber_jax.evals.class_mention import SHEET, draw
 from limber_jax.evals.generation import CaptionGenerator
-from limber_jax.evals.naming import SHEET, draw
 from limber_jax.evals.result_store import Results
-from limber_jax.evals.words import references_of
+from limber_jax.evals.word_recall import references_of
 from limber_jax.metrics import captions as metric
 from limber_jax.metrics.clipscore import PREFIX, clip_score, ref_clip_score
 from limber_jax.models import clip, spec

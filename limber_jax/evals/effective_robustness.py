@@ -60,7 +60,7 @@ def summary(figures: dict[str, dict[str, float]], before: dict[str, dict[str, fl
   left out; without any, there is no "mean".
 
   Args:
-    figures: of `Shift` by set, "imagenet" among them.
+    figures: of `Robustness` by set, "imagenet" among them.
     before: the same of another model.
   """
   out: dict[str, dict[str, float]] = {}

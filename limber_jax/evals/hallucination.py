@@ -14,7 +14,7 @@ from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.generation import CaptionGenerator
-from limber_jax.evals.words import references_of
+from limber_jax.evals.word_recall import references_of
 from limber_jax.metrics.chair import OBJECTS, Chair, chair, first_sentence, shown
 from limber_jax.metrics.words import tokens
 from limber_jax.runtime.atomic import atomic_write

@@ -73,7 +73,7 @@ def classes_of(name: str) -> Classes:
 
 
 @dataclasses.dataclass
-class Shift(Evaluation):
+class Robustness(Evaluation):
   """Zero-shot accuracy on one of ImageNet's shifted sets, or on ImageNet itself for comparison.
 
   dataset: only its classes are to choose from.
@@ -93,7 +93,7 @@ class Shift(Evaluation):
   record has its "labels" and the "rank" of the best of them, 0 where it is right.
   """
 
-  name = "shift"
+  name = "robustness"
   needs = ("embed_image", "embed_text")
   files = ("templates",)
 
@@ -102,20 +102,24 @@ class Shift(Evaluation):
   templates: str = ""  # of the sentences, as of "zeroshot"
 
   def open(self, context: Context) -> Eval:
-    return ShiftEval(self, context)
+    return RobustnessEval(self, context)
 
 
-class ShiftEval:
-  """A `Shift` whose data are open."""
+Shift = Robustness  # its earlier name, which experiments of before import
 
-  def __init__(self, config: Shift, context: Context):
+
+class RobustnessEval:
+  """A `Robustness` whose data are open."""
+
+  def __init__(self, config: Robustness, context: Context):
     self._set = config.dataset
     if self._set not in SETS:
-      raise UserError(f"evaluation 'shift': its `dataset` names no set {self._set!r}{did_you_mean(self._set, SETS)}")
+      raise UserError(f"evaluation 'robustness': its `dataset` names no set {self._set!r}"
+                      f"{did_you_mean(self._set, SETS)}")
     self._classes = classes_of(self._set)
     self._runner = Runner(config, context)
     source = self._runner.source
-    self._where = f"evaluation 'shift' of {self._set} on data source {config.source.name!r}"
+    self._where = f"evaluation 'robustness' of {self._set} on data source {config.source.name!r}"
     self._left_out, self._count = 0, 0
     if self._set in VIDEOS:
       check_frames(source, len(self._classes.members), self._where)

@@ -9,14 +9,14 @@ from limber_jax.errors import UserError
 from limber_jax.evals import clip_benchmark as benchmark
 from limber_jax.evals import datasets, robustness
 from limber_jax.evals.captions import Captions
+from limber_jax.evals.class_mention import ClassMention
 from limber_jax.evals.hallucination import Hallucination
 from limber_jax.evals.linear_probe import LinearProbe
-from limber_jax.evals.naming import Naming
-from limber_jax.evals.probing import Probing
+from limber_jax.evals.prompt_probing import PromptProbing
 from limber_jax.evals.retrieval import Retrieval
-from limber_jax.evals.robustness import Shift
+from limber_jax.evals.robustness import Robustness
 from limber_jax.evals.vqa import Vqa
-from limber_jax.evals.words import Words
+from limber_jax.evals.word_recall import WordRecall
 from limber_jax.evals.zeroshot import ZeroShot
 
 SCORER = "data/weights/clip-vit-base-patch32"  # ViT-B/32, behind CLIPScore
@@ -34,7 +34,7 @@ def clip(every: int = -1) -> dict[str, Evaluation]:
               for key, s in datasets.CLIP.items()}
   # No probe of Birdsnap, which lists no training set here.
   probes = {f"{key}_probe": _probe(key, s) for key, s in datasets.CLIP.items() if s.train}
-  shifts = {f"shift_{key}": Shift(datasets.SETS[key].source, every=-1, dataset=key, templates="imagenet80")
+  shifts = {f"shift_{key}": Robustness(datasets.SETS[key].source, every=-1, dataset=key, templates="imagenet80")
             for key in robustness.SETS}
   retrieval = {f"{key}_retrieval": Retrieval(datasets.SETS[key].source, every=-1, prompt="a photo of {}")
                for key in ("coco", "flickr30k")}
@@ -94,8 +94,8 @@ def limber() -> dict[str, Evaluation]:
     "nocaps": Captions(nocaps, every=-1, scorer=SCORER),
     "vqa2": Vqa(vqa2, train=dataclasses.replace(vqa2, split="train2014"), every=-1, batch_size=64, shots=(0, 1, 2, 4),
                 seeds=SEEDS),
-    "awa2": Naming(awa2, every=-1),
-    "words": Words(coco, every=-1),
+    "awa2": ClassMention(awa2, every=-1),
+    "word_recall": WordRecall(coco, every=-1),
     "hallucination": Hallucination(coco, every=-1, segments="data/coco/annotations/instances_val2014.json"),
-    "probing": Probing(awa2, every=-1),
+    "prompt_probing": PromptProbing(awa2, every=-1),
   }

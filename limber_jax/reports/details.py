@@ -22,7 +22,7 @@ def _covered(facts: Mapping[str, Any]) -> str:
 
 def others(runs: Sequence[Run]) -> list[str]:
   """Returns blocks with the figures of evaluations that no table above is for, a column a run."""
-  above = {kind for panel in PANELS for _, kind, _, _ in panel.columns} | {"zeroshot", "overlap"}
+  above = {kind for panel in PANELS for _, kind, _, _ in panel.columns} | {"zeroshot", "contamination"}
   tables: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # (name, evaluation) -> run -> figures
   for run in runs:
     for name, evaluation in run.results["evaluations"].items():

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from limber_jax import config_history
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -52,9 +54,12 @@ class Published:
 
     Args:
       name: of the evaluation in its experiment, or of its data source.
-      evaluation: its name in registry.EVALS, which may stand in `name` too.
+      evaluation: its name in registry.EVALS, which may stand in `name` too, as may its earlier one.
     """
-    return self._data.get(_plain(name)) or self._data.get(_plain(name).replace(_plain(evaluation), "", 1))
+    plain = _plain(name)
+    kinds = (evaluation, *(old for old, new in config_history.EVALUATIONS.items() if new == evaluation))
+    found = (self._data.get(text) for text in (plain, *(plain.replace(_plain(kind), "", 1) for kind in kinds)))
+    return next(filter(None, found), None)
 
   def find(self, evaluation: str, model: str, column: str) -> list[tuple[Table, float]]:
     """Returns (table, percent) of every published figure of a model in a column."""

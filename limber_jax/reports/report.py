@@ -10,7 +10,15 @@ from limber_jax.reports import published
 from limber_jax.reports.details import details, others, rest
 from limber_jax.reports.figures import pictured
 from limber_jax.reports.runs import Run, label_of, of, ordered
-from limber_jax.reports.tables import PANELS, cite, overlap_table, panel_table, robustness_table, shifts, zeroshot_table
+from limber_jax.reports.tables import (
+  PANELS,
+  cite,
+  contamination_table,
+  panel_table,
+  robustness_table,
+  shifts,
+  zeroshot_table,
+)
 from limber_jax.reports.text import escape, flat, markdown
 from limber_jax.runtime.atomic import atomic_write, check, is_regular, refusal, save_figure
 
@@ -37,7 +45,7 @@ def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None
   tables = [(panel.title, panel_table(panel, runs, cited)) for panel in PANELS]
   tables += [("Zero-shot classification", zeroshot_table(runs, cited)),
              ("Effective robustness", robustness_table(runs, before)),
-             ("Overlap with the training data", overlap_table(runs, cited))]
+             ("Overlap with the training data", contamination_table(runs, cited))]
   for title, table in tables:
     if table:
       blocks += [f"## {title}", table]

@@ -107,10 +107,10 @@ def of(results: Any, workdir: str) -> Run:
 def _data_of(name: str, evaluation: Mapping[str, Any]) -> str | None:
   """Returns what published.json calls the data set of an evaluation: by its name, its classes, or where it is read."""
   kind, protocol = evaluation["evaluation"], evaluation["protocol"]
-  classes = str(protocol.get("dataset" if kind == "shift" else "classes"))
+  classes = str(protocol.get("dataset" if kind == "robustness" else "classes"))
   file = os.path.splitext(os.path.basename(str(protocol.get("source.path"))))[0]
   # ImageNet's classes are those of other sets, too.
-  words = [classes] if kind == "shift" else [name, file] if classes == "imagenet" else [name, classes, file]
+  words = [classes] if kind == "robustness" else [name, file] if classes == "imagenet" else [name, classes, file]
   return next(filter(None, (published.load().data_of(word, kind) for word in words)), None)
 
 

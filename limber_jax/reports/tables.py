@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from limber_jax.errors import UserError
-from limber_jax.evals import effective_robustness, overlap, robustness
+from limber_jax.evals import contamination, effective_robustness, robustness
 from limber_jax.reports import published
 from limber_jax.reports.runs import BLIND, CAPTIONS, SCORES, Run, by_source, data_title, label_of, zeroshot_columns
 from limber_jax.reports.text import NONE, markdown, number, percent
 
-OVERLAP = "clip_overlap"  # what published.json calls the model of CLIP's analysis of overlap
+CONTAMINATION = "clip_overlap"  # what published.json calls the model of CLIP's analysis of overlap
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ PANELS = (
   *(Panel(f"{title}, all metrics of captions",
           tuple((heading, "captions", f"{data}/{figure}", 1) for figure, heading in list(SCORES.items())[:10]), "never")
     for data, title in (("coco", "COCO"), ("nocaps", "NoCaps"))),
-  Panel("Naming animals", tuple((heading, "naming", f"awa2/{figure}", 1) for heading, figure in (
+  Panel("Naming animals", tuple((heading, "class_mention", f"awa2/{figure}", 1) for heading, figure in (
     ("AWA2 named", "named"), ("Wu-Palmer if wrong", "wup_wrong"), ("attributes if wrong", "overlap_wrong")))),
-  Panel("Natural distribution shift", tuple((heading, "shift", column, 1) for heading, column in (
+  Panel("Natural distribution shift", tuple((heading, "robustness", column, 1) for heading, column in (
     ("ImageNet", "imagenet/top1"), ("V2", "imagenet_v2/top1"), ("A", "imagenet_a/top1"), ("R", "imagenet_r/top1"),
     ("ObjectNet", "objectnet/top1_own"), ("Sketch", "imagenet_sketch/top1"),
     ("Vid PM-0", "imagenet_vid_robust/pm0_own"), ("PM-10", "imagenet_vid_robust/pm10_own"),
@@ -110,7 +110,7 @@ def shifts(run: Run, before: Run | None = None) -> dict[str, dict[str, float]]:
 def _shifted(run: Run) -> dict[str, dict[str, float]]:
   """Returns the figures of a run under the shifts, by set."""
   figures: dict[str, dict[str, float]] = {}
-  for column, value in run.scores.get(("shift", ""), {}).items():
+  for column, value in run.scores.get(("robustness", ""), {}).items():
     data, figure = column.split("/", 1)
     if data in robustness.SETS and math.isfinite(value):
       figures.setdefault(data, {})[figure] = value
@@ -137,15 +137,15 @@ def robustness_table(runs: Sequence[Run], before: Run | None) -> str:
   return markdown(header, rows, len(keys)) if rows else ""
 
 
-def overlap_table(runs: Sequence[Run], cited: dict) -> str:
-  """Returns the table of evaluations "overlap", p-values corrected for all of a run's; "" if there is none."""
+def contamination_table(runs: Sequence[Run], cited: dict) -> str:
+  """Returns the table of evaluations "contamination", p-values corrected for all of a run's; "" if there is none."""
   rows = []
   for run in runs:
     figures = {name: e["figures"] for name, e in run.results["evaluations"].items()
-               if e["evaluation"] == "overlap" and "share" in e["figures"]}
-    corrected = overlap.summary(figures) if figures else {}
+               if e["evaluation"] == "contamination" and "share" in e["figures"]}
+    corrected = contamination.summary(figures) if figures else {}
     for name, own in figures.items():
-      theirs = [found_of("overlap", OVERLAP, f"{run.data[name]}/{key}", cited) for key in ("share", "gain")]
+      theirs = [found_of("contamination", CONTAMINATION, f"{run.data[name]}/{key}", cited) for key in ("share", "gain")]
       p_values = (own.get("p"), corrected.get(name, {}).get("p_corrected"))
       rows.append((label_of(run, runs), data_title(run.data[name]),
                    *(number(own.get(key)) for key in ("top1", "clean", "overlap", "share", "gain")),
@@ -153,7 +153,7 @@ def overlap_table(runs: Sequence[Run], cited: dict) -> str:
                    *(percent(next(iter(cell.values()), None)) for cell in theirs)))
     if len(figures) > 1:
       whole = corrected[""]
-      theirs = found_of("overlap", OVERLAP, "overlap_sets/median_share", cited)
+      theirs = found_of("contamination", CONTAMINATION, "overlap_sets/median_share", cited)
       rows.append((label_of(run, runs), f"median of {len(figures)}", *[NONE] * 3, number(whole["median_share"]),
                    *[NONE] * 3, percent(next(iter(theirs.values()))), NONE))
   header = ("model", "data set", "all", "clean", "overlap", "share, %", "gain", "p", "p, corrected", "CLIP's share, %",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from limber_jax import config as config_lib
-from limber_jax import config_json
+from limber_jax import config_history, config_json
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Config, Evaluation
@@ -68,6 +68,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
 
 def _names(config: Config, only: Sequence[str]) -> list[str]:
   """Returns the names of the evaluations to run."""
+  only = [config_history.named(name, config.evals) for name in only]
   for name in only:
     if name not in config.evals:
       raise UserError(f"--only: no evaluation {name!r} in this experiment{did_you_mean(name, config.evals)}")

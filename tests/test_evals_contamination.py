@@ -11,9 +11,9 @@ from scipy import stats
 from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.errors import UserError
-from limber_jax.evals import overlap
+from limber_jax.evals import contamination
 from limber_jax.evals.base import Stopped
-from limber_jax.evals.overlap import NOTHING, Nearest, Overlap, figures, shown, summary
+from limber_jax.evals.contamination import NOTHING, Contamination, Nearest, figures, shown, summary
 from tests.made import PREDICT, Made, context, tables, unit
 
 CLASSES = ("a", "b", "c")
@@ -48,7 +48,7 @@ def data(monkeypatch):
 
 
 def settings(**fields):
-  return Overlap(**{"source": Source("evaluated"), "train": Source("trained"), "batch_size": 8, "templates": "{}",
+  return Contamination(**{"source": Source("evaluated"), "train": Source("trained"), "batch_size": 8, "templates": "{}",
                     "threshold": 0.9, **fields})
 
 
@@ -223,9 +223,9 @@ def test_a_damaged_state_and_a_record_that_can_be_read_again_begin_the_pass_anew
 
 def test_the_state_is_saved_now_and_then(data, tmp_path, monkeypatch):
   data([{"label": 0}], [{}] * 50)
-  monkeypatch.setattr(overlap, "SAVE", 2)
-  saved, save = [], overlap._save
-  monkeypatch.setattr(overlap, "_save", lambda path, state: (saved.append(state["done"]), save(path, state)))
+  monkeypatch.setattr(contamination, "SAVE", 2)
+  saved, save = [], contamination._save
+  monkeypatch.setattr(contamination, "_save", lambda path, state: (saved.append(state["done"]), save(path, state)))
   params = embeddings([[1, 0, 0]], np.random.default_rng(0).normal(size=(50, 3)))
   settings().open(place(tmp_path, items=tmp_path / "items"))(PREDICT, params, {})
   assert saved == [16, 32, 48, 50]

@@ -1,0 +1,378 @@
+"""What features and prompts hold, without the language model's help: probes, nearest words, shorter prompts, pictures.
+
+Source: the probing of LiMBeR (arXiv 2209.15162), appendix, whose protocol is not published in numbers; ours is below.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from limber_jax.config import Evaluation, Source, choose
+from limber_jax.errors import UserError
+from limber_jax.evals.base import Context, Eval, Runner
+from limber_jax.evals.result_store import Results
+from limber_jax.evals.word_recall import references_of
+from limber_jax.metrics import logistic
+from limber_jax.metrics.classification import roc_auc
+from limber_jax.metrics.words import FUNCTION_WORDS, tokens, word_list
+from limber_jax.runtime.atomic import atomic_write, save_figure
+from limber_jax.runtime.parallel import broadcast_from_process_0
+
+METRICS = ("category", "attributes", "nearest", "length", "picture")
+LENGTHS = (1, 4, 16, 64)  # prompt tokens that are left
+WIDEST = 16_384           # numbers that a probe looks at: 4 tokens of GPT-J
+NEAREST = 5               # vocabulary tokens kept of each prompt token
+SHOWN = 40                # images in the table of tokens
+STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)  # of the L2 penalty: scikit-learn's 1 / C
+MAX_ITERATIONS = 1000
+CLASSES = 20              # that a picture names
+
+
+@dataclasses.dataclass
+class PromptProbing(Evaluation):
+  """Probes the features of the encoder and the prompts of each map.
+
+  metrics: which of these; () = all that the data allow.
+    category: accuracy of a linear probe for the label: "category_features" and "category_prompt", on the mean over
+      tokens, and "category_prompt_k4", on the prompt's tokens pooled to 4 and laid side by side, for all k of LENGTHS
+      that shorten the prompt and give at most WIDEST numbers. (k1 is the mean.)
+    attributes: the same for each attribute of a class (source "awa2"), as the area under the ROC curve, averaged over
+      attributes: "attributes_features", "attributes_prompt", "attributes_prompt_k4".
+    nearest: of each prompt token the NEAREST vocabulary tokens, by cosine with the language model's embeddings. "hits":
+      the share of prompt tokens that have a word of a reference among them (letters, 3 at least, no function word),
+      "images_hit" of images with such a token, "hits_other" and "images_hit_other" the same by references of other
+      images. NAME.tokens.jsonl and NAME.tokens.md in the workdir show them for the first SHOWN images.
+    length: nats a token of the captions, "nll" under the whole prompt and "nll_k4" under one whose tokens are pooled to
+      4. The map was not trained for pooled prompts: it is a bound on what they hold.
+    picture: NAME.pca.png, and NAME.umap.png where the package umap is installed: means of features and prompts, by
+      class.
+  "count" is the number of images; "@name" figures are of further maps.
+
+  train: None = the source itself, but for every fifth image of each class, which is tested on.
+    Of "awa2" the splits train and test have no animal in common, which asks whether attributes carry over to other
+    animals, and leaves no category to probe for.
+
+  Probes are L2-regularised logistic regressions on features brought to mean 0 and deviation 1 over the training set. Of
+  STRENGTHS, that one is taken whose probe for the category does best on a fifth of this set, having learnt from the
+  rest. Pooling takes the mean over runs of neighbouring tokens, row by row, as equal in length as they can be.
+  """
+
+  name = "prompt_probing"
+  needs = ("features", "prompt", "nll")
+
+  train: Source | None = None  # what probes learn from; None = the source itself but for a part
+  metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
+
+  def open(self, context: Context) -> Eval:
+    return PromptProbingEval(self, context)
+
+
+class PromptProbingEval:
+  """A `PromptProbing` whose data are open."""
+
+  def __init__(self, config: PromptProbing, context: Context):
+    self._runner = Runner(config, context)
+    self._train = config.train and Runner(dataclasses.replace(config, source=config.train), context)
+    source = self._runner.source
+    self._labels = "label" in source.annotation(0)
+    able = dict.fromkeys(METRICS, True) | {"category": self._labels,
+                                           "attributes": self._labels and hasattr(source, "has")}
+    for metric in config.metrics:
+      choose("evals.….metrics", metric, METRICS)
+      if not able[metric]:
+        raise UserError(f"evaluation 'prompt_probing' on data source {config.source.name!r}: metrics={metric!r} needs "
+                        f"{'labels' if metric == 'category' else 'attributes of its classes, as awa2 has them'}")
+    self._metrics = config.metrics or tuple(m for m in METRICS if able[m])
+    self._facts: dict[str, Any] = {}
+
+  def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
+    self._facts = {}
+    out, spread = {}, {}
+    for map_ in [name.removeprefix("prompt") for name in predict if name.startswith("prompt")]:
+      # What a prompt looks like, of any one record.
+      record = self._runner.source.annotation(0) | {"image": np.zeros((1, 1, 3), np.uint8)}
+      batch = {k: jax.ShapeDtypeStruct((1, *np.shape(v)), np.asarray(v).dtype)
+               for k, v in self._runner.transform(record, None).items()}
+      _, P, D = jax.eval_shape(predict[f"prompt{map_}"], params, stats, batch).shape
+      shorter = tuple(k for k in LENGTHS if k < P)
+      wide = tuple(k for k in shorter if 1 < k <= WIDEST // D)
+      kept = ["features", "prompt", *(f"prompt_k{k}" for k in wide)]
+      parts = {name: predict[f"{name}{map_}"] for name in ("features", "prompt", "nll")}
+      length = shorter if "length" in self._metrics else None
+      vocab = self._runner.context.tokenizer.vocab_size if "nearest" in self._metrics else 0
+      found = self._runner.collect(f"probe{map_}", _looker(parts, map_, wide, length, vocab), params, stats,
+                                   record=_record, keep=kept)
+      figures = {}
+      if length is not None:
+        figures |= _nats(found)
+      if vocab:
+        figures |= self._hits(found, map_)
+      if {"category", "attributes"} & set(self._metrics):
+        learnt = self._train and self._train.collect(f"probe train{map_}", _looker(parts, map_, wide, None, 0), params,
+                                                     stats, record=_record, keep=kept)
+        figures |= broadcast_from_process_0(functools.partial(self._probes, found, learnt, kept))
+      name = map_.removeprefix("@")
+      spread |= {f"features {name}": found.arrays["features"], f"prompts {name}": found.arrays["prompt"]}
+      out |= {f"{key}{map_}": value for key, value in figures.items()}
+    if "picture" in self._metrics and jax.process_index() == 0:
+      self._draw(spread, found)
+    return {**out, "count": float(len(found.records))}
+
+  def facts(self) -> dict[str, Any]:
+    train = {"train": self._train.facts()} if self._train else {}
+    return {**self._runner.facts(), **train, "metrics": list(self._metrics), **self._facts}
+
+  def _path(self, end: str) -> str:
+    context = self._runner.context
+    os.makedirs(context.workdir, exist_ok=True)
+    return os.path.join(context.workdir, f"{context.name or 'prompt_probing'}.{end}")
+
+  def _probes(self, found: Results, learnt: Results | None, kept: Sequence[str]) -> dict[str, float]:
+    """Returns the figures of category and attributes."""
+    labels = np.array([r["label"] for r in found.records])
+    if learnt is None:
+      test = held_out(labels)
+      train, train_labels, test_labels = ~test, labels[~test], labels[test]
+    else:
+      train_labels, test_labels = np.array([r["label"] for r in learnt.records]), labels
+    out = {}
+    for name in kept:
+      x = found.arrays[name]
+      seen, unseen = standardised(*((x[train], x[test]) if learnt is None else (learnt.arrays[name], x)))
+      strength = chosen_strength(seen, train_labels)
+      if "category" in self._metrics and np.isin(test_labels, train_labels).any():
+        out[f"category_{name}"] = float(np.mean(predicted(seen, train_labels, unseen, strength) == test_labels))
+      if "attributes" in self._metrics:
+        areas = []
+        for has in self._runner.source.has.T:  # [C], bool
+          y, truth = has[train_labels].astype(int), has[test_labels].astype(int)
+          if len(set(y)) == len(set(truth)) == 2:
+            areas.append(roc_auc(scores(seen, y, unseen, strength), truth))
+        if areas:
+          out[f"attributes_{name}"] = float(np.mean(areas))
+    return out
+
+  def _hits(self, found: Results, map_: str) -> dict[str, float]:
+    """Returns the figures of the nearest vocabulary tokens, and writes the tables of the first map."""
+    tokenizer, source = self._runner.context.tokenizer, self._runner.source
+    texts = [references_of(source.annotation(i)) for i in found.index.tolist()]
+    words = [content_words(several) for several in texts]
+    near = np.array([r["nearest"] for r in found.records])  # [n, P, NEAREST]
+    said = {int(i): tokenizer.decode([int(i)]) for i in np.unique(near)}
+    plain = {i: text.strip().lower() for i, text in said.items()}
+    out = {}
+    half = len(words) // 2  # neighbours may be of one class
+    for end, of in (("", words), ("_other", words[half:] + words[:half])):
+      if end and len(words) < 2:
+        break
+      hit = np.array([[any(plain[i] in wanted for i in token) for token in prompt]
+                      for prompt, wanted in zip(near.tolist(), of, strict=True)])  # [n, P]
+      out |= {f"hits{end}": float(hit.mean()), f"images_hit{end}": float(hit.any(axis=1).mean())}
+    if not map_ and jax.process_index() == 0:
+      rows = [{"id": r["id"], "texts": list(several), "tokens": [[said[i] for i in token] for token in prompt],
+               "hits": sorted({plain[i] for token in prompt for i in token} & wanted)}
+              for r, several, wanted, prompt in zip(found.records[:SHOWN], texts, words, near.tolist(), strict=False)]
+      for name, text in (("tokens.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), ("tokens.md", table(rows))):
+        with atomic_write(self._path(name)) as file:
+          file.write(text)
+    return out
+
+  def _draw(self, spread: dict[str, np.ndarray], found: Results) -> None:
+    labels = np.array([r["label"] for r in found.records]) if self._labels else np.zeros(len(found.records), int)
+    names = self._runner.source.classes or ()
+    draw({name: plane(x) for name, x in spread.items()}, labels, names, self._path("pca.png"))
+    self._facts["umap"] = "not installed" if find_spec("umap") is None else "drawn"
+    if self._facts["umap"] == "drawn":
+      from umap import UMAP
+      draw({name: UMAP(random_state=0, n_jobs=1).fit_transform(x) for name, x in spread.items()}, labels, names,
+           self._path("umap.png"))
+
+
+def _looker(parts: dict[str, Callable[..., Any]], map_: str, wide: Sequence[int], length: Sequence[int] | None,
+            vocab: int) -> Callable[..., dict[str, jax.Array]]:
+  """Returns (params, stats, batch) -> what is kept of a batch.
+
+  Args:
+    parts: the functions features, prompt and nll of one map.
+    map_: "" or "@name".
+    wide: numbers of pooled tokens to keep side by side.
+    length: numbers of pooled tokens under which captions are scored; None scores none, not even under whole prompts.
+    vocab: size of the vocabulary of which the nearest tokens are; 0 looks for none. A language model may have more
+      embeddings, which no text ever used.
+  """
+
+  def look(params, stats, batch):
+    prompt = parts["prompt"](params, stats, batch)  # [B, P, D]
+    features = parts["features"](params, stats, batch)  # [B, S, F]
+    out = {"features": pool(features, 1)[:, 0], "prompt": pool(prompt, 1)[:, 0]}
+    out |= {f"prompt_k{k}": pool(prompt, k).reshape(len(prompt), -1) for k in wide}
+    if "label" in batch:
+      out["label"] = batch["label"]
+    if vocab:
+      out["nearest"] = nearest(prompt, params["lm"]["embedding"][:vocab], NEAREST)
+    if length is not None:
+      def nll(prompt):
+        return parts["nll"](params, stats, batch | {f"prompt{map_}": prompt})
+
+      out |= {"tokens": batch["mask"].sum(-1), "nll": nll(prompt)}
+      out |= {f"nll_k{k}": nll(pool(prompt, k).astype(prompt.dtype)) for k in length}
+    return out
+
+  return look
+
+
+def _record(row: dict[str, np.ndarray]) -> dict[str, Any]:
+  return {k: v.tolist() for k, v in row.items() if k in ("label", "nearest", "tokens") or k.startswith("nll")}
+
+
+def _nats(found: Results) -> dict[str, float]:
+  """Returns nats a token, over all captions together."""
+  tokens_ = sum(r["tokens"] for r in found.records)
+  return {k: sum(r[k] for r in found.records) / tokens_ for k in found.records[0] if k.startswith("nll")}
+
+
+def pool(x: jax.Array, k: int) -> jax.Array:
+  """Returns float32 [B, k, D]: means over k runs of neighbouring tokens of x [B, P, D], the longer runs first."""
+  P = x.shape[1]
+  if not 1 <= k <= P:
+    raise ValueError(f"cannot pool {P} tokens to {k}")
+  runs = np.repeat(np.arange(k), [P // k + (i < P % k) for i in range(k)])  # [P], the run of each token
+  weights = (runs[None] == np.arange(k)[:, None]) / np.bincount(runs)[:, None]  # [k, P]
+  return jnp.einsum("kp,bpd->bkd", jnp.asarray(weights, jnp.float32), x.astype(jnp.float32),
+                    precision=jax.lax.Precision.HIGHEST)
+
+
+def nearest(prompt: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
+  """Returns int32 [B, P, count]: the vocabulary tokens nearest by cosine, the nearest first.
+
+  Args:
+    prompt: [B, P, D].
+    embedding: [V, D], a row a token.
+  """
+  table = embedding.astype(jnp.float32)
+  table = table / jnp.maximum(jnp.linalg.norm(table, axis=-1, keepdims=True), 1e-12)
+  # The length of a prompt token does not change its order. One position at a time: B × V scores, not B × P × V.
+  found = jax.lax.map(lambda x: jax.lax.top_k(x.astype(jnp.float32) @ table.T, count)[1], prompt.swapaxes(0, 1))
+  return found.swapaxes(0, 1)
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+  """Returns bool [n], True for every fifth item of each class, the first of each included."""
+  out = np.zeros(len(labels), bool)
+  for label in np.unique(labels):
+    out[np.flatnonzero(labels == label)[::5]] = True
+  return out
+
+
+def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns both, float32 [n, F], moved and scaled so that each column of `train` has mean 0 and deviation 1, or 0."""
+  mean, deviation = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
+  deviation[deviation == 0] = 1
+  return tuple(((x - mean) / deviation).astype(np.float32) for x in (train, test))
+
+
+def chosen_strength(x: np.ndarray, labels: np.ndarray) -> float:
+  """Returns the one of STRENGTHS at which a probe learnt from four fifths of each class is best on the fifth.
+
+  Of equally good ones the strongest.
+
+  Args:
+    x: float [n, F].
+    labels: int [n].
+  """
+  test = held_out(labels)
+  seen = np.unique(labels[~test])
+  if len(seen) < 2:
+    return STRENGTHS[0]
+  fits = logistic.fit(x[~test], np.searchsorted(seen, labels[~test]), len(seen), STRENGTHS)
+  right = [np.mean(seen[_best(x[test], w, b)] == labels[test]) for w, b in zip(fits.weights, fits.bias, strict=True)]
+  return STRENGTHS[int(np.argmax(right))]
+
+
+def predicted(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
+  """Returns the classes int [m] that a probe of `train` [n, F] and its labels int [n] finds for `test` [m, F]."""
+  seen, numbers = np.unique(labels, return_inverse=True)
+  fits = logistic.fit(train, numbers.reshape(-1), len(seen), [strength])
+  return seen[_best(test, fits.weights[0], fits.bias[0])]
+
+
+def _best(x: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> np.ndarray:
+  return (x @ weights + bias[None]).argmax(axis=1)
+
+
+def scores(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
+  """Returns how likely each of `test` [m, F] is of class 1, float [m] that grows with it; labels are 0 and 1.
+
+  The same probe for two classes by scikit-learn, which for one strength and many labellings of the same features is
+  quicker than turning them each time.
+  """
+  from sklearn.exceptions import ConvergenceWarning  # here: it takes seconds, and not everybody probes
+  from sklearn.linear_model import LogisticRegression
+
+  with warnings.catch_warnings(category=ConvergenceWarning, action="ignore"):
+    probe = LogisticRegression(C=1 / strength, max_iter=MAX_ITERATIONS).fit(train, labels)
+  return probe.decision_function(test)
+
+
+def plane(x: np.ndarray) -> np.ndarray:
+  """Returns float [n, 2]: the first two principal components of x [n, F]; 0 where x does not vary."""
+  x = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
+  axes = np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :2]  # [F, up to 2], the widest first
+  axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])[None]
+  return np.pad(x @ axes, ((0, 0), (0, 2 - axes.shape[1])))
+
+
+def content_words(texts: Sequence[str]) -> set[str]:
+  """Returns the words of some texts that have letters only, 3 at least, and are no function words or prepositions."""
+  prepositions = word_list("prepositions")
+  return {word for text in texts for word in tokens(text)
+          if word.isalpha() and len(word) > 2 and word not in FUNCTION_WORDS and word not in prepositions}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """Returns a Markdown table: an image a row, with the nearest token of each prompt token."""
+  out = ["| image | reference | words of the references among the nearest | nearest token of each prompt token |",
+         "|---|---|---|---|"]
+  for row in rows:
+    cells = [row["id"], row["texts"][0], ", ".join(row["hits"]) or "–",
+             " ".join(f"`{json.dumps(t[0], ensure_ascii=False)[1:-1]}`" for t in row["tokens"])]
+    out.append("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |")
+  return "\n".join(out) + "\n"
+
+
+def draw(spread: dict[str, np.ndarray], labels: np.ndarray, names: Sequence[str], path: str) -> None:
+  """Writes a PNG: points [n, 2] of each title, coloured by label int [n], with a legend for up to CLASSES classes."""
+  from matplotlib.figure import Figure  # here: who only reads a configuration waits for it otherwise
+
+  columns = min(2, len(spread))
+  rows = -(-len(spread) // columns)
+  figure = Figure(figsize=(5 * columns + 2, 5 * rows), layout="constrained")
+  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+  known = np.unique(labels)
+  for one, (title, points) in zip(axes, spread.items(), strict=False):
+    for place, label in enumerate(known):
+      mine = points[labels == label]
+      one.scatter(mine[:, 0], mine[:, 1], s=6, color=_colour(place, len(known)),
+                  label=str(names[label]) if label < len(names) else str(label))
+    one.set(title=title, xticks=[], yticks=[])
+  for empty in axes[len(spread) :]:
+    empty.axis("off")
+  if 1 < len(known) <= CLASSES:
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, markerscale=2)
+  with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a letter that no font here has is a box
+    save_figure(figure, path)
+
+
+def _colour(place: int, count: int) -> tuple[float, float, float]:
+  from matplotlib.colors import hsv_to_rgb
+
+  return tuple(hsv_to_rgb((place / count, 0.75, 0.55 + 0.3 * (place % 2))).tolist())
