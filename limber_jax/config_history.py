@@ -20,6 +20,8 @@ EVALUATIONS = {"naming": "class_mention", "overlap": "contamination", "probing":
 # Until 0.1 all evaluations were one dataclass: these fields stood in the JSON of each, whether it used them or not.
 UNION = ("classes", "templates", "train", "validation", "metrics", "scorer", "scorer_model", "shots", "seeds",
          "threshold")
+# Keys of results.json and scores.json that are called otherwise now.
+RESULTS = {"facts": "metadata", "figures": "metrics"}
 # evaluation -> field -> its name now; "" is of all. Without `max_bad_fraction` an evaluation is of before.
 FIELDS = {
   "": {"damaged": "max_bad_fraction"},
@@ -79,8 +81,14 @@ def evaluation(values: dict[str, Any]) -> dict[str, Any]:
   return out
 
 
+def keys(values: Any) -> Any:
+  """Returns an entry of results.json or scores.json by the keys of this release; what is no such entry as it is."""
+  return {RESULTS.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
+
+
 def entry(values: dict[str, Any]) -> dict[str, Any]:
   """Returns an entry of results.json, {"evaluation", "protocol", …}, from one of this or an earlier release."""
+  values = keys(values)
   protocol = evaluation({"name": values["evaluation"]} | values["protocol"])
   return values | {"evaluation": protocol["name"],
                    "protocol": {k: v for k, v in protocol.items() if k != "name" or k in values["protocol"]}}

@@ -1,7 +1,7 @@
 """Evaluates a run: `python -m limber_jax.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart`.
 
 Runs the evaluations of the experiment on a checkpoint of the workdir, or with --weights on weights from elsewhere, and
-writes into the workdir, or into --out, results.json, report.md with the published figures beside, and pictures. What is
+writes into the workdir, or into --out, results.json, report.md with the published numbers beside, and pictures. What is
 found out about each item is kept below evaluation/: the same command goes on where it was stopped. Results of another
 run or of other weights are never replaced. An evaluation whose data are missing or damaged is named, and the others go
 on; the exit code is then 1.
@@ -59,7 +59,7 @@ if __name__ == "__main__":
       out = _out.value or _workdir.value
       write(found, out)
       rows = {f"{name}/{key}": text.shown(key, value)
-              for name, e in found["evaluations"].items() for key, value in e["figures"].items()}
+              for name, e in found["evaluations"].items() for key, value in e["metrics"].items()}
       width = max(map(len, rows))
       print(f"step {found['step']}; scores times 100, as in report.md")
       for name, value in rows.items():

@@ -1,6 +1,6 @@
-"""Tables of runs beside the published figures: `python -m limber_jax.report RUN [RUN…] [--out=report.md]`.
+"""Tables of runs beside the published numbers: `python -m limber_jax.report RUN [RUN…] [--out=report.md]`.
 
-A RUN is a workdir in which limber_jax.evaluate has written results.json. One run is shown with every figure, what it
+A RUN is a workdir in which limber_jax.evaluate has written results.json. One run is shown with every metric, what it
 rests on and the published rows that fit; several are rows of one table. Scores are times 100, as in the papers.
 
 --before=RUN names the run of the model before an intervention, such as fine-tuning: the table of robustness then has

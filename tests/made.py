@@ -1,4 +1,4 @@
-"""A data source, a context and a model made by hand, whose figures can be counted by hand."""
+"""A data source, a context and a model made by hand, whose metrics can be counted by hand."""
 
 import hashlib
 from typing import Any

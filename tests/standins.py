@@ -4,7 +4,7 @@ Images are scikit-learn's digits, 32 × 32 pixels as JPEG files, and captions sp
 "digits", so that a model of the quickstarts can be measured on them. The same call writes the same bytes.
 
 With hostile=True a writer adds what its docstring lists, some of it before what it would write anyway, and takes
-nothing away: figures on what can be read of the one are figures on the other. Of so few records the damage is more than
+nothing away: metrics on what can be read of the one are metrics on the other. Of so few records the damage is more than
 the share that an evaluation allows by default.
 """
 

@@ -218,10 +218,10 @@ def scored():
 @java
 def test_figures_are_exactly_those_of_pycocoevalcap(scored):
   ours, theirs = scored
-  assert ours.figures == {m: theirs[m][0] for m in captions.METRICS if m in theirs}
+  assert ours.metrics == {m: theirs[m][0] for m in captions.METRICS if m in theirs}
   for name, (_, each) in theirs.items():
     assert [item[name] for item in ours.items.values()] == list(each), name
-  assert ours.tokenizer == "java" and 0.05 < ours.figures["meteor"] < 1 < ours.figures["cider_d"]
+  assert ours.tokenizer == "java" and 0.05 < ours.metrics["meteor"] < 1 < ours.metrics["cider_d"]
   assert list(ours.skipped) == ["spice"] and "stanford-corenlp-3.6.0" in ours.skipped["spice"]
 
 
@@ -229,7 +229,7 @@ def test_figures_are_exactly_those_of_pycocoevalcap(scored):
 def test_an_empty_caption_and_a_very_long_one_are_scored(scored):
   ours, _ = scored
   assert len(ours.items) == 120 and all(np.isfinite(list(item.values())).all() for item in ours.items.values())
-  assert ours.items["1"] == dict.fromkeys(ours.figures, 0.0)
+  assert ours.items["1"] == dict.fromkeys(ours.metrics, 0.0)
 
 
 @java
@@ -256,7 +256,7 @@ def test_captions_like_their_references_have_a_cider_of_ten(which, monkeypatch):
   monkeypatch.setattr(captions, "has_java", lambda: which)
   texts = {"1": "a red dog runs over the grass", "2": "two people sit (old) on a bench", "3": "white kites fly up high"}
   found = score(texts, {i: [text] * 5 for i, text in texts.items()}, FAST)
-  assert found.figures == pytest.approx({"cider_d": 10.0, **dict.fromkeys(FAST[1:], 1.0)}, abs=1e-6)
+  assert found.metrics == pytest.approx({"cider_d": 10.0, **dict.fromkeys(FAST[1:], 1.0)}, abs=1e-6)
   assert {i: item["cider_d"] for i, item in found.items.items()} == pytest.approx(dict.fromkeys("123", 10.0))
 
 
@@ -264,9 +264,9 @@ def test_one_image_has_a_cider_of_zero_and_a_part_has_frequencies_of_its_own(mon
   monkeypatch.setattr(captions, "has_java", lambda: False)
   texts = {"1": "a red dog runs over the grass", "2": "a red dog sits down there", "3": "white kites fly up high"}
   references = {i: [text, f"{text} today"] for i, text in texts.items()}
-  assert score({"1": texts["1"]}, {"1": references["1"]}, ("cider_d",)).figures == {"cider_d": 0.0}
+  assert score({"1": texts["1"]}, {"1": references["1"]}, ("cider_d",)).metrics == {"cider_d": 0.0}
   part = {i: texts[i] for i in "12"}
-  found = score(part, {i: references[i] for i in part}, ("cider_d",)).figures
+  found = score(part, {i: references[i] for i in part}, ("cider_d",)).metrics
   # In the first two "a red dog" is in both: it weighs nothing among them, and ln 3/2 among all.
   theirs = Cider().compute_score({i: references[i] for i in part}, {i: [text] for i, text in part.items()})[0]
   assert found == {"cider_d": theirs}
@@ -291,8 +291,8 @@ def test_without_java_captions_have_the_same_scores_and_meteor_is_left_out(monke
   without = score(candidates, references)
   assert without.tokenizer == "python"
   assert without.skipped == {"meteor": captions.NO_JAVA, "spice": captions.NO_JAVA}
-  assert set(without.figures) == set(FAST)
-  assert with_java is None or without.figures == with_java.figures
+  assert set(without.metrics) == set(FAST)
+  assert with_java is None or without.metrics == with_java.metrics
 
 
 @pytest.mark.parametrize(("candidates", "references", "metrics", "message"), [
@@ -343,7 +343,7 @@ if 'spice-1.0.jar' in sys.argv:
   json.dump(rows[::-1], open(sys.argv[sys.argv.index('-out') + 1], 'w'))""")
   found = score({"a": "X b", "b": "y", "c": "z"}, {"a": ["q"], "b": ["r", "s"], "c": ["t"]},
                 ("spice",))
-  assert found.figures == {"spice": 0.25}
+  assert found.metrics == {"spice": 0.25}
   assert found.items == {"a": {"spice": 0.25}, "b": {"spice": 0.5}, "c": {"spice": 0.0}}
 
 
@@ -356,7 +356,7 @@ if 'spice-1.0.jar' in sys.argv:
   rows = [{{'image_id': g['image_id'], 'scores': {{'All': {{'f': f}}}}}} for g, f in zip(given, (None, 0.5))]
   json.dump(rows, open(sys.argv[sys.argv.index('-out') + 1], 'w'))""")
   found = score({"a": "x", "b": "y"}, {"a": ["q"], "b": ["r"]}, ("spice",))
-  assert np.isnan(found.figures["spice"]) and found.items == {"a": {}, "b": {"spice": 0.5}}
+  assert np.isnan(found.metrics["spice"]) and found.items == {"a": {}, "b": {"spice": 0.5}}
   with pytest.raises(UserError, match="SPICE's program failed: InaccessibleObjectException"):
     score({"a": "fail"}, {"a": ["q"]}, ("spice",))
 
@@ -398,5 +398,5 @@ def test_scoring_is_measured(with_java):
                         env=os.environ | ({} if with_java else {"PATH": ""}), check=True)
   out = json.loads(done.stdout)
   assert out["seconds"] > 0 and out["tokenizer"] == ("java" if with_java else "python")
-  assert set(captions.METRICS) == set(out["figures"]) | set(out["skipped"]) | {"spice"}
-  assert ("ratio" in out) == ("meteor" in out["figures"]) == with_java
+  assert set(captions.METRICS) == set(out["metrics"]) | set(out["skipped"]) | {"spice"}
+  assert ("ratio" in out) == ("meteor" in out["metrics"]) == with_java

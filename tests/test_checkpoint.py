@@ -279,8 +279,8 @@ def test_where_nothing_says_which_is_the_best_none_is_taken_for_it(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "told"), [
-  ("[1]", 'wanted {"STEP"'), ('{"1": 3}', 'wanted {"STEP"'), ('{"1": {"figures": {}}}', 'wanted {"STEP"'),
-  ('{"x": {"figures": {}, "failed": {}, "begun": {}}}', 'wanted {"STEP"'), ("\0", "not JSON"), ("", "not JSON")])
+  ("[1]", 'wanted {"STEP"'), ('{"1": 3}', 'wanted {"STEP"'), ('{"1": {"metrics": {}}}', 'wanted {"STEP"'),
+  ('{"x": {"metrics": {}, "failed": {}, "begun": {}}}', 'wanted {"STEP"'), ("\0", "not JSON"), ("", "not JSON")])
 def test_damaged_scores_are_told_without_the_words_of_python(text, told, tmp_path):
   save(tmp_path, 1, best="a", metrics={1: {"a": 1.0}})
   (tmp_path / "scores.json").write_text(text)

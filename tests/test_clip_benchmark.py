@@ -1,4 +1,4 @@
-"""Sets as CLIP_benchmark and DataComp keep them, evaluated by the command: the figures are those of their programs."""
+"""Sets as CLIP_benchmark and DataComp keep them, evaluated by the command: the metrics are those of their programs."""
 
 import dataclasses
 import io
@@ -127,7 +127,7 @@ def open_clip_model(open_clip, folder):
 
 
 def theirs(model, preprocess, tokenizer, folder):
-  """Returns (figures, ranks of the right class, classes named) of a set as CLIP_benchmark computes them."""
+  """Returns (metrics, ranks of the right class, classes named) of a set as CLIP_benchmark computes them."""
   import torch
   import torch.nn.functional as F
 
@@ -154,12 +154,12 @@ def theirs(model, preprocess, tokenizer, folder):
       scores = text @ image.T
       positive = torch.zeros_like(scores, dtype=torch.bool)
       positive[torch.arange(len(scores)), [i for i, some in enumerate(labels) for _ in some]] = True
-      figures = {}
+      metrics = {}
       for k in (1, 5, 10):
         for way, s, p in (("image", scores, positive), ("text", scores.T, positive.T)):
           top = torch.zeros_like(p).scatter_(1, torch.topk(s, k, dim=1)[1], True)
-          figures[f"{way}_retrieval_recall@{k}"] = (top & p).any(dim=1).float().mean().item()
-      return figures, None, None
+          metrics[f"{way}_retrieval_recall@{k}"] = (top & p).any(dim=1).float().mean().item()
+      return metrics, None, None
     weights = []
     templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
     for name in (folder / "classnames.txt").read_text().splitlines():
@@ -181,7 +181,7 @@ def theirs(model, preprocess, tokenizer, folder):
 
 
 @pytest.mark.process
-def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_clip, sets, tmp_path):
+def test_the_command_gives_the_metrics_of_their_programs_image_by_image(open_clip, sets, tmp_path):
   model = open_clip_model(open_clip, tmp_path / "model")
   bpe = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
   experiment = tmp_path / "sets.py"
@@ -208,12 +208,12 @@ def test_the_command_gives_the_figures_of_their_programs_image_by_image(open_cli
   for folder, name in (("wds_vtab-flowers_test", "vtab/flowers"), ("wds_mnist_test", "mnist"),
                        ("wds_voc2007_multilabel", "voc2007_multilabel"), ("wds_flickr8k", "flickr8k"),
                        ("wds_wilds-fmow_test", "wilds/fmow")):
-    figures, ranks, named = theirs(*model, sets / folder)
-    worst = figures.pop("acc_worst_region", None)
-    assert written[f"wds/{name}"]["metrics"] == pytest.approx(figures, abs=1e-6, nan_ok=True), name
+    metrics, ranks, named = theirs(*model, sets / folder)
+    worst = metrics.pop("acc_worst_region", None)
+    assert written[f"wds/{name}"]["metrics"] == pytest.approx(metrics, abs=1e-6, nan_ok=True), name
     for line in lines:
       if line["key"] == name:
-        main = figures["mean_per_class_recall" if name == "vtab/flowers" else "acc1"] if worst is None else worst
+        main = metrics["mean_per_class_recall" if name == "vtab/flowers" else "acc1"] if worst is None else worst
         assert line["metrics"]["main_metric"] == pytest.approx(main, abs=1e-6)
         assert worst is None or line["metrics"]["acc_worst_region"] == line["metrics"]["main_metric"]
         assert (line["metrics"]["acc5"] is None) == (name == "mnist")
@@ -287,7 +287,7 @@ def test_a_split_is_never_chosen_where_there_are_several(sets, tmp_path):
     opened(sets / "wds_mnist_test", "train")
 
 
-def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_figures(sets, tmp_path):
+def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_metrics(sets, tmp_path):
   found = suites.clip_benchmark(str(sets))
   assert {k: (e.name, e.source.split, e.every) for k, e in found.items()} == {
     "wds_vtab_flowers": ("zeroshot", "test", -1), "wds_mnist": ("zeroshot", "test", -1),
@@ -411,8 +411,8 @@ def test_the_source_of_tars_says_which_one_reads_these(sets):
 
 
 def test_figures_are_written_in_their_forms_without_those_that_are_not_theirs():
-  def entry(evaluation, path, figures, classes=10, name="clip_benchmark"):
-    return {"evaluation": evaluation, "figures": figures, "facts": {"classes": classes},
+  def entry(evaluation, path, metrics, classes=10, name="clip_benchmark"):
+    return {"evaluation": evaluation, "metrics": metrics, "metadata": {"classes": classes},
             "protocol": {"source.name": name, "source.path": path}}
 
   results = {"model": "clip_vit_b32", "name": "x", "step": 7, "evaluations": {

@@ -34,7 +34,7 @@ MESHES = [(1, 1, 1), (4, 2, 1), (2, 1, 4)]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_zeroshot_figures_are_those_counted_by_hand(mesh, made):
+def test_zeroshot_metrics_are_those_counted_by_hand(mesh, made):
   # Classes a: right, b: up, c: left. Images 0, 1 (a) right and up; 2, 3, 4 (c) left, left, up: 3 of 5 are named right,
   # a half of class a and two thirds of class c; b has no image.
   made([{"label": label} for label in (0, 0, 2, 2, 2)], classes=("a", "b", "c"))

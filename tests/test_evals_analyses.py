@@ -147,11 +147,11 @@ def test_mistakes_are_measured_by_common_attributes_and_on_wordnet(monkeypatch, 
   # Any other animal in place of those: of a cat 1, 1/2, 0; of a dog 1/2, 0, 0; of a bird 1/2, 0, 1.
   assert found["overlap_chance"] == pytest.approx((1.5 / 3 + 0.5 / 3 + 1.5 / 3) / 3)
   assert found["wup_chance"] == pytest.approx(((0.8 + 0.6 + 0.5) + (0.8 + 0.5 + 0.5) + (0.6 + 0.5 + 0.5)) / 9)
-  assert run.facts()["wordnet"] == "found" and run.facts()["covered"] == 6
+  assert run.metadata()["wordnet"] == "found" and run.metadata()["covered"] == 6
   monkeypatch.setattr(class_mention.WordNet, "find", lambda: None)
   run = config(ClassMention).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
-  assert "wup_wrong" not in found and "nltk" in run.facts()["wordnet"]
+  assert "wup_wrong" not in found and "nltk" in run.metadata()["wordnet"]
 
 
 def test_overlap_is_of_the_attributes_of_the_class_named():
@@ -174,10 +174,10 @@ def test_words_are_counted_by_map_and_without_an_image(made, tmp_path, monkeypat
     "modifiers_precision": 0, "modifiers_recall": 0, "modifiers_f1": 0,
     "nouns_precision@b": 1 / 4, "nouns_recall@b": 1 / 2, "nouns_f1@b": 1 / 3,
     "modifiers_precision@b": 0, "modifiers_recall@b": 0, "modifiers_f1@b": 0,
-    **{f"{kind}_{figure}@blind": 0 for kind in ("nouns", "modifiers") for figure in ("precision", "recall", "f1")},
+    **{f"{kind}_{metric}@blind": 0 for kind in ("nouns", "modifiers") for metric in ("precision", "recall", "f1")},
     "count": 2}
-  facts = run.facts()
-  assert "2 nouns given" in facts["tagger"] and "no nouns_wup" in facts["wordnet"] and facts["covered"] == 2
+  metadata = run.metadata()
+  assert "2 nouns given" in metadata["tagger"] and "no nouns_wup" in metadata["wordnet"] and metadata["covered"] == 2
   rows = [json.loads(line) for line in (tmp_path / "out/coco_words.words.jsonl").read_text().splitlines()]
   assert [(r["map"], r["word"]) for r in rows[:4]] == [("", "dog"), ("", "cat"), ("", "red"), ("b", "dog")]
   assert rows[0] == {"map": "", "category": "nouns", "word": "dog", "references": 1, "captions": 2, "both": 1,
@@ -218,8 +218,8 @@ def test_hallucinated_objects_and_run_off_are_counted(made, tmp_path):
     "chair_i_cut": 1 / 3, "chair_s_cut": 1 / 3, "objects_cut": 1.0, "words_cut": (5 + 2 + 1) / 3, "count": 3}
   assert found["chair_i@b"] == 2 / 4 and found["chair_s@b"] == 1 / 3
   assert found["ended@blind"] == 0 and found["chair_i@blind"] == 0 and found["objects@blind"] == 0
-  facts = run.facts()
-  assert facts["segments_skipped"] == 2 and facts["segments"] == "instances_val2014.json"
+  metadata = run.metadata()
+  assert metadata["segments_skipped"] == 2 and metadata["segments"] == "instances_val2014.json"
   rows = [json.loads(line) for line in (tmp_path / "out/hallucination.objects.jsonl").read_text().splitlines()]
   assert rows[0] == {"id": "0", "caption": "a dog and a man. a car", "objects": ["dog", "person", "car"],
                      "hallucinated": ["car"]}
@@ -371,7 +371,7 @@ def test_probes_nearest_words_and_shorter_prompts_are_those_counted_by_hand(made
   assert found["hits"] == pytest.approx((10 * 5 + 5 * 5 + 5 * 1) / 120) and found["images_hit"] == 1
   # By the references of the image 10 further on, of the same class: the first 5 dogs have zebras' then.
   assert found["hits_other"] == pytest.approx((10 * 5 + 5 * 1 + 5 * 5) / 120)
-  assert found["count"] == 20 and run.facts()["metrics"] == ["category", "nearest", "length", "picture"]
+  assert found["count"] == 20 and run.metadata()["metrics"] == ["category", "nearest", "length", "picture"]
   rows = [json.loads(line) for line in (tmp_path / "prompt_probing.tokens.jsonl").read_text().splitlines()]
   assert len(rows) == 20 and rows[0] == {
     "id": "0", "texts": ["a cat"], "tokens": [[" cat"]] * 5 + [[" zebra"]], "hits": ["cat"]}
@@ -392,7 +392,7 @@ def test_attributes_are_probed_on_other_images_and_maps_apart(monkeypatch, made,
   # Of the three attributes only the second tells cats from dogs.
   assert run(predict, params, {}) == {"attributes_features": 1 / 2, "attributes_prompt": 1, "attributes_prompt_k4": 1,
                                       "attributes_features@b": 1 / 2, "attributes_prompt@b": 1 / 2, "count": 20}
-  assert run.facts()["train"]["split"] == "other" and list(tmp_path.iterdir()) == []
+  assert run.metadata()["train"]["split"] == "other" and list(tmp_path.iterdir()) == []
 
 
 def test_what_the_data_do_not_allow_is_told_or_left_out(made, tmp_path):
@@ -430,7 +430,7 @@ def test_a_tiny_model_is_analysed_on_awa2s_files_and_goes_on_where_it_was_killed
     where = dataclasses.replace(make_context(s, str(tmp_path)), items=str(tmp_path / "items"))
     runs = {name: make_eval(s, name, where) for name in names}
     out = evaluate(s, runs, state.params, state.stats)
-    assert all(run.facts()["damaged"] == 2 and run.facts()["covered"] == 50 for run in runs.values())
+    assert all(run.metadata()["damaged"] == 2 and run.metadata()["covered"] == 50 for run in runs.values())
     return out
 
   whole = run(s.config.evals)

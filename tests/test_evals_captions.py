@@ -1,4 +1,4 @@
-"""The evaluation of captions: figures by map and domain, CLIPScore by a tiny CLIP, and captions hard to score."""
+"""The evaluation of captions: metrics by map and domain, CLIPScore by a tiny CLIP, and captions hard to score."""
 
 import dataclasses
 import json
@@ -92,16 +92,16 @@ def test_figures_are_those_of_the_metrics_for_every_map_and_blind(made, tmp_path
   run = config(Captions).open(settings(tmp_path))
   found = run({"nll": None, "generate": writing(TEXTS), "generate@b": writing(other), "generate_blind": writing(blind)},
               {}, {})
-  wanted = {**scored(TEXTS).figures, **{f"{m}@b": v for m, v in scored(other).figures.items()},
-            **{f"{m}@blind": v for m, v in scored(blind).figures.items()}}
+  wanted = {**scored(TEXTS).metrics, **{f"{m}@b": v for m, v in scored(other).metrics.items()},
+            **{f"{m}@blind": v for m, v in scored(blind).metrics.items()}}
   assert found == {**wanted, "count": 6.0}
   assert 5 < found["cider_d"] < 10 and found["bleu_1"] == pytest.approx(1) and found["cider_d@b"] < 1
-  facts = run.facts()
-  assert facts["tokenizer"] == "python" and facts["references"] == 12 and facts["decoding"]["prompt"] == ""
-  assert facts["empty"] == {"first": 0, "@b": 0, "@blind": 0} and facts["covered"] == 6
-  assert facts["skipped"] == {"meteor": metric.NO_JAVA, "spice": metric.NO_JAVA, "clip_s": NO_SCORER,
+  metadata = run.metadata()
+  assert metadata["tokenizer"] == "python" and metadata["references"] == 12 and metadata["decoding"]["prompt"] == ""
+  assert metadata["empty"] == {"first": 0, "@b": 0, "@blind": 0} and metadata["covered"] == 6
+  assert metadata["skipped"] == {"meteor": metric.NO_JAVA, "spice": metric.NO_JAVA, "clip_s": NO_SCORER,
                               "ref_clip_s": NO_SCORER}
-  assert json.loads(json.dumps(facts)) == facts
+  assert json.loads(json.dumps(metadata)) == metadata
   with Image.open(tmp_path / "captions_coco.png") as sheet:
     assert sheet.width > 300
 
@@ -123,13 +123,13 @@ def test_domains_have_word_frequencies_of_their_own(made, tmp_path):
   captions = [f"{text} or so" for text in TEXTS]
   found = config(Captions, metrics=("cider_d", "rouge_l")).open(settings(tmp_path))(
     {"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
-  whole = scored(captions, metrics=("cider_d", "rouge_l")).figures
+  whole = scored(captions, metrics=("cider_d", "rouge_l")).metrics
   wanted = {"cider_d": whole["cider_d"], "rouge_l": whole["rouge_l"]}
   for name, which in (("in", (0, 2, 4)), ("near", (1, 3, 5))):
-    wanted[f"cider_d/{name}"] = scored(captions, which, ("cider_d",)).figures["cider_d"]
+    wanted[f"cider_d/{name}"] = scored(captions, which, ("cider_d",)).metrics["cider_d"]
     wanted[f"count/{name}"] = 3.0
   assert {k: v for k, v in found.items() if "@" not in k} == {**wanted, "count": 6.0}
-  assert found["cider_d/in@b"] == scored(TEXTS, (0, 2, 4), ("cider_d",)).figures["cider_d"]
+  assert found["cider_d/in@b"] == scored(TEXTS, (0, 2, 4), ("cider_d",)).metrics["cider_d"]
   among_all = scored(captions, metrics=("cider_d",)).items
   assert wanted["cider_d/in"] != pytest.approx(np.mean([among_all[i]["cider_d"] for i in "024"]), abs=1e-3)
 
@@ -140,7 +140,7 @@ def test_hard_captions_are_counted_and_scored(made, tmp_path):
   run = config(Captions).open(settings(tmp_path))
   found = run({"generate": writing(captions)}, {}, {})
   assert found["count"] == 6 and np.isfinite(list(found.values())).all()
-  assert run.facts()["empty"] == {"first": 2}
+  assert run.metadata()["empty"] == {"first": 2}
   lines = [json.loads(line) for line in (tmp_path / "items" / "scores.jsonl").read_text().splitlines()]
   assert len(lines[1]["caption"]) == 9999 and [line["rouge_l"] > 0 for line in lines] == [0, 1, 1, 0, 0, 1]
   assert lines[1]["rouge_l"] < 0.01 and lines[2]["rouge_l"] == lines[5]["rouge_l"] == 1
@@ -150,8 +150,8 @@ def test_images_that_cannot_be_read_are_left_out(made, tmp_path, scorer):
   made([r | ({"broken": True} if i == 1 else {}) for i, r in enumerate(records())])
   run = config(Captions, max_bad_fraction=0.5, scorer=scorer).open(settings(tmp_path))
   found = run({"generate": writing(TEXTS)}, {}, {})
-  assert found["count"] == 5 and (run.facts()["covered"], run.facts()["damaged"]) == (5, 1)
-  assert found["cider_d"] == scored(TEXTS, (0, 2, 3, 4, 5)).figures["cider_d"]
+  assert found["count"] == 5 and (run.metadata()["covered"], run.metadata()["damaged"]) == (5, 1)
+  assert found["cider_d"] == scored(TEXTS, (0, 2, 3, 4, 5)).metrics["cider_d"]
   made([r | {"broken": True} for r in records()])
   with pytest.raises(UserError, match="no image of data source 'made' can be read"):
     config(Captions, max_bad_fraction=1.0).open(settings(tmp_path / "none"))({"generate": writing(TEXTS)}, {}, {})
@@ -190,7 +190,7 @@ def test_clip_score_is_that_of_the_scorer_alone(made, tmp_path, scorer, mesh):
       assert found[f"{name}/in{end}"] == pytest.approx(np.mean(values[::2]), abs=1e-5)
       assert found[f"{name}/out{end}"] == pytest.approx(np.mean(values[1::2]), abs=1e-5)
   assert found["clip_s"] != found["clip_s@b"]
-  assert run.facts()["scorer"]["prefix"] == "A photo depicts " and run.facts()["skipped"] == {}
+  assert run.metadata()["scorer"]["prefix"] == "A photo depicts " and run.metadata()["skipped"] == {}
 
 
 def test_a_caption_that_is_a_reference_has_a_cosine_of_one_with_it(made, tmp_path, scorer):
@@ -237,16 +237,16 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
   def run(folder, stop=lambda: False):
     where = dataclasses.replace(make_context(s, str(tmp_path / folder), stop), items=str(tmp_path / folder / "items"))
     runs = {"nocaps": make_eval(s, "nocaps", where)}
-    return evaluate(s, runs, state.params, state.stats), runs["nocaps"].facts()
+    return evaluate(s, runs, state.params, state.stats), runs["nocaps"].metadata()
 
-  found, facts = run("whole")
+  found, metadata = run("whole")
   parts = {f"{m}/{part}" for part in ("in", "near", "out") for m in ("cider_d", "clip_s", "ref_clip_s")}
   parts |= {*FAST, "clip_s", "ref_clip_s"}
   assert found.keys() == {f"nocaps/{p}{end}" for p in parts for end in ("", "@blind")} | {
     f"nocaps/count{part}" for part in ("", "/in", "/near", "/out")}
   assert np.isfinite(list(found.values())).all()
-  assert found["nocaps/count"] == 21 == facts["covered"] == facts["items"] - facts["damaged"]
-  assert facts["damaged"] == len(files.damage) + len(files.unreadable)
+  assert found["nocaps/count"] == 21 == metadata["covered"] == metadata["items"] - metadata["damaged"]
+  assert metadata["damaged"] == len(files.damage) + len(files.unreadable)
   asked = []
 
   def stop():
@@ -256,6 +256,6 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
   with pytest.raises(Stopped):
     run("killed", stop)
   again, facts_again = run("killed")
-  assert (again, facts_again) == (found, facts)
+  assert (again, facts_again) == (found, metadata)
   for path in sorted((tmp_path / "whole/items/nocaps").glob("*.jsonl")):
     assert (tmp_path / "killed/items/nocaps" / path.name).read_bytes() == path.read_bytes()

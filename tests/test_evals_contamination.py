@@ -1,4 +1,4 @@
-"""Duplicates between training and evaluation data: figures by hand, and one pass over any amount of training data."""
+"""Duplicates between training and evaluation data: metrics by hand, and one pass over any amount of training data."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from limber_jax.config import Source
 from limber_jax.errors import UserError
 from limber_jax.evals import contamination
 from limber_jax.evals.base import Stopped
-from limber_jax.evals.contamination import NOTHING, Contamination, Nearest, figures, shown, summary
+from limber_jax.evals.contamination import NOTHING, Contamination, Nearest, measure, shown, summary
 from tests.made import PREDICT, Made, context, tables, unit
 
 CLASSES = ("a", "b", "c")
@@ -86,8 +86,8 @@ def test_figures_and_pairs_are_those_found_by_hand(mesh, data, tmp_path):
   assert by_id["3"]["cosine"] == pytest.approx(1.1 / np.sqrt(2 * 1.01), abs=1e-6)
   with Image.open(tmp_path / "birds_pairs.png") as image:
     assert image.format == "PNG" and min(image.size) > 200
-  facts = run.facts()
-  assert (facts["items"], facts["train_items"], facts["threshold"]) == (5, 11, 0.99)
+  metadata = run.metadata()
+  assert (metadata["items"], metadata["train_items"], metadata["threshold"]) == (5, 11, 0.99)
 
 
 @pytest.mark.parametrize("count", [1, 8, 37])
@@ -122,7 +122,7 @@ def test_what_cannot_be_read_of_the_training_data_is_counted(data, capsys, tmp_p
   found = run(PREDICT, params, {})
   assert (found["overlap_count"], found["top1"]) == (1, 1)  # the twin of image 0 is broken
   assert "train 1: the image is broken" in capsys.readouterr().err
-  assert (run.facts()["train_damaged"], run.facts()["train_covered"], run.facts()["damaged"]) == (1, 2, 0)
+  assert (run.metadata()["train_damaged"], run.metadata()["train_covered"], run.metadata()["damaged"]) == (1, 2, 0)
   with pytest.raises(UserError, match=r"1 of 3 items cannot be used, more than its `max_bad_fraction` of 1\.0% allows"):
     settings().open(place(tmp_path))(PREDICT, params, {})
 
@@ -176,7 +176,7 @@ def test_a_stopped_pass_goes_on_where_it_was(data, tmp_path):
   run = settings(max_bad_fraction=0.1).open(place(tmp_path, items=tmp_path / "items"))
   assert run(counted(passes), params, {}) == want
   assert sorted(passes) == [124, 132, 140, 148]
-  assert {**run.facts(), **whole.facts()} == run.facts()
+  assert {**run.metadata(), **whole.metadata()} == run.metadata()
   assert (tmp_path / "birds_pairs.jsonl").read_text() == (tmp_path / "whole" / "birds_pairs.jsonl").read_text()
 
 
@@ -233,7 +233,7 @@ def test_the_state_is_saved_now_and_then(data, tmp_path, monkeypatch):
 
 def test_figures_of_one_side_only():
   right = np.array([True, False, True, True])
-  none, all_ = figures(right, np.zeros(4, bool)), figures(right, np.ones(4, bool))
+  none, all_ = measure(right, np.zeros(4, bool)), measure(right, np.ones(4, bool))
   assert (none["top1"], none["clean"], none["gain"], none["share"]) == (0.75, 0.75, 0, 0)
   assert (all_["top1"], all_["overlap"], all_["share"]) == (0.75, 0.75, 1)
   assert not {"overlap", "p"} & none.keys() and not {"clean", "gain", "p"} & all_.keys()
@@ -243,7 +243,7 @@ def test_figures_of_one_side_only():
 
 def test_an_easy_overlap_is_significant_and_equals_scipys_test():
   right = np.concatenate([np.ones(50, bool), np.arange(200) % 2 == 0])
-  found = figures(right, np.arange(250) < 50)
+  found = measure(right, np.arange(250) < 50)
   assert found["gain"] == pytest.approx(150 / 250 - 0.5)
   assert found["p"] == pytest.approx(stats.binomtest(50, 50, 0.5, alternative="greater").pvalue)
 

@@ -87,10 +87,10 @@ def split(name):
 
 
 def probe(workdir, predict=None, mesh=(1, 1, 1), **fields):
-  """Returns (figures, facts) of a probe."""
+  """Returns (metrics, metadata) of a probe."""
   evaluation = config(LinearProbe, **{"source": split("test"), "train": split("train"), **fields}).open(
     context(mesh, workdir=workdir))
-  return evaluation(predict or PREDICT, {}, {}), evaluation.facts()
+  return evaluation(predict or PREDICT, {}, {}), evaluation.metadata()
 
 
 def theirs(x, y, strength):
@@ -102,44 +102,44 @@ def theirs(x, y, strength):
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 2, 1)])
 def test_probe_is_scikit_learns_at_the_strength_that_validation_chose(mesh, tmp_path):
-  figures, facts = probe(tmp_path, {"penultimate": features}, mesh)
+  metrics, metadata = probe(tmp_path, {"penultimate": features}, mesh)
   (x, y), (seen, labels) = part("train"), part("test")
   held = held_out(y, 0)
-  assert (figures["count"], figures["train"], figures["validation"]) == (100, 160, 40)
-  np.testing.assert_allclose(facts["searched"][:7], np.logspace(-6, 6, 7))
+  assert (metrics["count"], metrics["train"], metrics["validation"]) == (100, 160, 40)
+  np.testing.assert_allclose(metadata["searched"][:7], np.logspace(-6, 6, 7))
   # Among the strengths of the search that scikit-learn finds the optimum of.
-  strong = [s for s in facts["searched"] if s > 1e-2]
+  strong = [s for s in metadata["searched"] if s > 1e-2]
   right = [np.mean(theirs(x[~held], y[~held], s)(x[held]) == y[held]) for s in strong]
   chosen = max(zip(right, strong, strict=True))[1]
-  assert figures["strength"] == chosen and 1e-2 < chosen < 1e6
-  assert figures["accuracy"] == np.mean(theirs(x, y, chosen)(seen) == labels) > 0.7
-  assert "zeroshot" not in figures and not list(tmp_path.iterdir())  # the model has no texts; nothing to draw
+  assert metrics["strength"] == chosen and 1e-2 < chosen < 1e6
+  assert metrics["accuracy"] == np.mean(theirs(x, y, chosen)(seen) == labels) > 0.7
+  assert "zeroshot" not in metrics and not list(tmp_path.iterdir())  # the model has no texts; nothing to draw
 
 
 def test_a_validation_set_is_chosen_on_and_then_learnt_from(tmp_path):
-  figures, facts = probe(tmp_path, validation=split("validation"))
+  metrics, metadata = probe(tmp_path, validation=split("validation"))
   x, y = (np.concatenate(parts) for parts in zip(part("train"), part("validation"), strict=True))
   seen, labels = part("test")
-  assert figures["accuracy"] == np.mean(theirs(x, y, figures["strength"])(seen) == labels)
-  assert (figures["train"], figures["validation"], facts["validation"]["items"]) == (200, 60, 60)
+  assert metrics["accuracy"] == np.mean(theirs(x, y, metrics["strength"])(seen) == labels)
+  assert (metrics["train"], metrics["validation"], metadata["validation"]["items"]) == (200, 60, 60)
 
 
 def test_few_shot_is_the_mean_over_draws_and_zero_shot_stands_beside(tmp_path):
-  figures, facts = probe(tmp_path, shots=(0, 1, 8), seeds=(3, 5))
+  metrics, metadata = probe(tmp_path, shots=(0, 1, 8), seeds=(3, 5))
   zeroshot = config(ZeroShot, source=split("test")).open(context())(PREDICT, {}, {})
-  assert figures["zeroshot"] == zeroshot["top1"] > 0.5
+  assert metrics["zeroshot"] == zeroshot["top1"] > 0.5
   (x, y), (seen, labels) = part("train"), part("test")
   held = held_out(y, 3)
   x, y = x[~held], y[~held]
   for shots in (1, 8):
-    found = facts["shots"][str(shots)]
+    found = metadata["shots"][str(shots)]
     for seed, strength, share in zip((3, 5), found["strengths"], found["each"], strict=True):
       rows = draw_shots(y, shots, seed, "")
       alone = fit(x[rows], y[rows], 4, [strength])
       assert share == pytest.approx(np.mean((seen @ alone.weights[0] + alone.bias).argmax(1) == labels), abs=0.011)
-    assert figures[f"few_shot_{shots}"] == pytest.approx(np.mean(found["each"]))
+    assert metrics[f"few_shot_{shots}"] == pytest.approx(np.mean(found["each"]))
     assert found["deviation"] == pytest.approx(np.std(found["each"]))
-  assert 0.25 < figures["few_shot_1"] < figures["few_shot_8"] < figures["accuracy"]
+  assert 0.25 < metrics["few_shot_1"] < metrics["few_shot_8"] < metrics["accuracy"]
   with Image.open(tmp_path / "linear_probe.png") as picture:
     assert np.asarray(picture.convert("L")).std() > 10
 
@@ -192,8 +192,8 @@ def test_figures_are_scikit_learns():
 
 
 def test_metrics_are_what_was_asked_for(tmp_path):
-  figures, _ = probe(tmp_path, metrics=("mean_per_class", "accuracy"), shots=(1,))
-  assert list(figures) == ["mean_per_class", "accuracy", "few_shot_1", "strength", "count", "train", "validation"]
+  metrics, _ = probe(tmp_path, metrics=("mean_per_class", "accuracy"), shots=(1,))
+  assert list(metrics) == ["mean_per_class", "accuracy", "few_shot_1", "strength", "count", "train", "validation"]
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -280,18 +280,18 @@ def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkey
   monkeypatch.setitem(registry.SOURCES, "several", f"{__name__}:Several")
   test, train, validation = (Source(name="several", split=s) for s in ("test", "train", "validation"))
   evaluation = config(LinearProbe, source=test, train=train, validation=validation).open(context(workdir=tmp_path))
-  figures = evaluation(PREDICT, {}, {})
-  assert evaluation.facts()["metrics"] == ["map11"] and 1e-6 <= figures["strength"] <= 1e6
+  metrics = evaluation(PREDICT, {}, {})
+  assert evaluation.metadata()["metrics"] == ["map11"] and 1e-6 <= metrics["strength"] <= 1e6
   x, y = (np.concatenate([v[0], v[1][:60]]) for v in (DATA[0], TRUTH))
   each = []
   for c in range(4):
     learnt = y[:, c] != 0
     with threadpool_limits(1):
-      model = LogisticRegression(C=1 / figures["strength"], solver="newton-cg", tol=1e-8, max_iter=1000)
+      model = LogisticRegression(C=1 / metrics["strength"], solver="newton-cg", tol=1e-8, max_iter=1000)
       model.fit(x[learnt].astype(float), y[learnt, c] > 0)
     each.append(eleven_points(model.decision_function(DATA[0][2, :100]), TRUTH[2, :100, c]))
-  assert figures["map11"] == pytest.approx(np.mean(each), abs=1e-9) and 0.5 < figures["map11"] < 1
-  assert (TRUTH == 0).any() and figures["zeroshot"] > 0 and not list(tmp_path.iterdir())
+  assert metrics["map11"] == pytest.approx(np.mean(each), abs=1e-9) and 0.5 < metrics["map11"] < 1
+  assert (TRUTH == 0).any() and metrics["zeroshot"] > 0 and not list(tmp_path.iterdir())
   for changes, message in (({"shots": (1,)}, r"several classes each; wanted their names, and shots=\(0,\), got"),
                            ({"metrics": ("accuracy",)}, "no figure 'accuracy' of 4 classes"),
                            ({"train": split("train")}, "its images have one class each, those of the test set not")):

@@ -28,7 +28,7 @@ def made(monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_retrieval_figures_are_those_counted_by_hand(mesh, made):
+def test_retrieval_metrics_are_those_counted_by_hand(mesh, made):
   # Image 0 has captions a and b, image 1 c, image 2 d and e. Scores, image by caption:
   #        a   b   c   d   e
   #   0    5   9   8   1   0    best is b, its own: found at 1
@@ -118,8 +118,8 @@ def test_an_image_that_cannot_be_read_takes_its_captions_with_it(made, tmp_path)
   run = config(Retrieval, max_bad_fraction=0.5).open(dataclasses.replace(context(), items=str(tmp_path)))
   found = run(PREDICT, tables(scores, np.eye(8)), {})
   assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
-  facts = run.facts()
-  assert (facts["items"], facts["covered"], facts["damaged"]) == (6, 3, 3) and facts["prompt"] == "{}"
+  metadata = run.metadata()
+  assert (metadata["items"], metadata["covered"], metadata["damaged"]) == (6, 3, 3) and metadata["prompt"] == "{}"
   with pytest.raises(UserError, match="of 6 items cannot be used"):
     config(Retrieval, max_bad_fraction=0.4).open(context())(PREDICT, tables(scores, np.eye(8)), {})
   made([{"text": "a", "broken": True}])
@@ -142,7 +142,7 @@ def test_captions_stand_in_the_prompt(made):
   run({**PREDICT, "embed_text": embed_text}, tables(np.eye(2), np.eye(2)), {})
   jax.effects_barrier()
   assert set(seen) == {b"see a.", b"see {}a.", b"see b.", b"see {}b."}
-  assert run.facts()["prompt"] == "see {}."
+  assert run.metadata()["prompt"] == "see {}."
 
 
 def test_a_prompt_that_is_no_sentence_for_a_caption_is_refused(made):
@@ -184,25 +184,25 @@ def _by_bytes(params, stats, tokens):
   (standins.write_coco, ""), (standins.write_nocaps, ""), (standins.write_karpathy, "test"),
   (lambda folder, **fields: standins.write_karpathy(folder, "flickr30k", **fields), "test")],
   ids=["coco", "nocaps", "karpathy", "flickr30k"])
-def test_files_of_captions_with_damage_give_the_figures_of_those_without(write, split, tmp_path):
+def test_files_of_captions_with_damage_give_the_metrics_of_those_without(write, split, tmp_path):
   rng = np.random.default_rng(0)
   params = {"image": rng.normal(size=(16 * 16 * 3, 8)).astype(np.float32),
             "text": rng.normal(size=(259, 8)).astype(np.float32)}
   predict = {"embed_image": _by_pixels, "embed_text": _by_bytes}
-  found, facts = [], []
+  found, metadata = [], []
   for hostile in (False, True):
     written = write(tmp_path / str(hostile), hostile=hostile)
     source = Source(name="coco", path=written.path, images=written.images, split=split)
     run = config(Retrieval, source=source, prompt="a photo of {}", max_bad_fraction=0.5 * hostile).open(
       context(image_size=16, length=40))
     found.append(run(predict, params, {}))
-    facts.append(run.facts())
+    metadata.append(run.metadata())
   assert found[0] == found[1] and 0 < found[0]["i2t_r10"] < 1
-  assert facts[0]["covered"] == facts[0]["items"] == facts[1]["covered"] == found[0]["images"]
-  assert facts[1]["damaged"] == len(written.damage) + len(written.unreadable) and facts[0]["damaged"] == 0
+  assert metadata[0]["covered"] == metadata[0]["items"] == metadata[1]["covered"] == found[0]["images"]
+  assert metadata[1]["damaged"] == len(written.damage) + len(written.unreadable) and metadata[0]["damaged"] == 0
   for id_ in (*written.damage, *written.unreadable):
-    assert sum(id_ + ":" in line for line in facts[1]["damage"]) >= 1
-  json.dumps(facts)
+    assert sum(id_ + ":" in line for line in metadata[1]["damage"]) >= 1
+  json.dumps(metadata)
 
 
 def test_tables_and_prepared_datasets_serve_retrieval_too(tmp_path):
@@ -219,8 +219,8 @@ def test_tables_and_prepared_datasets_serve_retrieval_too(tmp_path):
   (tmp_path / "table.tsv").write_text("filepath\ttitle\n" + "\n".join(rows) + "\n")
   sources = [Source(name="coco", path=written.path, split=""),
              Source(name="captions", path=str(tmp_path / "table.tsv"), split="images")]
-  figures = [config(Retrieval, source=s).open(context(image_size=16, length=40))(predict, params, {}) for s in sources]
-  assert figures[0] == figures[1] and figures[0]["captions"] == 36
+  metrics = [config(Retrieval, source=s).open(context(image_size=16, length=40))(predict, params, {}) for s in sources]
+  assert metrics[0] == metrics[1] and metrics[0]["captions"] == 36
   prepared = standins.write_tfds(tmp_path, "retrieved_digits", captions=3, count=12)
   source = Source(name="tfds", path=prepared.path, split="test")
   found = config(Retrieval, source=source).open(context(image_size=16, length=40))(predict, params, {})
@@ -267,7 +267,7 @@ def test_a_perfect_model_has_a_recall_of_1_on_data_with_a_record_a_caption(tmp_p
   found = runs(predict, {"v": vectors, "sums": np.array(pixels, np.int32)}, {})
   assert found == {"i2t_r1": 1, "i2t_r5": 1, "i2t_r10": 1, "t2i_r1": 1, "t2i_r5": 1, "t2i_r10": 1, "images": 12,
                    "captions": 60}
-  assert "60 records show 12 images" in capsys.readouterr().err and runs.facts()["items"] == 12
+  assert "60 records show 12 images" in capsys.readouterr().err and runs.metadata()["items"] == 12
 
 
 def test_a_row_that_cannot_be_read_is_named_and_the_others_of_its_image_count(tmp_path):

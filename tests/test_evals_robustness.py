@@ -55,7 +55,7 @@ def shift(set_, items="", **fields):
   return config(Robustness, dataset=set_, **fields).open(dataclasses.replace(context(length=LENGTH), items=items))
 
 
-def figures(set_, names, **fields):
+def metrics(set_, names, **fields):
   return shift(set_, **fields)(PREDICT, of(*names), {})
 
 
@@ -94,7 +94,7 @@ def test_folders_of_v2_are_numbers_in_the_order_of_strings(made):
   # Sorted as strings 10 comes before 2: its images are of class 10 all the same.
   names = sorted(map(str, range(1000)))
   made([{"label": names.index(str(c))} for c in (2, 10, 100, 999)], classes=tuple(names))
-  found = figures("imagenet_v2", [NAMES[2], NAMES[10], NAMES[100], NAMES[0]])
+  found = metrics("imagenet_v2", [NAMES[2], NAMES[10], NAMES[100], NAMES[0]])
   assert found == {"top1": 3 / 4, "top5": found["top5"], "count": 4} and found["top5"] >= 3 / 4
 
 
@@ -109,8 +109,8 @@ def test_only_the_classes_of_a_set_are_to_choose_from(words, made):
   assert shift("imagenet")(PREDICT, params, {})["top1"] == 2 / 3  # the first is a tench there
   run = shift("imagenet_a")
   assert run(PREDICT, params, {})["top1"] == 1
-  facts = run.facts()
-  assert (facts["items"], facts["of_other_classes"], facts["classes"], facts["set"]) == (2, 1, 200, "imagenet_a")
+  metadata = run.metadata()
+  assert [metadata[k] for k in ("items", "of_other_classes", "classes", "set")] == [2, 1, 200, "imagenet_a"]
 
 
 def test_a_class_of_several_scores_as_the_best_of_them(made, tmp_path):
@@ -126,7 +126,7 @@ def test_a_class_of_several_scores_as_the_best_of_them(made, tmp_path):
   for kind in ("", "_own"):
     assert found[f"top1{kind}"] == np.mean([line[f"rank{kind}"] == 0 for line in lines])
   assert set(found) == {"top1", "top1_own", "count"} and found["count"] == 3
-  assert (run.facts()["items"], run.facts()["of_other_classes"], run.facts()["border"]) == (3, 1, 2)
+  assert (run.metadata()["items"], run.metadata()["of_other_classes"], run.metadata()["border"]) == (3, 1, 2)
 
 
 def test_the_red_frame_of_objectnet_is_cut_off(made):
@@ -155,7 +155,7 @@ def test_records_are_looked_through_only_where_some_are_left_out(made):
 
 def test_an_image_that_cannot_be_read_is_left_out(made, capsys):
   made([{"label": 0}, {"label": 6, "broken": 1}, {"label": 13}], classes=tuple(WNIDS))
-  assert figures("imagenet_a", [NAMES[0], NAMES[6], NAMES[13]], max_bad_fraction=0.6) == {
+  assert metrics("imagenet_a", [NAMES[0], NAMES[6], NAMES[13]], max_bad_fraction=0.6) == {
     "top1": 1, "top5": 1, "count": 1}
   assert "1: the image is broken" in capsys.readouterr().err
 
@@ -212,15 +212,15 @@ def test_videos_of_imagenet_are_judged_by_neighbourhood(tmp_path, capsys):
   found = run(PREDICT, of(*looks), {})
   assert (found["pm0"], found["pm10"], found["count"]) == (1, pytest.approx(2 / 3), 3)
   assert "no image 'val/c/000004.JPEG'" in capsys.readouterr().err
-  facts = run.facts()
-  assert (facts["covered"], facts["damaged"], facts["neighbourhoods"]) == (6, 1, 3)
+  metadata = run.metadata()
+  assert (metadata["covered"], metadata["damaged"], metadata["neighbourhoods"]) == (6, 1, 3)
 
 
 def test_videos_may_be_named_by_their_own_classes(tmp_path):
   a = frames("a", 1, 2)
   names = classes_of("imagenet_vid_robust").names
   write_vid(tmp_path, {f: [names.index("hamster")] for f in a}, {a[0]: a[1:]}, {f: i for i, f in enumerate(a)})
-  found = figures("imagenet_vid_robust", ["hamster", "giant panda"], source=Source("frames", str(tmp_path)))
+  found = metrics("imagenet_vid_robust", ["hamster", "giant panda"], source=Source("frames", str(tmp_path)))
   assert found == {"pm0": 1, "pm10": 0, "pm0_own": 1, "pm10_own": 0, "count": 1}
 
 
@@ -228,7 +228,7 @@ def test_a_set_of_videos_of_which_no_anchor_can_be_read_is_refused(tmp_path):
   a = frames("a", 1, 2)
   write_vid(tmp_path, {f: [0] for f in a}, {a[0]: a[1:]}, {a[1]: 0})
   with pytest.raises(UserError, match="none of its anchor frames can be read"):
-    figures("imagenet_vid_robust", ["zebra"], source=Source("frames", str(tmp_path)), max_bad_fraction=0.5)
+    metrics("imagenet_vid_robust", ["zebra"], source=Source("frames", str(tmp_path)), max_bad_fraction=0.5)
 
 
 def test_frames_without_a_class_are_named_and_left_out(tmp_path):
@@ -300,7 +300,7 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
   def refused(match, set_, classes=("n01440764",), records=({"label": 0},), **fields):
     made(records, classes)
     with pytest.raises(UserError, match=match):
-      figures(set_, ["tench"], **fields)
+      metrics(set_, ["tench"], **fields)
 
   refused("no set 'imagenet_b'; did you mean 'imagenet_", "imagenet_b")
   refused("'fish' is none of its 200, nor is any other; wanted folders such as n01498041", "imagenet_a", ("fish",))
@@ -384,5 +384,5 @@ def test_folders_in_the_published_layouts_are_read(set_, classes, tmp_path):
     if set_ == "objectnet":
       picture[[0, 15]] = picture[:, [0, 15]] = (255, 0, 0)
     Image.fromarray(picture).save(tmp_path / folder / "x.png")
-  found = figures(set_, names, source=Source("folder", str(tmp_path), split=""))
+  found = metrics(set_, names, source=Source("folder", str(tmp_path), split=""))
   assert (found["top1"], found["count"]) == (1, 2 if set_ == "objectnet" else 3)

@@ -1,4 +1,4 @@
-"""The evaluation of VQA v2: figures by hand, answers against those of the command, files in the real layout."""
+"""The evaluation of VQA v2: metrics by hand, answers against those of the command, files in the real layout."""
 
 import dataclasses
 import json
@@ -79,11 +79,11 @@ def test_figures_are_those_counted_by_hand(install):
   assert found(scripted(texts), {}, {}) == {
     "accuracy_0shot": pytest.approx((1 + 0.9 + 0 + 0) / 4), "accuracy_0shot/yes/no": 0.5,
     "accuracy_0shot/number": pytest.approx(0.9), "accuracy_0shot/other": 0.0}
-  facts = found.facts()
-  assert facts["answer_types"] == {"number": 1, "other": 1, "yes/no": 2}
-  assert (facts["prompt"], facts["items"], facts["covered"]) == ("Q: {} A:", 4, 4)
-  assert "examples" not in facts
-  json.dumps(facts)
+  metadata = found.metadata()
+  assert metadata["answer_types"] == {"number": 1, "other": 1, "yes/no": 2}
+  assert (metadata["prompt"], metadata["items"], metadata["covered"]) == ("Q: {} A:", 4, 4)
+  assert "examples" not in metadata
+  json.dumps(metadata)
 
 
 def test_truncated_answers_have_as_many_words_as_the_longest_of_people(install):
@@ -98,7 +98,7 @@ def test_truncated_answers_have_as_many_words_as_the_longest_of_people(install):
     "accuracy_0shot/other": 0.0, "accuracy_0shot/yes/no": pytest.approx(0.3)}
 
 
-def test_a_figure_after_examples_is_the_mean_over_seeds(install):
+def test_a_metric_after_examples_is_the_mean_over_seeds(install):
   # Of a seed, the examples are the first of its permutation of the records that can be shown and have an answer.
   unfit = {0: {"broken": True}, 3: {"answer": " "}}
   records = [record(str(i)) | unfit.get(i, {}) for i in range(8)]
@@ -118,11 +118,11 @@ def test_a_figure_after_examples_is_the_mean_over_seeds(install):
     "accuracy_1shot_sd": pytest.approx(np.std(one, ddof=1)),
     "accuracy_2shot": pytest.approx(np.mean(two)), "accuracy_2shot/yes/no": pytest.approx(np.mean(two)),
     "accuracy_2shot_sd": pytest.approx(np.std(two, ddof=1))}
-  facts = run.facts()
-  assert facts["examples"] == {str(s): [str(i) for i in drawn[s]] for s in drawn}
-  assert (facts["separator"], facts["damaged"]) == ("\n", 1)
-  assert config(shots=(2,), seeds=SEEDS[2:], max_bad_fraction=0.5).open(context()).facts()["examples"] == {
-    str(SEEDS[2]): facts["examples"][str(SEEDS[2])]}
+  metadata = run.metadata()
+  assert metadata["examples"] == {str(s): [str(i) for i in drawn[s]] for s in drawn}
+  assert (metadata["separator"], metadata["damaged"]) == ("\n", 1)
+  assert config(shots=(2,), seeds=SEEDS[2:], max_bad_fraction=0.5).open(context()).metadata()["examples"] == {
+    str(SEEDS[2]): metadata["examples"][str(SEEDS[2])]}
 
 
 def test_questions_are_as_long_as_the_longest_and_seeds_share_a_program(install):
@@ -131,7 +131,7 @@ def test_questions_are_as_long_as_the_longest_and_seeds_share_a_program(install)
   run = config(shots=(0, 1), seeds=(1, 2, 3), max_bad_fraction=0.25).open(context())
   found = run(scripted(["yes"] * 16, ["yes"] * 16, seen), {}, {})
   assert seen == [(QUESTIONS, False), (QUESTIONS, True)]
-  assert found["accuracy_1shot"] == 1 and run.facts()["damage"] == [
+  assert found["accuracy_1shot"] == 1 and run.metadata()["damage"] == [
     "3: a question of 31 tokens; config.data.length lets 16 in"]
   install([record("a"), record("abc"), record("abcd")])
   seen = []
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_one_line(install):
 
 
 @pytest.mark.parametrize("blinds", [("blind_text", "blind_zeros"), ()])
-def test_the_blind_figures_are_of_texts_alone_and_of_black_images(install, blinds):
+def test_the_blind_metrics_are_of_texts_alone_and_of_black_images(install, blinds):
   install([record(), record(people=("no",) * 10)])
   predict = scripted(["yes", "no"], ["yes"] * 4)
   predict["generate@b"] = lambda params, stats, batch, *rest: predict["generate"](
@@ -198,10 +198,10 @@ def model():
 
 
 def run(model, config, **fields):
-  """Returns (figures, facts) of an evaluation."""
+  """Returns (metrics, metadata) of an evaluation."""
   s, params = model
   found = config.open(dataclasses.replace(make_context(s, ""), name="vqa2", **fields))
-  return found(s.task.predict(), params, {}), found.facts()
+  return found(s.task.predict(), params, {}), found.metadata()
 
 
 def lines(path):
@@ -213,7 +213,7 @@ def lines(path):
 @pytest.mark.long
 def test_answers_are_those_of_the_command(model, data, tmp_path):
   s, params = model
-  found, facts = run(model, evaluation(data), items=str(tmp_path / "items"))
+  found, metadata = run(model, evaluation(data), items=str(tmp_path / "items"))
   kinds = {"": ("", False), "@other": ("other", False), "@blind_text": ("", True), "@blind_zeros": ("", False)}
   assert sorted(os.listdir(tmp_path / "items")) == sorted(
     f"{name}{kind}.jsonl" for name in ("0shot", "2shot_seed0", "2shot_seed1") for kind in kinds)
@@ -232,7 +232,7 @@ def test_answers_are_those_of_the_command(model, data, tmp_path):
   for kind, key in kinds.items():
     questions = [{"image": shown("val2014", i, kind), "question": note["text"]}
                  for i, note in enumerate(notes["val2014"])]
-    for file, drawn in (("0shot", []), ("2shot_seed1", facts["examples"]["1"])):
+    for file, drawn in (("0shot", []), ("2shot_seed1", metadata["examples"]["1"])):
       shots = [{"image": shown("train2014", i, kind), "question": notes["train2014"][i]["text"],
                 "answer": notes["train2014"][i]["answer"]} for i in map(train.index, drawn)]
       want = [written.text for written in answers(captioners[key], questions, shots)]
@@ -250,28 +250,28 @@ WORDS = ("yes", "no", "0", "3", "five", "seven", "a digit", "digit")
 
 
 def by_script(folder, train=None, *, stop=lambda: False, items="", **fields):
-  """Returns (figures, facts) of a model that says something else of each grey."""
+  """Returns (metrics, metadata) of a model that says something else of each grey."""
   found = evaluation(folder, train, metrics=("accuracy",), shots=(0, 1, 2), **fields).open(dataclasses.replace(
     context(stop=stop, items=str(items)), length=64,
     transform=transforms.captioning({"image": transforms.ResizeCrop(8, "center")}, ByteTokenizer(), 64)))
   texts = [WORDS[i % len(WORDS)] for i in range(2**11)]
-  return found(scripted(texts, texts), {}, {}), found.facts()
+  return found(scripted(texts, texts), {}, {}), found.metadata()
 
 
-def test_hostile_files_change_no_figure(data, tmp_path, capsys):
+def test_hostile_files_change_no_metric(data, tmp_path, capsys):
   written = write_vqa2(tmp_path, 4, hostile=True)
-  figures, facts = by_script(tmp_path, data, max_bad_fraction=0.5)
-  assert figures == by_script(data)[0] and 0 < figures["accuracy_0shot"] < 1
-  assert facts["covered"] == 12 and facts["items"] == written.records + len(written.damage)
+  metrics, metadata = by_script(tmp_path, data, max_bad_fraction=0.5)
+  assert metrics == by_script(data)[0] and 0 < metrics["accuracy_0shot"] < 1
+  assert metadata["covered"] == 12 and metadata["items"] == written.records + len(written.damage)
   told = capsys.readouterr().err.splitlines()
   for name in (*written.damage, *written.unreadable):
     assert len([line for line in told if f"{name}: " in line]) == 1
-  assert len(told) == len(written.damage) + len(written.unreadable) == facts["damaged"]
+  assert len(told) == len(written.damage) + len(written.unreadable) == metadata["damaged"]
   with pytest.raises(UserError, match=r"evaluation 'vqa2': 6 of 20 items cannot be used, more than its `max_bad"):
     by_script(tmp_path, data)
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_figures(data, tmp_path):
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_metrics(data, tmp_path):
   whole = by_script(data, items=tmp_path / "whole")
   for after in (2, 5, 4):
     left = [after]

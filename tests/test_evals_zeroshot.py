@@ -1,4 +1,4 @@
-"""Zero-shot classification on several kinds of data: figures, classes by name, prompts."""
+"""Zero-shot classification on several kinds of data: metrics, classes by name, prompts."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def made(monkeypatch):
   return install(monkeypatch)
 
 
-# Figures
+# Metrics
 
 def test_average_precision_of_eleven_points_is_that_counted_by_hand():
   # By score: found, wrong, difficult (not there), found, wrong, found; a fourth is never scored above 0.1.
@@ -36,7 +36,7 @@ def test_average_precision_of_eleven_points_is_that_counted_by_hand():
   scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.1])
   truth = np.array([1, -1, 0, 1, -1, 1, 1])
   assert classification.average_precision(scores, truth) == pytest.approx((3 * 1 + 8 * 4 / 6) / 11)
-  # With the difficult one counted as wrong it would be another figure.
+  # With the difficult one counted as wrong it would be another metric.
   wrong = np.where(truth == 0, -1, truth)
   assert classification.average_precision(scores, wrong) == pytest.approx((3 + 8 * 4 / 7) / 11)
   assert classification.average_precision(scores, np.array([-1, -1, 0, -1, -1, -1, 1])) == pytest.approx(1 / 6)
@@ -133,7 +133,7 @@ def test_the_mean_of_top_1_and_top_5_is_that(made):
   assert 0 < found["top1"] < found["mean_top1_top5"] == (found["top1"] + found["top5"]) / 2
 
 
-def test_the_papers_figure_of_a_set_is_among_those_of_its_list_of_classes():
+def test_the_papers_metric_of_a_set_is_among_those_of_its_list_of_classes():
   for key, s in datasets.CLIP.items():
     several = s.metric == "map11"
     found = zeroshot.chosen_metrics(config(classes=key), s.classes, several)
@@ -141,12 +141,12 @@ def test_the_papers_figure_of_a_set_is_among_those_of_its_list_of_classes():
 
 
 @pytest.mark.parametrize(("metrics", "classes", "message"), [
-  (("top_1",), "ab", "no figure 'top_1' of 2 classes.*did you mean 'top1'"),
-  (("top5",), "ab", "no figure 'top5' of 2 classes, one an image"),
-  (("roc_auc",), "abc", "no figure 'roc_auc' of 3 classes"),
-  (("map11",), "abc", "no figure 'map11' of 3 classes, one an image"),
+  (("top_1",), "ab", "no metric 'top_1' of 2 classes.*did you mean 'top1'"),
+  (("top5",), "ab", "no metric 'top5' of 2 classes, one an image"),
+  (("roc_auc",), "abc", "no metric 'roc_auc' of 3 classes"),
+  (("map11",), "abc", "no metric 'map11' of 3 classes, one an image"),
 ])
-def test_a_figure_that_cannot_be_had_is_refused_at_once(metrics, classes, message, made):
+def test_a_metric_that_cannot_be_had_is_refused_at_once(metrics, classes, message, made):
   made([{"label": 0}], classes=tuple(classes))
   with pytest.raises(UserError, match=message):
     config(ZeroShot, metrics=metrics).open(context())
@@ -161,9 +161,9 @@ def test_figures_of_several_splits_are_averaged(tmp_path):
   found = run(PREDICT, tables([[1, 0], [0, 1], [0, 1]], [[1, 0], [0, 1]]), {})
   assert found == {"top1": pytest.approx((1 / 2 + 1 + 0) / 3), "mean_per_class": pytest.approx((1 / 2 + 1 + 0) / 3),
                    "count": 4}
-  facts = run.facts()
-  assert (facts["items"], facts["covered"], facts["damaged"], facts["split"]) == (4, 4, 0, source.split)
-  assert len(facts["data"]) == 16 and json.loads(json.dumps(facts)) == facts
+  metadata = run.metadata()
+  assert (metadata["items"], metadata["covered"], metadata["damaged"], metadata["split"]) == (4, 4, 0, source.split)
+  assert len(metadata["data"]) == 16 and json.loads(json.dumps(metadata)) == metadata
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, made):
@@ -197,7 +197,7 @@ def test_damaged_images_are_left_out_and_counted(made):
   run = config(ZeroShot, max_bad_fraction=0.5).open(context())
   found = run(PREDICT, tables(np.eye(2)[[0, 0, 0]], np.eye(2)), {})
   assert found == {"top1": 1 / 2, "mean_per_class": 1 / 2, "count": 2}
-  assert (run.facts()["covered"], run.facts()["damaged"]) == (2, 1)
+  assert (run.metadata()["covered"], run.metadata()["damaged"]) == (2, 1)
 
 
 # Classes and prompts
@@ -209,7 +209,7 @@ def test_a_class_of_several_names_is_the_mean_of_their_sentences(made, tmp_path)
   image = unit(np.array([[0.6, 0.7, 0.7], [1, 0, 0]]))
   run = config(ZeroShot, classes=str(tmp_path / "classes.txt")).open(context())
   assert run(PREDICT, tables(image, text), {})["top1"] == 1
-  assert run.facts()["classes"] == 2
+  assert run.metadata()["classes"] == 2
   # Against either of its names alone the first image would be called a.
   assert image[0] @ text[0] > 0 and (image[0] @ text[1:].T < image[0] @ unit(text[1] + text[2])).all()
   weights = prompts.by_class(text, [Class(("a",)), Class(("b", "c"))])

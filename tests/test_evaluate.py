@@ -140,14 +140,14 @@ def test_every_evaluation_runs_on_the_real_layouts_and_says_what_it_left_out(run
   config = cli.load_experiment(str(run.experiment))
   assert found["failed"] == {} and found["evaluations"].keys() == config.evals.keys()
   for name, e in found["evaluations"].items():
-    facts = e["facts"]
-    assert e["figures"] and facts["covered"] == facts["items"] - facts["damaged"] > 0, name
-    assert facts["damaged"] > 0, name
-    for line in facts["damage"]:  # each named once, by the evaluation
-      assert run.err.count(f"{name}: {line}\n") >= 1 and facts["damage"].count(line) == 1, line
+    metadata = e["metadata"]
+    assert e["metrics"] and metadata["covered"] == metadata["items"] - metadata["damaged"] > 0, name
+    assert metadata["damaged"] > 0, name
+    for line in metadata["damage"]:  # each named once, by the evaluation
+      assert run.err.count(f"{name}: {line}\n") >= 1 and metadata["damage"].count(line) == 1, line
   report = (run.workdir / "report.md").read_text()
   assert all(name in report for name in config.evals)
-  assert "of" in report and str(run.data) not in json.dumps([e["figures"] for e in found["evaluations"].values()])
+  assert "of" in report and str(run.data) not in json.dumps([e["metrics"] for e in found["evaluations"].values()])
 
 
 @pytest.mark.process
@@ -244,13 +244,13 @@ def test_mistakes_are_one_line(clip, data, tmp_path):
 
 
 @pytest.mark.process
-def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_path):
+def test_weights_from_elsewhere_give_the_metrics_of_their_run(clip, data, tmp_path):
   config, workdir = clip
   config.evals = {"digits": config.evals["digits"]}
   trained = results.results(config, str(workdir), data=str(data))
   config.name, config.seed = "other", 5  # nothing of this experiment's weights is looked at
   found = results.results(config, str(tmp_path / "imported"), weights=str(workdir), data=str(data))
-  assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
+  assert found["evaluations"]["digits"]["metrics"] == trained["evaluations"]["digits"]["metrics"]
   assert {k: found["weights"][k] for k in ("image", "text")} == {k: trained["weights"][k] for k in ("image", "text")}
   loaded = load.load(str(workdir))
   file = str(tmp_path / "x.safetensors")
@@ -259,17 +259,17 @@ def test_weights_from_elsewhere_give_the_figures_of_their_run(clip, data, tmp_pa
     results.results(config, str(tmp_path / "alone"), weights=file, data=str(data))
   config.model = None  # what the experiment says of a model is not looked at
   found = results.results(config, str(tmp_path / "alone"), weights=file, model=str(workdir), data=str(data))
-  assert found["evaluations"]["digits"]["figures"] == trained["evaluations"]["digits"]["figures"]
+  assert found["evaluations"]["digits"]["metrics"] == trained["evaluations"]["digits"]["metrics"]
 
 
 @pytest.mark.process
-def test_a_map_from_elsewhere_gives_the_figures_of_its_run(data, tmp_path):
+def test_a_map_from_elsewhere_gives_the_metrics_of_its_run(data, tmp_path):
   run = Run(tmp_path, "limber", data)
   config = cli.load_experiment(str(run.experiment))
   config.evals = {"awa2": config.evals["awa2"]}
   trained = results.results(config, str(tmp_path / "workdir"), data=str(data))
   found = results.results(config, str(tmp_path / "imported"), weights=str(tmp_path / "workdir"), data=str(data))
-  assert found["evaluations"]["awa2"]["figures"]["right"] == trained["evaluations"]["awa2"]["figures"]["right"]
+  assert found["evaluations"]["awa2"]["metrics"]["right"] == trained["evaluations"]["awa2"]["metrics"]["right"]
   assert found["weights"]["prompt"] == trained["weights"]["prompt"]
 
 

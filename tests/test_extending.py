@@ -138,9 +138,9 @@ def test_an_evaluation_of_one_file_runs_while_training_and_by_the_command(recipe
   assert any("collapse/cosine" in line for line in said), said
   again = config_json.from_json((tmp_path / "run" / "config.json").read_text(), "x")
   assert type(again.evals["collapse"]) is cls and again.evals["collapse"].most == 1000
-  found = results(config, run)["evaluations"]["collapse"]["figures"]["cosine"]
+  found = results(config, run)["evaluations"]["collapse"]["metrics"]["cosine"]
   config.evals["collapse"].most = 2  # of two images it is their cosine
-  pair = results(config, run)["evaluations"]["collapse"]["figures"]["cosine"]
+  pair = results(config, run)["evaluations"]["collapse"]["metrics"]["cosine"]
   assert -1 <= pair <= 1 and -1 <= found <= 1 and pair != found
   with pytest.raises(UserError, match=r"most=1: wanted 2 or more"):
     config_lib.check(dataclasses.replace(config, evals={"collapse": cls(most=1)}))

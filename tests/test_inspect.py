@@ -1,4 +1,4 @@
-"""Inspection: figures counted by hand, damage by its reason, and the contact sheet."""
+"""Inspection: metrics counted by hand, damage by its reason, and the contact sheet."""
 
 import json
 import subprocess
@@ -105,7 +105,7 @@ def test_the_contact_sheet_shows_each_image_above_its_caption(tmp_path):
 
 
 @pytest.mark.process
-def test_the_command_prints_figures_and_exits_1_where_there_is_damage(tmp_path, table):
+def test_the_command_prints_metrics_and_exits_1_where_there_is_damage(tmp_path, table):
   def run(*arguments):
     return subprocess.run([sys.executable, "-m", "limber_jax.inspect", *map(str, arguments)], capture_output=True,
                           text=True, check=False)

@@ -60,12 +60,12 @@ def test_what_cannot_be_read_is_named_counted_and_left_out(damaged, capsys):
   assert all(line["label"] == source.annotation(line["index"])["label"] for line in found.records)
   want = [source._images[source._number[i]].mean() for i in found.index]
   np.testing.assert_allclose(found.arrays["mean"], np.repeat(np.array(want)[:, None], 3, 1), rtol=1e-6)
-  facts = r.facts()
-  assert (facts["items"], facts["covered"], facts["damaged"]) == (360, 357, 3)
+  metadata = r.metadata()
+  assert (metadata["items"], metadata["covered"], metadata["damaged"]) == (360, 357, 3)
   named = capsys.readouterr().err.splitlines()
   assert [line.split(": ")[1] for line in named] == [source.annotation(i)["id"] for i in BAD]
   collect(r)
-  assert capsys.readouterr().err == "" and r.facts() == facts  # once
+  assert capsys.readouterr().err == "" and r.metadata() == metadata  # once
 
 
 def test_too_much_damage_ends_the_evaluation(damaged):

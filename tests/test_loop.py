@@ -151,7 +151,7 @@ def test_a_run_shows_a_trace_of_the_steps_asked_for_and_its_share_of_the_peak(tm
   assert "of peak" in next(line for line in said if line.startswith("step 4/4"))
 
 
-def test_a_peak_that_nobody_knows_is_no_figure():
+def test_a_peak_that_nobody_knows_is_no_metric():
   assert peak_flops(tiny()) == 0  # a CPU
 
 

@@ -1,4 +1,4 @@
-"""Reports: the published figures, the tables, the pictures, and the command."""
+"""Reports: the published numbers, the tables, the pictures, and the command."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from limber_jax.reports import published, report
 from limber_jax.reports import runs as runs_lib
 from limber_jax.reports.text import escape, markdown, number
 
-# As LiMBeR's table 1 has them, typed from the paper's facts and not from published.json: NoCaps CIDEr-D in, out, near
+# As LiMBeR's table 1 has them, typed from the paper and not from published.json: NoCaps CIDEr-D in, out, near
 # and all, CLIP-S, RefCLIP-S; COCO CIDEr-D, CLIP-S, RefCLIP-S.
 CAPTIONING = {
   "NFRN50 Tuned": "20.9 30.8 25.3 27.3 66.5 72.5 35.3 69.7 74.8",
@@ -35,11 +35,11 @@ VQA = {
   "NFRN50": "27.63 37.51 38.58 39.17", "CLIP": "33.33 39.93 40.82 40.34"}
 
 
-def entry(evaluation, figures, covered=100, items=100, protocol=(), **facts):
+def entry(evaluation, metrics, covered=100, items=100, protocol=(), **metadata):
   """Returns one evaluation of results.json."""
-  return {"evaluation": evaluation, "figures": figures, "protocol": {"name": evaluation, **dict(protocol)},
-          "facts": {"source": "made", "split": "val", "data": "0123456789abcdef", "items": items, "covered": covered,
-                    "damaged": items - covered, **facts}}
+  return {"evaluation": evaluation, "metrics": metrics, "protocol": {"name": evaluation, **dict(protocol)},
+          "metadata": {"source": "made", "split": "val", "data": "0123456789abcdef", "items": items, "covered": covered,
+                    "damaged": items - covered, **metadata}}
 
 
 def results(name="limber_clip", evaluations=(), model="", **changes):
@@ -68,26 +68,26 @@ def cells(text, title):
   return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table if set(line) - set("|-: ")]
 
 
-# The published figures
+# The published numbers
 
 
-def test_published_figures_of_limber_are_those_of_the_paper():
-  figures = {
+def test_published_metrics_of_limber_are_those_of_the_paper():
+  metrics = {
     "nocaps": entry("captions", {f"cider_d{s}": 1.0 for s in ("", "/in", "/out", "/near")}
                     | {"clip_s": 1.0, "ref_clip_s": 1.0}),
     "coco": entry("captions", {"cider_d": 1.0, "clip_s": 1.0, "ref_clip_s": 1.0}),
     "vqa2": entry("vqa", {f"accuracy_{n}shot": 1.0 for n in (0, 1, 2, 4)})}
-  rows = cells(report.report(runs(results("limber_clip", figures), results("limber_beit"))), "Captioning and VQA")
+  rows = cells(report.report(runs(results("limber_clip", metrics), results("limber_beit"))), "Captioning and VQA")
   theirs, name = {}, None
   for row in rows[1:]:
     name = row[0] or name
     if row[1] == "LiMBeR paper":
       theirs[name] = row[2:]
   assert [n for n in theirs if n in CAPTIONING] == list(CAPTIONING)  # the paper's order
-  for name, figures in CAPTIONING.items():
-    assert theirs[name][:9] == figures.split(), name
-  for name, figures in VQA.items():
-    assert theirs[name][9:] == figures.split(), name
+  for name, metrics in CAPTIONING.items():
+    assert theirs[name][:9] == metrics.split(), name
+  for name, metrics in VQA.items():
+    assert theirs[name][9:] == metrics.split(), name
   assert theirs["BEIT FT"][9:] == theirs["BEIT Random"][9:] == ["–"] * 4
   assert theirs["Blind"][:9] == ["–"] * 9
 
@@ -112,12 +112,12 @@ def test_published_figures_of_limber_are_those_of_the_paper():
   ("retrieval", "clip_vit_b32", "coco/i2t_r1", "open_clip", 50.12),
   ("retrieval", "clip_vit_b32", "flickr30k/t2i_r1", "open_clip", 58.78),
 ])
-def test_other_published_figures_are_those_of_their_sources(evaluation, model, column, source, percent):
+def test_other_published_metrics_are_those_of_their_sources(evaluation, model, column, source, percent):
   found = published.load().find(evaluation, model, column)
   assert {v for table, v in found if table.source == source} == {percent}
 
 
-def test_every_published_figure_is_a_percentage_of_a_known_model_and_data_set():
+def test_every_published_metric_is_a_percentage_of_a_known_model_and_data_set():
   book = published.load()
   for table in book.tables:
     assert table.certainty in book.certainty and table.where
@@ -184,7 +184,16 @@ def test_a_run_is_first_and_the_paper_is_beneath():
   assert blind == [["Blind", "measured", *["–"] * 6, "1.1", "–", "–", "20.00", "–", "–", "–"]]
 
 
-def test_what_figures_rest_on_is_told():
+def test_results_of_an_earlier_release_give_the_same_report():
+  now = results(evaluations={"coco": entry("captions", {"cider_d": 0.5}), "awa2": entry("class_mention", {"right": 1})})
+  text = json.dumps(now)
+  for new, old in (("metrics", "figures"), ("metadata", "facts"), ("class_mention", "naming")):
+    assert f'"{new}"' in text
+    text = text.replace(f'"{new}"', f'"{old}"')
+  assert report.report(runs(json.loads(text))) == report.report(runs(now))
+
+
+def test_what_metrics_rest_on_is_told():
   text = report.report(runs(results("limber_clip", {
     "coco": entry("captions", {"cider_d": 0.5, "count": 4998.0, "strength": 0.0123456, "cider_d/in@other": 0.25},
                   items=5000, covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"],
@@ -192,10 +201,10 @@ def test_what_figures_rest_on_is_told():
                             "seeds": [1]},
                   prompts=[f"a photo {i}" for i in range(80)])},
     failed={"nocaps": "data/nocaps: no such | file"})))
-  assert "Figures of 4,998 of 5,000 items, 2 damaged." in text
+  assert "Metrics of 4,998 of 5,000 items, 2 damaged." in text
   assert "Damaged:\n\n- val/1.jpg: cut short\n- val/2.jpg: no \\| image" in text
   assert cells(text, "coco: captions")[:5] == [
-    ["figure", "value", "other"], ["CIDEr-D", "50.0", "–"], ["count", "4,998", "–"], ["strength", "0.01235", "–"],
+    ["metric", "value", "other"], ["CIDEr-D", "50.0", "–"], ["count", "4,998", "–"], ["strength", "0.01235", "–"],
     ["CIDEr-D in", "–", "25.0"]]
   settings = dict(cells(text, "coco: captions")[6:])
   assert settings["source.split"] == "karpathy_test" and settings["metrics"] == "cider_d, spice"
@@ -214,41 +223,41 @@ def test_of_many_damaged_items_the_first_are_named():
 
 
 def test_vqa_by_type_and_deviations_are_in_the_papers_unit():
-  figures = {"accuracy_4shot": 0.4034, "accuracy_4shot_sd": 0.00125, "accuracy_4shot/number": 0.3,
+  metrics = {"accuracy_4shot": 0.4034, "accuracy_4shot_sd": 0.00125, "accuracy_4shot/number": 0.3,
              "truncated_4shot@blind_zeros": 0.25}
-  text = report.report(runs(results(evaluations={"vqa2": entry("vqa", figures)})))
+  text = report.report(runs(results(evaluations={"vqa2": entry("vqa", metrics)})))
   assert cells(text, "vqa2: vqa")[:5] == [
-    ["figure", "value", "blind_zeros"], ["4-shot", "40.34", "–"], ["4-shot, deviation", "0.13", "–"],
+    ["metric", "value", "blind_zeros"], ["4-shot", "40.34", "–"], ["4-shot, deviation", "0.13", "–"],
     ["4-shot number", "30.00", "–"], ["4-shot, truncated", "–", "25.00"]]
 
 
 def test_another_number_of_items_than_the_published_is_told():
   text = report.report(runs(results("limber_clip", {"vqa2": entry("vqa", {"accuracy_0shot": 0.3})})))
-  assert "Figures of 100 of 100 items. Published figures are of 214,354 (LiMBeR paper)." in text
+  assert "Metrics of 100 of 100 items. Published numbers are of 214,354 (LiMBeR paper)." in text
   whole = report.report(runs(results("limber_clip", {"vqa2": entry("vqa", {"accuracy_0shot": 0.3}, 214354, 214354)})))
-  assert "214,354 of 214,354 items." in whole and "Published figures are of" not in whole
+  assert "214,354 of 214,354 items." in whole and "Published numbers are of" not in whole
 
 
-def test_how_certain_published_figures_are_is_told_of_those_shown_only():
+def test_how_certain_published_metrics_are_is_told_of_those_shown_only():
   text = report.report(runs(limber("limber_clip")))
   assert "- LiMBeR paper, table 1 (arXiv 2209.15162); given to this project" in text and "open_clip" not in text
   text = report.report(runs(results("clip_vitb", {"imagenet": entry("zeroshot", {"top1": 0.63})})))
   assert "from memory: check it against the paper" in text and "docs/openclip_results.csv" in text
 
 
-def test_zero_shot_has_the_papers_figure_of_each_data_set_and_the_sizes_next_to_the_model():
+def test_zero_shot_has_the_papers_metric_of_each_data_set_and_the_sizes_next_to_the_model():
   text = report.report(runs(results("mine", {
     "pets": entry("zeroshot", {"top1": 0.9, "top5": 0.99, "mean_per_class": 0.875}),
     "imagenet": entry("zeroshot", {"top1": 0.6332, "count": 50000.0}),
     "digits": entry("zeroshot", {"top1": 0.981, "mean_per_class": 0.98})}, model="clip_vit_b32")))
   assert cells(text, "Zero-shot classification") == [
-    ["data set", "figure", "CLIP ViT-B/32 (mine)", "measured again", "CLIP paper", "CLIP RN50x64", "CLIP ViT-B/16"],
+    ["data set", "metric", "CLIP ViT-B/32 (mine)", "measured again", "CLIP paper", "CLIP RN50x64", "CLIP ViT-B/16"],
     ["ImageNet", "top-1", "63.3", "63.3", "63.2", "73.9", "68.3"],
     ["Oxford Pets", "mean per class", "87.5", "87.0", "–", "93.6", "88.9"],
     ["digits", "top-1", "98.1", "–", "–", "–", "–"]]
 
 
-def test_a_data_set_without_the_papers_figure_is_in_no_table():
+def test_a_data_set_without_the_papers_metric_is_in_no_table():
   text = report.report(runs(results("mine", {"digits": entry("zeroshot", {"top5": 0.9})})))
   assert "Zero-shot classification" not in text and ["top-5", "90.0"] in cells(text, "digits: zeroshot")
 
@@ -256,9 +265,9 @@ def test_a_data_set_without_the_papers_figure_is_in_no_table():
 def test_shifts_are_beside_the_published_ones_and_have_their_robustness():
   shifts = {"imagenet": {"top1": 0.75}, "imagenet_v2": {"top1": 0.7}, "imagenet_sketch": {"top1": 0.6}}
   text = report.report(runs(results("clip_vitl14", {
-    f"my {name}": entry("robustness", figures, protocol={"dataset": name}) for name, figures in shifts.items()})))
+    f"my {name}": entry("robustness", metrics, protocol={"dataset": name}) for name, metrics in shifts.items()})))
   rows = cells(text, "Natural distribution shift")
-  assert rows[0] == ["model", "figures", "ImageNet", "V2", "A", "R", "ObjectNet", "Sketch", "Vid PM-0", "PM-10",
+  assert rows[0] == ["model", "source", "ImageNet", "V2", "A", "R", "ObjectNet", "Sketch", "Vid PM-0", "PM-10",
                      "YT-BB PM-0", "PM-10"]
   assert rows[1][:8] == ["CLIP ViT-L/14", "measured", "75.0", "70.0", "–", "–", "–", "60.0"]
   assert rows[2][:8] == ["", "open_clip", "75.5", "69.8", "70.8", "87.8", "68.9", "59.6"]
@@ -273,9 +282,9 @@ def test_shifts_are_beside_the_published_ones_and_have_their_robustness():
 def test_relative_robustness_is_what_an_intervention_gained_under_each_shift():
   """Taori et al. (2020), section 3: accuracy under the shift after it, less that before it."""
 
-  def run(name, **figures):
+  def run(name, **metrics):
     return results(name, {key: entry("robustness", {"top1": value}, protocol={"dataset": key})
-                          for key, value in figures.items()})
+                          for key, value in metrics.items()})
 
   before, after = runs(run("standard", imagenet=0.76, imagenet_v2=0.63, imagenet_sketch=0.25),
                        run("robust", imagenet=0.75, imagenet_v2=0.7, imagenet_sketch=0.21))
@@ -322,7 +331,7 @@ def test_several_runs_are_rows_in_the_papers_order_unknown_ones_last():
     "NFRN50 Tuned", "MAGMA (ours)", "BEIT", "BEIT FT", "CLIP", "Blind", "my\\|run"]  # all are blind in the same way
   assert [row[0] for row in rows if row[1] == "LiMBeR paper" and row[0]] == [
     "MAGMA (released)", "BEIT Random", "NFRN50 Random", "NFRN50", "MAGMA (reported)"]
-  assert len(cells(text, "What the figures rest on")) == 1 + 1 + 5 * 2
+  assert len(cells(text, "What the metrics rest on")) == 1 + 1 + 5 * 2
   assert text.startswith("# 6 runs\n")
 
 
@@ -337,7 +346,7 @@ def test_other_evaluations_have_a_column_a_run():
     results("limber_beit", {"words": entry("word_recall", {"nouns_f1": 0.5})}),
     results("limber_clip", {"words": entry("word_recall", {"nouns_f1": 0.25, "count": 40.0})})))
   assert cells(text, "words: word_recall") == [
-    ["figure", "BEIT", "CLIP"], ["nouns_f1", "0.5", "0.25"], ["count", "–", "40"]]
+    ["metric", "BEIT", "CLIP"], ["nouns_f1", "0.5", "0.25"], ["count", "–", "40"]]
 
 
 def test_of_two_evaluations_of_a_data_set_the_one_with_its_name_is_in_the_table():
@@ -387,7 +396,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
   assert figures_lib.pictured(runs(results())) == {}
 
 
-def test_bars_and_lines_are_where_the_figures_are():
+def test_bars_and_lines_are_where_the_metrics_are():
   figures = figures_lib.pictured(runs(limber("limber_clip", cider=0.5, shots0=0.3)))
   bars = figures["captioning"].axes[0].containers
   assert [b.get_height() for b in bars[0]] == [50, 70]
@@ -410,10 +419,10 @@ def damaged(change):
 @pytest.mark.parametrize(("change", "message"), [
   (lambda r: r.pop("step"), "step: expected int, got nothing"),
   (lambda r: r.update(evaluations=[]), "evaluations: expected dict, got []"),
-  (lambda r: r["evaluations"].update(coco=3), "evaluations.coco: expected an object with evaluation, figures"),
-  (lambda r: r["evaluations"]["coco"].pop("facts"), "evaluations.coco: facts: expected dict, got nothing"),
-  (lambda r: r["evaluations"]["coco"]["figures"].update(x="1"), "coco.figures.x: expected a number, got '1'"),
-  (lambda r: r["evaluations"]["coco"]["figures"].update(x=10**400), "coco.figures.x: expected a number, got 1000"),
+  (lambda r: r["evaluations"].update(coco=3), "evaluations.coco: expected an object with evaluation, metrics"),
+  (lambda r: r["evaluations"]["coco"].pop("metadata"), "evaluations.coco: metadata: expected dict, got nothing"),
+  (lambda r: r["evaluations"]["coco"]["metrics"].update(x="1"), "coco.metrics.x: expected a number, got '1'"),
+  (lambda r: r["evaluations"]["coco"]["metrics"].update(x=10**400), "coco.metrics.x: expected a number, got 1000"),
 ])
 def test_another_layout_is_named(change, message):
   with pytest.raises(UserError) as error:

@@ -181,7 +181,7 @@ def seen(workdir) -> dict[int, list[int]]:
   return {step: [rows[i] for i in sorted(rows)] for step, rows in steps.items()}
 
 
-def figures(workdir) -> tuple[list[float], dict[str, float]]:
+def metrics(workdir) -> tuple[list[float], dict[str, float]]:
   """Returns (the loss of each step, what the evaluation at the end found)."""
   with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as file:
     last = [r for line in file if "zeroshot/top1" in (r := json.loads(line))][-1]
@@ -193,13 +193,13 @@ def alone(start, tmp_path_factory):
   """What one process with one device finds."""
   workdir = tmp_path_factory.mktemp("alone") / "run"
   finish(start(workdir, "1x1x1"))
-  return seen(workdir), *figures(workdir)
+  return seen(workdir), *metrics(workdir)
 
 
 def check(workdir, alone):
   steps, want, evaluated = alone
   assert seen(workdir) == steps and all(len(rows) == 32 for rows in steps.values())
-  got, found = figures(workdir)
+  got, found = metrics(workdir)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   assert found == evaluated
 

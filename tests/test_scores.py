@@ -1,4 +1,4 @@
-"""What evaluations during training cost when they fail: their own figures."""
+"""What evaluations during training cost when they fail: their own metrics."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from limber_jax.train import exit_code
 from limber_jax.training.loop import train
 
 
-def test_an_evaluation_that_fails_costs_its_own_figures(tmp_path, monkeypatch):
+def test_an_evaluation_that_fails_costs_its_own_metrics(tmp_path, monkeypatch):
   from limber_jax.evals import zeroshot as module
 
   def config():
@@ -41,9 +41,9 @@ def test_an_evaluation_that_fails_costs_its_own_figures(tmp_path, monkeypatch):
   assert "other0: not evaluated at step 6; measure it by python -m limber_jax.evaluate" in said
   assert losses(tmp_path / "run") == losses(tmp_path / "whole")
   found = read(str(tmp_path / "run"))
-  assert found[4]["failed"] == {"zeroshot": "MemoryError: no room"} and not found[4]["figures"]
+  assert found[4]["failed"] == {"zeroshot": "MemoryError: no room"} and not found[4]["metrics"]
   assert found[6]["failed"] == {"other0": "ValueError: a fault"}
-  assert {k: found[6]["figures"].get(k, v) for k, v in whole[6]["figures"].items()} == whole[6]["figures"]
+  assert {k: found[6]["metrics"].get(k, v) for k, v in whole[6]["metrics"].items()} == whole[6]["metrics"]
   # The same command makes up for what the last checkpoint lacks.
   train(config(), str(tmp_path / "run"), log=lambda _: None, failures=(failures := []))
   assert read(str(tmp_path / "run"))[6] == whole[6]
@@ -66,9 +66,12 @@ def test_an_evaluation_that_is_killed_again_and_again_is_left_out(tmp_path):
   known.interrupted(20, "other")  # by a signal: no fault of its own
   known.begin(20, "zeroshot")
   known.end(20, "zeroshot", {"zeroshot/top1": 0.5})
-  assert read(str(tmp_path)) == {20: {"figures": {"zeroshot/top1": 0.5}, "failed": {"probe": "killed"}, "begun": {}}}
+  assert read(str(tmp_path)) == {20: {"metrics": {"zeroshot/top1": 0.5}, "failed": {"probe": "killed"}, "begun": {}}}
+  kept = (tmp_path / "scores.json").read_text()
+  (tmp_path / "scores.json").write_text(kept.replace('"metrics"', '"figures"'))  # as earlier releases called them
+  assert read(str(tmp_path)) == {int(step): entry for step, entry in json.loads(kept).items()}
   assert Scores(str(tmp_path), 20).missing(20, ["probe", "other", "zeroshot"]) == ["probe", "other"]
-  assert not Scores(str(tmp_path), 19).figures(20), "what is known of a step that is trained again is forgotten"
+  assert not Scores(str(tmp_path), 19).metrics(20), "what is known of a step that is trained again is forgotten"
 
 
 # One process that imports JAX once, and then forks each start of a run, some of whose evaluations are made to fail.
@@ -147,14 +150,14 @@ print(json.dumps(out))
 
 @pytest.mark.process
 @pytest.mark.long
-def test_sixty_evaluations_that_fail_cost_nothing_but_their_own_figures(tmp_path):
+def test_sixty_evaluations_that_fail_cost_nothing_but_their_own_metrics(tmp_path):
   script = FAILING.format(tests=os.path.dirname(__file__))
   done = subprocess.run([sys.executable, "-c", script, tmp_path / "runs", "20"], env=environment(),
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
   runs = json.loads(done.stdout.splitlines()[-1])
   whole = read(str(tmp_path / "runs" / "0"))
-  assert sum(len(entry["figures"]) > 0 for entry in whole.values()) == 8
+  assert sum(len(entry["metrics"]) > 0 for entry in whole.values()) == 8
   counted = 0
   for number, (faults, starts) in enumerate(runs[1:], 1):
     workdir = tmp_path / "runs" / str(number)
@@ -170,6 +173,6 @@ def test_sixty_evaluations_that_fail_cost_nothing_but_their_own_figures(tmp_path
     assert {(step, name) for step, entry in found.items() for name in entry["failed"]} >= failed - again
     for step, entry in whole.items():
       left_out = {name for s, name in failed if s == step and name in found[step]["failed"]}
-      assert found[step]["figures"] == {k: v for k, v in entry["figures"].items() if k.split("/")[0] not in left_out}
+      assert found[step]["metrics"] == {k: v for k, v in entry["metrics"].items() if k.split("/")[0] not in left_out}
     counted += len(faults)
   assert counted == 60

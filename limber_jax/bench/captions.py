@@ -2,7 +2,7 @@
 
 Both score the same made-up captions by the same metrics: all but SPICE. The peer is what its COCOEvalCap does: cut the
 references and the captions into tokens, then one metric after the other. They take turns, ours, theirs, ours, theirs …,
-and the ratio is the median of the pairs', above 1 where ours is faster. Figures must be equal, or the run fails.
+and the ratio is the median of the pairs', above 1 where ours is faster. Metrics must be equal, or the run fails.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ def main(argv: list[str]) -> None:
   candidates, references = made(_IMAGES.value, _REFERENCES.value)
   metrics = [m for m in captions.METRICS if m != "spice"]
   times: dict[str, list[float]] = {"ours": [], "theirs": []}
-  figures: dict[str, Any] = {}
+  scores: dict[str, Any] = {}
   for _ in range(_REPEATS.value):
     seconds, found = _timed(lambda: captions.score(candidates, references, metrics))
     times["ours"].append(seconds)
-    figures["ours"] = found.figures
+    scores["ours"] = found.metrics
     if _PEER.value:
-      seconds, figures["theirs"] = _timed(lambda: peer(candidates, references))
+      seconds, scores["theirs"] = _timed(lambda: peer(candidates, references))
       times["theirs"].append(seconds)
-      if figures["ours"] != figures["theirs"]:
-        raise UserError(f"bench captions: the figures differ: {figures}")
+      if scores["ours"] != scores["theirs"]:
+        raise UserError(f"bench captions: the metrics differ: {scores}")
   out = measure.surroundings(("pycocoevalcap",)) | {
     "images": _IMAGES.value, "references": _REFERENCES.value, "tokenizer": found.tokenizer, "skipped": found.skipped,
-    "figures": figures["ours"], "seconds": statistics.median(times["ours"]), "seconds_each": times["ours"]}
+    "metrics": scores["ours"], "seconds": statistics.median(times["ours"]), "seconds_each": times["ours"]}
   if _PEER.value:
     ratio, each = measure.ratios(times["theirs"], times["ours"])
     out |= {"pycocoevalcap_seconds": statistics.median(times["theirs"]), "ratio": ratio, "ratios": each}
@@ -71,7 +71,7 @@ def made(images: int, references: int) -> tuple[dict[str, str], dict[str, list[s
 
 
 def peer(candidates: dict[str, str], references: dict[str, list[str]]) -> dict[str, float]:
-  """Returns the figures as pycocoevalcap's COCOEvalCap computes them, without SPICE."""
+  """Returns the metrics as pycocoevalcap's COCOEvalCap computes them, without SPICE."""
   with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
     tokenizer = PTBTokenizer()
     given = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in references.items()})

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
   bandwidth = moved / min(moves)
   out |= {"device_bytes_per_second": bandwidth, "device_bandwidth": limit}
   for b in batches:
-    out[f"at_{b}"] = ours[b].facts | figures(times[b], b, step_bytes(params, size, b, dtype), bandwidth)
+    out[f"at_{b}"] = ours[b].metadata | rates(times[b], b, step_bytes(params, size, b, dtype), bandwidth)
   measure.show(out)
 
 
@@ -102,7 +102,7 @@ class _Read:
 
 
 class Ours:
-  """`generate` for a batch of B prompts, compiled and run once: `facts` says what that took."""
+  """`generate` for a batch of B prompts, compiled and run once: `metadata` says what that took."""
 
   def __init__(self, model: GPTJ, params: dict, B: int):
     P, N = _PROMPT.value, _NEW.value
@@ -126,13 +126,13 @@ class Ours:
     self.whole = lambda: whole(*inputs)
     self.tokens = np.asarray(self.whole().tokens)
     memory = whole.memory_analysis()
-    self.facts = {"compile_seconds": seconds, "peak_memory_bytes": measure.peak_memory(),
+    self.metadata = {"compile_seconds": seconds, "peak_memory_bytes": measure.peak_memory(),
                   "temporary_bytes": memory.temp_size_in_bytes if memory else None}
     prefill, _ = measure.compiled(read, *inputs)
     decode, _ = measure.compiled(go_on, prefill(*inputs), *inputs)
     self.prefill = lambda: prefill(*inputs)
     self.decode = lambda first: decode(first, *inputs)
-    self.facts["rows_decoded_otherwise"] = unlike(self.decode(self.prefill()).tokens, self.tokens)
+    self.metadata["rows_decoded_otherwise"] = unlike(self.decode(self.prefill()).tokens, self.tokens)
 
 
 def unlike(a: Any, b: Any) -> int:
@@ -213,8 +213,8 @@ def step_bytes(params: dict, size: GPTJSize, B: int, dtype: str) -> int:
   return int(weights + 2 * size.layers * rows * slots * size.width * width)
 
 
-def figures(times: dict[str, Any], B: int, bytes_of_step: int, bandwidth: float) -> dict[str, Any]:
-  """Returns the figures of B prompts."""
+def rates(times: dict[str, Any], B: int, bytes_of_step: int, bandwidth: float) -> dict[str, Any]:
+  """Returns the times and rates of B prompts."""
   N = _NEW.value
   whole, step = statistics.median(times["whole"]), statistics.median(times["decode"]) / (N - 1)
   out = {

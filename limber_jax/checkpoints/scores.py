@@ -3,7 +3,7 @@
 A checkpoint is saved first and measured after. So what is known of a step is no part of its checkpoint, and is kept
 beside them all:
 
-    {"20": {"figures": {"zeroshot/top1": 0.63}, "failed": {"retrieval": "why"}, "begun": {"probe": 1}}}
+    {"20": {"metrics": {"zeroshot/top1": 0.63}, "failed": {"retrieval": "why"}, "begun": {"probe": 1}}}
 
 An evaluation that was begun and did not end was killed, perhaps by what it needs: after TRIES times it is left out.
 """
@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 
+from limber_jax import config_history
 from limber_jax.errors import UserError
 from limber_jax.runtime import inputs, parallel
 from limber_jax.runtime.atomic import atomic_write
 
 FILE = "scores.json"
-KINDS = ("figures", "failed", "begun")
+KINDS = ("metrics", "failed", "begun")
 TRIES = 3  # so often an evaluation of one step may be killed
 
 
@@ -50,16 +51,16 @@ class Scores:
     found = parallel.broadcast_from_process_0(look)  # by way of JSON, whose keys are text
     self._steps = {int(step): entry for step, entry in found.items() if int(step) <= start}
 
-  def figures(self, step: int) -> dict[str, float]:
+  def metrics(self, step: int) -> dict[str, float]:
     """Returns {"zeroshot/top1": 0.63, …} of a step, {} where nothing was measured."""
-    return self._steps.get(step, {}).get("figures", {})
+    return self._steps.get(step, {}).get("metrics", {})
 
   def failed(self, step: int) -> dict[str, str]:
-    """Returns {name of an evaluation: why it gave no figures} of a step."""
+    """Returns {name of an evaluation: why it gave no metrics} of a step."""
     return self._steps.get(step, {}).get("failed", {})
 
   def all_failed(self) -> dict[str, list[int]]:
-    """Returns {name of an evaluation: the steps of which it gave no figures}."""
+    """Returns {name of an evaluation: the steps of which it gave no metrics}."""
     found: dict[str, list[int]] = {}
     for step in sorted(self._steps):
       for name in self.failed(step):
@@ -67,8 +68,8 @@ class Scores:
     return found
 
   def missing(self, step: int, names: list[str]) -> list[str]:
-    """Returns those of the evaluations that gave no figures of a step yet."""
-    return [name for name in names if not any(key.startswith(f"{name}/") for key in self.figures(step))]
+    """Returns those of the evaluations that gave no metrics of a step yet."""
+    return [name for name in names if not any(key.startswith(f"{name}/") for key in self.metrics(step))]
 
   def begin(self, step: int, name: str) -> None:
     """Notes that an evaluation begins; raises UserError if it has been killed TRIES times."""
@@ -80,11 +81,11 @@ class Scores:
     entry["begun"][name] = entry["begun"].get(name, 0) + 1
     self._write()
 
-  def end(self, step: int, name: str, figures: dict[str, float], failed: str = "") -> None:
+  def end(self, step: int, name: str, metrics: dict[str, float], failed: str = "") -> None:
     """Keeps what an evaluation found, or why it failed."""
     entry = self._steps[step]
     entry["begun"].pop(name, None)
-    entry["figures"] |= figures
+    entry["metrics"] |= metrics
     if failed:
       entry["failed"][name] = failed
       self._failures.append(f"{name}/{step}")
@@ -107,13 +108,13 @@ def measured(workdir: str, metric: str, steps: Iterable[int]) -> dict[int, float
   Args:
     workdir: of the run.
     metric: such as "zeroshot/top1".
-    steps: of checkpoints that are there, in which earlier releases kept figures: they measured before they saved.
+    steps: of checkpoints that are there, in which earlier releases kept metrics: they measured before they saved.
 
   Raises:
     UserError: a file that says so is damaged.
   """
-  found = {step: entry["figures"][metric] for step, entry in (read(workdir) if metric else {}).items()
-           if metric in entry["figures"]}
+  found = {step: entry["metrics"][metric] for step, entry in (read(workdir) if metric else {}).items()
+           if metric in entry["metrics"]}
   for step in steps if metric else ():
     path = os.path.join(workdir, "checkpoints", str(step), "metrics", "metrics")
     if step in found or not os.path.exists(path):
@@ -146,10 +147,10 @@ def read(workdir: str) -> dict[int, dict[str, Any]]:
   """Returns what the file of a workdir holds; {} if there is none. Raises UserError if it is damaged."""
   path = os.path.join(workdir, FILE)
   try:
-    entries = json.loads(inputs.text(path, inputs.CONFIG)).items()
-    found = {int(step): {kind: dict(entry[kind]) for kind in KINDS} for step, entry in entries}
-    if not all(isinstance(v, int | float) for entry in found.values() for v in entry["figures"].values()):
-      raise ValueError("a figure is no number")
+    entries = {step: config_history.keys(e) for step, e in json.loads(inputs.text(path, inputs.CONFIG)).items()}
+    found = {int(step): {kind: dict(entry[kind]) for kind in KINDS} for step, entry in entries.items()}
+    if not all(isinstance(v, int | float) for entry in found.values() for v in entry["metrics"].values()):
+      raise ValueError("a metric is no number")
     return found
   except FileNotFoundError:
     return {}
@@ -165,5 +166,5 @@ def _what(error: Exception) -> str:
     return f"not JSON: {error}"
   if isinstance(error, UserError | UnicodeDecodeError):
     return " ".join(str(error).split())
-  return 'wanted {"STEP": {"figures": {"NAME": number}, "failed": {…}, "begun": {…}}}'
+  return 'wanted {"STEP": {"metrics": {"NAME": number}, "failed": {…}, "begun": {…}}}'
 

@@ -74,7 +74,7 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
     images: which image files are read, and which way up.
 
   Returns:
-    Figures as JSON has them; of sizes and lengths (least, median, greatest). And the looks for a contact sheet.
+    Numbers as JSON has them; of sizes and lengths (least, median, greatest). And the looks for a contact sheet.
   """
   n = len(source)
   count = min(sample or n, n)
@@ -87,7 +87,7 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
   formats: Counter[str] = Counter()
   empty: list[tuple[str, int]] = []  # captions that say nothing, and their records
   turned = 0
-  figures: dict[str, list[int]] = {name: [] for name in ("width", "height", "bytes", "characters", "captions")}
+  sizes: dict[str, list[int]] = {name: [] for name in ("width", "height", "bytes", "characters", "captions")}
   with ThreadPoolExecutor(8) as pool:
     for found in _in_pieces(pool, source, indices, shown, images):
       if found.reason:
@@ -98,11 +98,11 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
       formats[found.format or "no image"] += 1
       if found.format:
         for name in ("width", "height", "bytes"):
-          figures[name].append(getattr(found, name))
+          sizes[name].append(getattr(found, name))
       turned += found.turned
       empty += [(text, found.index) for text in checks.placeholders(found.texts)]
-      figures["captions"].append(len(found.texts))
-      figures["characters"] += map(len, found.texts)
+      sizes["captions"].append(len(found.texts))
+      sizes["characters"] += map(len, found.texts)
       if found.small is not None:
         kept.append(found)
   opening = getattr(source, "damage", []) + (source.changed() if isinstance(source, Packed) else [])
@@ -118,7 +118,7 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
           "damage": [{"reason": k, "count": c, "first": first[k]} for k, c in reasons.most_common()]}
   templates = getattr(source, "templates", None)
   return told | {"templates": templates and len(templates)} | {
-    name: _spread(values) for name, values in figures.items()}, kept
+    name: _spread(values) for name, values in sizes.items()}, kept
 
 
 def _in_pieces(pool: ThreadPoolExecutor, source: sources.Source, indices: Sequence[int], shown: set[int],

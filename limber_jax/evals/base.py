@@ -39,7 +39,7 @@ from limber_jax.runtime.parallel import (
 from limber_jax.runtime.signals import Interrupted
 
 CHUNK = 2**24  # scores held at a time: 64 MB
-NAMED = 20     # damaged items that `Runner.facts` names
+NAMED = 20     # damaged items that `Runner.metadata` names
 
 # What of an Evaluation changes no result of an item, or changes its data, whose fingerprint is looked at instead.
 _NOT_IN_KEY = ("every", "max_bad_fraction", "metrics", "source.path", "source.images", "train.path", "train.images",
@@ -75,10 +75,10 @@ class Eval(Protocol):
   """An `Evaluation` with open data: what `predict` holds is jitted at the first call and kept for the next ones."""
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
-    """Returns figures by name ({"top1": 0.63, …}), the same in every process; raises Stopped."""
+    """Returns metrics by name ({"top1": 0.63, …}), the same in every process; raises Stopped."""
 
-  def facts(self) -> dict[str, Any]:
-    """Returns what the figures of the last call rest on, plain JSON: `Runner.facts` and more of the protocol."""
+  def metadata(self) -> dict[str, Any]:
+    """Returns what the metrics of the last call rest on, plain JSON: `Runner.metadata` and more of the protocol."""
 
 
 class Runner:
@@ -165,7 +165,7 @@ class Runner:
       items.close()
     return items.collected()
 
-  def facts(self) -> dict[str, Any]:
+  def metadata(self) -> dict[str, Any]:
     """Returns {"source", "split", "data": fingerprint, "items", "covered", "damaged", "damage": [the first few]}."""
     total, damaged = len(self.source) + self._annotations, len(self._damage)
     return {"source": self.config.source.name, "split": self.config.source.split, "data": self.source.fingerprint(),

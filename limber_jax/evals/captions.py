@@ -32,7 +32,7 @@ from limber_jax.weights.digest import digest
 
 CLIP_METRICS = ("clip_s", "ref_clip_s")
 METRICS = (*metric.METRICS, *CLIP_METRICS)
-DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}  # of NoCaps -> behind the name of a figure
+DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}  # of NoCaps -> behind the name of a metric
 NO_SCORER = "needs a CLIP, and the evaluation's `scorer` names none"
 
 
@@ -42,9 +42,9 @@ class Captions(Evaluation):
 
   Returns "cider_d" (0 to 10: the papers print 100 times it), "bleu_1" to "bleu_4", "meteor", "rouge_l", "spice", with a
   scorer "clip_s" and "ref_clip_s" too, and "count", the number of images. What cannot be had here is left out, and
-  facts say why. Figures "@name" are of further maps, "@blind" of the language model without any image.
+  metadata say why. Metrics "@name" are of further maps, "@blind" of the language model without any image.
 
-  Where records have domains (NoCaps), beside the figures of all stand "cider_d/in", "/near" and "/out", with word
+  Where records have domains (NoCaps), beside the metrics of all stand "cider_d/in", "/near" and "/out", with word
   frequencies from the references of that domain alone, and "clip_s/in", "ref_clip_s/in", "count/in" and so on.
 
   metrics: some of these names; () = all.
@@ -83,11 +83,11 @@ class CaptionsEval:
       context = dataclasses.replace(context, transform=WithScorer(context.transform, sees))
     self._runner = Runner(config, context, grouped=True)
     self._write = CaptionGenerator(self._runner)
-    self._facts: dict[str, Any] = {}
+    self._metadata: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    self._facts, judge = {"empty": {}}, None
+    metrics: dict[str, float] = {}
+    self._metadata, judge = {"empty": {}}, None
     for name, function in predict.items():
       if not name.startswith("generate"):
         continue
@@ -110,40 +110,40 @@ class CaptionsEval:
       for part, rows in parts.items():
         inside = [item for item, there in zip(items, rows, strict=True) if there]
         if inside:
-          own = scored["figures"][part] | {m: math.fsum(i[m] for i in inside) / len(inside) for m in self._clip_metrics
+          own = scored["metrics"][part] | {m: math.fsum(i[m] for i in inside) / len(inside) for m in self._clip_metrics
                                            if self._scorer}
-          figures |= {f"{key}{part}{map_}": value for key, value in own.items()}
-          figures[f"count{part}"] = float(len(inside))
-      self._facts["empty"][map_ or "first"] = sum(not caption.strip() for caption in captions)
-      self._facts |= {"references": sum(map(len, references)), "tokenizer": scored["tokenizer"],
-                      "skipped": scored["skipped"]}
+          metrics |= {f"{key}{part}{map_}": value for key, value in own.items()}
+          metrics[f"count{part}"] = float(len(inside))
+      self._metadata["empty"][map_ or "first"] = sum(not caption.strip() for caption in captions)
+      self._metadata |= {"references": sum(map(len, references)), "tokenizer": scored["tokenizer"],
+                         "skipped": scored["skipped"]}
       if jax.process_index() == 0:
         self._save(found, items, map_)
-    return figures
+    return metrics
 
-  def facts(self) -> dict[str, Any]:
-    """Returns `Runner.facts`, how captions were written and cut into tokens, and which metrics are left out and why.
+  def metadata(self) -> dict[str, Any]:
+    """Returns `Runner.metadata`, how captions were written and cut into tokens, and which metrics are left out and why.
 
     "empty" counts captions without a word, by map: "first", "@name", "@blind".
     """
     scorer = {"scorer": {"digest": self._scorer.digest, "prefix": PREFIX}} if self._scorer else {}
     absent = {} if self._scorer else dict.fromkeys(self._clip_metrics, NO_SCORER)
-    return {**self._runner.facts(), **self._facts, "skipped": self._facts["skipped"] | absent, **scorer,
+    return {**self._runner.metadata(), **self._metadata, "skipped": self._metadata["skipped"] | absent, **scorer,
             "decoding": dataclasses.asdict(self._runner.context.decoding)}
 
   def _score(self, captions: Sequence[str], references: Sequence[Sequence[str]], domains: Sequence[str]
              ) -> dict[str, Any]:
-    """Returns {"figures" (by part of the images), "items" (a dict an image), "tokenizer", "skipped"}."""
+    """Returns {"metrics" (by part of the images), "items" (a dict an image), "tokenizer", "skipped"}."""
     wrote = {str(row): text for row, text in enumerate(captions)}
     given = {str(row): texts for row, texts in enumerate(references)}
     whole = metric.score(wrote, given, self._metrics)
-    figures = {"": whole.figures}
+    metrics = {"": whole.metrics}
     for domain in DOMAINS.values():
       if rows := [str(row) for row, d in enumerate(domains) if d == domain]:
         part = metric.score({i: wrote[i] for i in rows}, {i: given[i] for i in rows},
                             [m for m in self._metrics if m == "cider_d"])
-        figures[f"/{domain}"] = part.figures
-    return {"figures": figures, "items": list(whole.items.values()), "tokenizer": whole.tokenizer,
+        metrics[f"/{domain}"] = part.metrics
+    return {"metrics": metrics, "items": list(whole.items.values()), "tokenizer": whole.tokenizer,
             "skipped": whole.skipped}
 
   def _save(self, found: Results, items: Sequence[dict[str, float]], map_: str) -> None:

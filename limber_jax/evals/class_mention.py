@@ -59,12 +59,12 @@ class ClassMentionEval:
     self._classes = class_names(config, source)
     own = not config.classes and hasattr(source, "names")  # further names of each class
     self._names = names_of(source.names if own else [(name,) for name in self._classes])
-    self._alike: dict[str, np.ndarray] = {}  # [C, C] by figure: of the class named (column), what it is to a class
-    self._facts = {}
+    self._alike: dict[str, np.ndarray] = {}  # [C, C] by metric: of the class named (column), what it is to a class
+    self._metadata = {}
     if hasattr(source, "has"):
       self._alike["overlap"] = overlap(source.has)
       wordnet = WordNet.find()
-      self._facts = {"wordnet": "found" if wordnet else f"none, so no wup_wrong; wanted {WORDNET_FROM}"}
+      self._metadata = {"wordnet": "found" if wordnet else f"none, so no wup_wrong; wanted {WORDNET_FROM}"}
       if wordnet:
         self._alike["wup"] = wu_palmer(self._classes, wordnet)
 
@@ -81,15 +81,15 @@ class ClassMentionEval:
           out["blind"] = float(np.mean(right))
           continue
         map_ = name.removeprefix("generate")
-        out |= {f"{key}{map_}": value for key, value in self._figures(said, labels, right).items()}
+        out |= {f"{key}{map_}": value for key, value in self._metrics(said, labels, right).items()}
         if not map_ and jax.process_index() == 0:
           self._draw(found, right)
     return {**out, "count": float(len(labels))}
 
-  def facts(self) -> dict[str, Any]:
-    return {**self._runner.facts(), "classes": len(self._classes), **self._facts}
+  def metadata(self) -> dict[str, Any]:
+    return {**self._runner.metadata(), "classes": len(self._classes), **self._metadata}
 
-  def _figures(self, said: list[set[int]], labels: np.ndarray, right: list[bool]) -> dict[str, float]:
+  def _metrics(self, said: list[set[int]], labels: np.ndarray, right: list[bool]) -> dict[str, float]:
     hits = [label in s for s, label in zip(said, labels, strict=True)]
     out = {"right": float(np.mean(right)), "named": float(np.mean(hits))}
     if not self._alike:

@@ -1,4 +1,4 @@
-"""CLIP_benchmark's and DataComp's sets on disk, and figures as files that their own tables read.
+"""CLIP_benchmark's and DataComp's sets on disk, and metrics as files that their own tables read.
 
 Sources: https://github.com/LAION-AI/CLIP_benchmark, cli.py and benchmark/webdatasets.txt;
 https://github.com/mlfoundations/datacomp, tasklist.yml and evaluate.py.
@@ -28,7 +28,7 @@ class Task:
 
   title: str
   metric: str = "acc1"      # its main metric, by their name …
-  figure: str = "top1"      # … and as evaluation "zeroshot" calls it
+  ours: str = "top1"        # … and as evaluation "zeroshot" calls it
   key: str = ""             # where it is not the name of the set
 
 
@@ -55,9 +55,9 @@ USUAL = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_clas
 
 
 def metrics_of(name: str) -> tuple[str, ...]:
-  """Returns the figures of a set of classes, () for the usual ones."""
-  figure = TASKS[name].figure if name in TASKS else ""
-  return ("top1", "top5", "mean_per_class", figure) if figure and figure not in USUAL.values() else ()
+  """Returns the metrics of a set of classes, () for the usual ones."""
+  own = TASKS[name].ours if name in TASKS else ""
+  return ("top1", "top5", "mean_per_class", own) if own and own not in USUAL.values() else ()
 
 
 def sets(root: str) -> dict[str, str]:
@@ -93,7 +93,7 @@ def set_name(path: str) -> str:
 
 
 def files(results: dict[str, Any], pretrained: str) -> dict[str, str]:
-  """Returns what is to be written into a workdir of the figures on sets of source "clip_benchmark": {path there: text}.
+  """Returns what is to be written into a workdir of the metrics on sets of source "clip_benchmark": {path there: text}.
 
   Args:
     results: as in results.json.
@@ -111,8 +111,8 @@ def files(results: dict[str, Any], pretrained: str) -> dict[str, str]:
     slug = "_".join(re.sub(r"[/\\\s]", "_", part) for part in (name, pretrained, model, "en", task))
     out[os.path.join(FOLDER, f"{slug}.json")] = json.dumps(told)
     task = TASKS.get(name)
-    if task and task.figure in entry["figures"]:
-      main = entry["figures"][task.figure]
+    if task and task.ours in entry["metrics"]:
+      main = entry["metrics"][task.ours]
       found = {k: None if v != v else v for k, v in metrics.items()}  # theirs has no NaN
       lines.append(json.dumps({"key": task.key or name, "dataset": task.title,
                                "metrics": found | {task.metric: main, "main_metric": main}}))
@@ -120,14 +120,14 @@ def files(results: dict[str, Any], pretrained: str) -> dict[str, str]:
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, float]:
-  """Returns the figures of an evaluation by their names."""
-  figures = entry["figures"]
+  """Returns the metrics of an evaluation by their names."""
+  metrics = entry["metrics"]
   if entry["evaluation"] == "retrieval":
-    return {f"{what}_retrieval_recall@{k}": figures[f"{way}_r{k}"] for k in (1, 5, 10)
-            for what, way in (("image", "t2i"), ("text", "i2t")) if f"{way}_r{k}" in figures}
-  out = {theirs: figures[ours] for theirs, ours in USUAL.items() if ours in figures}
-  if "acc1" in out and "acc5" not in out and entry["facts"]["classes"] <= 5:
-    out["acc5"] = 1.0 if entry["facts"]["classes"] == 5 else float("nan")
+    return {f"{what}_retrieval_recall@{k}": metrics[f"{way}_r{k}"] for k in (1, 5, 10)
+            for what, way in (("image", "t2i"), ("text", "i2t")) if f"{way}_r{k}" in metrics}
+  out = {theirs: metrics[ours] for theirs, ours in USUAL.items() if ours in metrics}
+  if "acc1" in out and "acc5" not in out and entry["metadata"]["classes"] <= 5:
+    out["acc5"] = 1.0 if entry["metadata"]["classes"] == 5 else float("nan")
   return out
 
 

@@ -49,7 +49,7 @@ class Contamination(OfPrompts):
 
   source: the evaluation set, images with labels.
 
-  Figures: "top1" of all images, "clean" of those that no training image is like, "overlap" of the others, each with
+  Metrics: "top1" of all images, "clean" of those that no training image is like, "overlap" of the others, each with
   "…_low" and "…_high", Clopper and Pearson's interval at 99.5 %; "share", that of the overlap; "gain", top1 less clean;
   "p", the probability of as many right among the overlap if they were as hard as the clean ones (one-sided, binomial);
   "count" and "overlap_count". What needs clean or overlapping images is left out where there are none. `summary`
@@ -107,11 +107,11 @@ class ContaminationEval:
     same = cosine >= self._config.threshold
     if jax.process_index() == 0:
       self._write(found.records, cosine, nearest, right)
-    return figures(right, same)
+    return measure(right, same)
 
-  def facts(self) -> dict[str, Any]:
-    train = {f"train_{k}": v for k, v in self._train.facts().items()}
-    return {**self._runner.facts(), **train, "threshold": self._config.threshold, "classes": len(self._classes),
+  def metadata(self) -> dict[str, Any]:
+    train = {f"train_{k}": v for k, v in self._train.metadata().items()}
+    return {**self._runner.metadata(), **train, "threshold": self._config.threshold, "classes": len(self._classes),
             "templates": self._tokens.shape[1], "detector": "cosine of the model's own image embeddings"}
 
   def _write(self, records: Sequence[dict], cosine: np.ndarray, nearest: np.ndarray, right: np.ndarray) -> None:
@@ -218,8 +218,8 @@ class Nearest(Runner):
     return cosine, index
 
 
-def figures(right: np.ndarray, same: np.ndarray) -> dict[str, float]:
-  """Returns the figures of `Contamination`.
+def measure(right: np.ndarray, same: np.ndarray) -> dict[str, float]:
+  """Returns the metrics of `Contamination`.
 
   Args:
     right: bool [n], whether each image is named right.
@@ -245,7 +245,7 @@ def summary(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
   0.1 %; "significant": how many have a p-value, corrected for the number of all (Bonferroni), below 0.05.
 
   Args:
-    found: the figures of evaluations "contamination" by name, at least one.
+    found: the metrics of evaluations "contamination" by name, at least one.
   """
   tested = [name for name, values in found.items() if "p" in values]
   # An evaluation without overlap has nothing to test, and still is one of those that were looked at.

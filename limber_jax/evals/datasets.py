@@ -26,7 +26,7 @@ class DataSet:
   page: str                # where it comes from
   licence: str             # the page that says what may be done with it; that of the data set where there is no other
   classes: int = 0         # 0: of no classes
-  metric: str = ""         # a figure of evaluation "zeroshot"
+  metric: str = ""         # a metric of evaluation "zeroshot"
   tfds: str = ""           # the builder that prepares it
   layout: str = CLASSES    # what lies at source.path, where no builder prepares it
   train: str = ""          # what linear probes learn from, and choose their strength on: values of source.split
@@ -274,7 +274,7 @@ def expected(s: DataSet, path: str) -> str:
 
 def markdown() -> str:
   """Returns the table of all data sets that stands in docs/datasets.md, in Markdown."""
-  rows = [["data set", "expected at", "layout", "classes", "train / validation / test", "figure", "page, licence"]]
+  rows = [["data set", "expected at", "layout", "classes", "train / validation / test", "metric", "page, licence"]]
   rows.append(["---"] * len(rows[0]))
   for key, s in SETS.items():
     layout = f"TFDS `{s.tfds}`" if s.tfds else s.layout.replace("<", "&lt;")

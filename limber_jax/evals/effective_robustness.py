@@ -48,7 +48,7 @@ def expected(name: str) -> Line:
   return fit(*baseline(name))
 
 
-def summary(figures: dict[str, dict[str, float]], before: dict[str, dict[str, float]] | None = None
+def summary(metrics: dict[str, dict[str, float]], before: dict[str, dict[str, float]] | None = None
             ) -> dict[str, dict[str, float]]:
   """Returns by set, and for "mean", what the shifts do to a model.
 
@@ -60,20 +60,20 @@ def summary(figures: dict[str, dict[str, float]], before: dict[str, dict[str, fl
   left out; without any, there is no "mean".
 
   Args:
-    figures: of `Robustness` by set, "imagenet" among them.
+    metrics: of `Robustness` by set, "imagenet" among them.
     before: the same of another model.
   """
   out: dict[str, dict[str, float]] = {}
   for name in SHIFTS:
-    known = "imagenet" in figures and name in figures
+    known = "imagenet" in metrics and name in metrics
     own = f"on_{name}" if len(classes_of(name).known) < len(classes_of("imagenet").known) else "top1"
-    if not known or own not in figures["imagenet"]:
+    if not known or own not in metrics["imagenet"]:
       continue
-    accuracy, line = figures["imagenet"][own], expected(name)
+    accuracy, line = metrics["imagenet"][own], expected(name)
     row = {"imagenet": accuracy, "expected": line(accuracy)}
     for kind in ("", "_own"):
-      if (measure := f"{'pm0' if name in VIDEOS else 'top1'}{kind}") in figures[name]:
-        shifted = figures[name][measure]
+      if (measure := f"{'pm0' if name in VIDEOS else 'top1'}{kind}") in metrics[name]:
+        shifted = metrics[name][measure]
         row |= {f"accuracy{kind}": shifted, f"effective{kind}": effective_robustness(accuracy, shifted, line)}
         if line(accuracy) < accuracy:
           row[f"gap_cut{kind}"] = gap_cut(accuracy, shifted, line)

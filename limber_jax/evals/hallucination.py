@@ -27,7 +27,7 @@ METRICS = ("chair", "run_off")
 class Hallucination(Evaluation):
   """Writes a caption for every image of COCO, and counts the objects in it that the image does not have.
 
-  Figures of whole captions, of their first sentence (with "_cut" behind), of further maps ("@name") and of the language
+  Metrics of whole captions, of their first sentence (with "_cut" behind), of further maps ("@name") and of the language
   model without any image ("@blind"):
     chair_i: hallucinated mentions of objects / all mentions, 0 of none.
     chair_s: the share of captions with one at least.
@@ -66,12 +66,12 @@ class HallucinationEval:
     for metric in config.metrics:
       choose("evals.….metrics", metric, METRICS)
     self._metrics = config.metrics or METRICS
-    self._facts: dict[str, Any] = {}
+    self._metadata: dict[str, Any] = {}
     self._shown: list[frozenset[str]] = []  # of each record
     if "chair" in self._metrics:
       path = config.segments or _beside(config.source.path)
       segments, skipped = read_segments(path)
-      self._facts = {"segments": os.path.basename(path), "segments_skipped": skipped}
+      self._metadata = {"segments": os.path.basename(path), "segments_skipped": skipped}
       source = self._runner.source
       for record in map(source.annotation, range(len(source))):
         if record["id"] not in segments:
@@ -87,22 +87,22 @@ class HallucinationEval:
         captions = [r["caption"] for r in found.records]
         cut = [first_sentence(caption) for caption in captions]
         map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
-        figures = {}
+        metrics = {}
         if "run_off" in self._metrics:
           longer = [len(tokens(a)) > len(tokens(b)) for a, b in zip(captions, cut, strict=True)]
-          figures |= {"words": mean_length(captions), "words_cut": mean_length(cut), "cut": float(np.mean(longer)),
+          metrics |= {"words": mean_length(captions), "words_cut": mean_length(cut), "cut": float(np.mean(longer)),
                       "ended": float(np.mean([r["ended"] for r in found.records]))}
         if self._shown:
           truth = [self._shown[i] for i in found.index.tolist()]
           whole = chair(captions, truth)
-          figures |= _figures(whole, "") | _figures(chair(cut, truth), "_cut")
+          metrics |= _metrics(whole, "") | _metrics(chair(cut, truth), "_cut")
           if not map_ and jax.process_index() == 0:
             self._save(found.records, whole)
-        out |= {f"{key}{map_}": value for key, value in figures.items()}
+        out |= {f"{key}{map_}": value for key, value in metrics.items()}
     return {**out, "count": float(len(captions))}
 
-  def facts(self) -> dict[str, Any]:
-    return {**self._runner.facts(), **self._facts, "max_new_tokens": self._runner.context.decoding.max_new_tokens}
+  def metadata(self) -> dict[str, Any]:
+    return {**self._runner.metadata(), **self._metadata, "max_new_tokens": self._runner.context.decoding.max_new_tokens}
 
   def _save(self, records: Sequence[dict[str, Any]], found: Chair) -> None:
     context = self._runner.context
@@ -114,7 +114,7 @@ class HallucinationEval:
                                "hallucinated": wrong}) + "\n")
 
 
-def _figures(found: Chair, end: str) -> dict[str, float]:
+def _metrics(found: Chair, end: str) -> dict[str, float]:
   return {f"chair_i{end}": found.chair_i, f"chair_s{end}": found.chair_s, f"objects{end}": found.per_caption}
 
 

@@ -105,7 +105,7 @@ class LinearProbeEval:
     if named and 0 in config.shots:
       self._classes, templates = classes, chosen_templates(config.templates, source)
       self._tokens = prompts(context.tokenizer, [n for c in classes for n in c.names], templates, context.length)
-    self._facts: dict[str, Any] = {}
+    self._metadata: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     weights = None
@@ -124,7 +124,7 @@ class LinearProbeEval:
       found[part] = runner.collect(f"features {part}", partial(run, embedded), params, stats,
                                    record=partial(self._record, part),
                                    keep=("feature", "embedding") if embedded else ("feature",))
-    figures, self._facts = broadcast_from_process_0(lambda: self._probe(found, weights))
+    figures, self._metadata = broadcast_from_process_0(lambda: self._probe(found, weights))
     if jax.process_index() == 0 and any(self._config.shots):
       self._draw(figures)
     return figures
@@ -138,13 +138,13 @@ class LinearProbeEval:
   def _fit(self, x: np.ndarray, y: np.ndarray, classes: int, strengths: Any) -> Fits:
     return fit_each(x, y, strengths) if self._several else fit(x, y, classes, strengths)
 
-  def facts(self) -> dict[str, Any]:
-    """Returns `Runner.facts` of the test set and, below their names, of the others; "searched": the strengths tried."""
-    others = {part: runner.facts() for part, runner in self._runners.items() if part != "test"}
-    return {**self._runners["test"].facts(), **others, "metrics": list(self._metrics), **self._facts}
+  def metadata(self) -> dict[str, Any]:
+    """Returns `Runner.metadata` of the test set and, by their names, of the others; "searched": the strengths tried."""
+    others = {part: runner.metadata() for part, runner in self._runners.items() if part != "test"}
+    return {**self._runners["test"].metadata(), **others, "metrics": list(self._metrics), **self._metadata}
 
   def _probe(self, found: dict[str, Results], weights: np.ndarray | None) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns (figures, facts)."""
+    """Returns (figures, metadata)."""
     x = {part: f.arrays["feature"] for part, f in found.items()}
     if self._several:
       classes = self._count
@@ -187,7 +187,7 @@ class LinearProbeEval:
     strength, looked = chosen(path.weights, path.bias)
     last = self._fit(*whole, classes, [strength])
     out = {name: measured("test", last.weights[0], last.bias[0], name) for name in self._metrics}
-    facts = {"searched": looked, "iterations": int(path.iterations.sum() + last.iterations.sum()),
+    metadata = {"searched": looked, "iterations": int(path.iterations.sum() + last.iterations.sum()),
              "largest_gap": float(max(path.gap.max(), last.gap.max()))}
     if weights is not None:
       out["zeroshot"] = figure(self._metrics[0], found["test"].arrays["embedding"] @ weights.T, y["test"])
@@ -203,12 +203,12 @@ class LinearProbeEval:
       few[str(shots)] = {"each": each, "deviation": float(np.std(each)), "strengths": strengths}
     counts = {"count": "test", "train": "train", "validation": "validation"}
     return {**out, "strength": strength, **{k: float(len(y[part])) for k, part in counts.items()}}, {
-      **facts, "classes": classes, "shots": few}
+      **metadata, "classes": classes, "shots": few}
 
   def _draw(self, figures: dict[str, float]) -> None:
     os.makedirs(self._context.workdir, exist_ok=True)
     name = self._context.name or "linear_probe"
-    spread = {int(k): v["deviation"] for k, v in self._facts["shots"].items()}
+    spread = {int(k): v["deviation"] for k, v in self._metadata["shots"].items()}
     draw({k: figures[f"few_shot_{k}"] for k in spread}, spread, figures.get("zeroshot"), figures[self._metrics[0]],
          self._metrics[0].replace("_", " "), os.path.join(self._context.workdir, f"{name}.png"))
 

@@ -55,7 +55,7 @@ class PromptProbing(Evaluation):
       4. The map was not trained for pooled prompts: it is a bound on what they hold.
     picture: NAME.pca.png, and NAME.umap.png where the package umap is installed: means of features and prompts, by
       class.
-  "count" is the number of images; "@name" figures are of further maps.
+  "count" is the number of images; "@name" metrics are of further maps.
 
   train: None = the source itself, but for every fifth image of each class, which is tested on.
     Of "awa2" the splits train and test have no animal in common, which asks whether attributes carry over to other
@@ -92,10 +92,10 @@ class PromptProbingEval:
         raise UserError(f"evaluation 'prompt_probing' on data source {config.source.name!r}: metrics={metric!r} needs "
                         f"{'labels' if metric == 'category' else 'attributes of its classes, as awa2 has them'}")
     self._metrics = config.metrics or tuple(m for m in METRICS if able[m])
-    self._facts: dict[str, Any] = {}
+    self._metadata: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
-    self._facts = {}
+    self._metadata = {}
     out, spread = {}, {}
     for map_ in [name.removeprefix("prompt") for name in predict if name.startswith("prompt")]:
       # What a prompt looks like, of any one record.
@@ -111,25 +111,25 @@ class PromptProbingEval:
       vocab = self._runner.context.tokenizer.vocab_size if "nearest" in self._metrics else 0
       found = self._runner.collect(f"probe{map_}", _looker(parts, map_, wide, length, vocab), params, stats,
                                    record=_record, keep=kept)
-      figures = {}
+      metrics = {}
       if length is not None:
-        figures |= _nats(found)
+        metrics |= _nats(found)
       if vocab:
-        figures |= self._hits(found, map_)
+        metrics |= self._hits(found, map_)
       if {"category", "attributes"} & set(self._metrics):
         learnt = self._train and self._train.collect(f"probe train{map_}", _looker(parts, map_, wide, None, 0), params,
                                                      stats, record=_record, keep=kept)
-        figures |= broadcast_from_process_0(functools.partial(self._probes, found, learnt, kept))
+        metrics |= broadcast_from_process_0(functools.partial(self._probes, found, learnt, kept))
       name = map_.removeprefix("@")
       spread |= {f"features {name}": found.arrays["features"], f"prompts {name}": found.arrays["prompt"]}
-      out |= {f"{key}{map_}": value for key, value in figures.items()}
+      out |= {f"{key}{map_}": value for key, value in metrics.items()}
     if "picture" in self._metrics and jax.process_index() == 0:
       self._draw(spread, found)
     return {**out, "count": float(len(found.records))}
 
-  def facts(self) -> dict[str, Any]:
-    train = {"train": self._train.facts()} if self._train else {}
-    return {**self._runner.facts(), **train, "metrics": list(self._metrics), **self._facts}
+  def metadata(self) -> dict[str, Any]:
+    train = {"train": self._train.metadata()} if self._train else {}
+    return {**self._runner.metadata(), **train, "metrics": list(self._metrics), **self._metadata}
 
   def _path(self, end: str) -> str:
     context = self._runner.context
@@ -137,7 +137,7 @@ class PromptProbingEval:
     return os.path.join(context.workdir, f"{context.name or 'prompt_probing'}.{end}")
 
   def _probes(self, found: Results, learnt: Results | None, kept: Sequence[str]) -> dict[str, float]:
-    """Returns the figures of category and attributes."""
+    """Returns the metrics of category and attributes."""
     labels = np.array([r["label"] for r in found.records])
     if learnt is None:
       test = held_out(labels)
@@ -162,7 +162,7 @@ class PromptProbingEval:
     return out
 
   def _hits(self, found: Results, map_: str) -> dict[str, float]:
-    """Returns the figures of the nearest vocabulary tokens, and writes the tables of the first map."""
+    """Returns the metrics of the nearest vocabulary tokens, and writes the tables of the first map."""
     tokenizer, source = self._runner.context.tokenizer, self._runner.source
     texts = [references_of(source.annotation(i)) for i in found.index.tolist()]
     words = [content_words(several) for several in texts]
@@ -190,8 +190,8 @@ class PromptProbingEval:
     labels = np.array([r["label"] for r in found.records]) if self._labels else np.zeros(len(found.records), int)
     names = self._runner.source.classes or ()
     draw({name: plane(x) for name, x in spread.items()}, labels, names, self._path("pca.png"))
-    self._facts["umap"] = "not installed" if find_spec("umap") is None else "drawn"
-    if self._facts["umap"] == "drawn":
+    self._metadata["umap"] = "not installed" if find_spec("umap") is None else "drawn"
+    if self._metadata["umap"] == "drawn":
       from umap import UMAP
       draw({name: UMAP(random_state=0, n_jobs=1).fit_transform(x) for name, x in spread.items()}, labels, names,
            self._path("umap.png"))

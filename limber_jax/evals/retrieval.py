@@ -74,14 +74,14 @@ class RetrievalEval:
     owner = np.searchsorted(found.index, self._owner[there])
     return recalls(found.arrays["embedding"], text[self._which[there]], owner)
 
-  def facts(self) -> dict[str, Any]:
-    """Returns `Runner.facts` and "prompt", what captions stand in."""
-    return {**self._runner.facts(), "prompt": self._prompt}
+  def metadata(self) -> dict[str, Any]:
+    """Returns `Runner.metadata` and "prompt", what captions stand in."""
+    return {**self._runner.metadata(), "prompt": self._prompt}
 
 
 def recalls(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-  """Returns the figures of `Retrieval` of embeddings [N, E] and [M, E], and the image int [M] of each caption."""
+  """Returns the metrics of `Retrieval` of embeddings [N, E] and [M, E], and the image int [M] of each caption."""
   number = np.arange(len(image))
   ways = {"i2t": (ranks(image, number, text, owner), len(text)), "t2i": (ranks(text, owner, image, number), len(image))}
-  figures = {f"{way}_r{k}": float(np.mean(rank < k)) for way, (rank, of) in ways.items() for k in DEPTHS if k < of}
-  return figures | {"images": float(len(image)), "captions": float(len(text))}
+  metrics = {f"{way}_r{k}": float(np.mean(rank < k)) for way, (rank, of) in ways.items() for k in DEPTHS if k < of}
+  return metrics | {"images": float(len(image)), "captions": float(len(text))}

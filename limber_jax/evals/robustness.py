@@ -179,8 +179,8 @@ class RobustnessEval:
           out[f"on_{name}"] = float(np.mean(right))
     return {**out, "count": float(self._count)}
 
-  def facts(self) -> dict[str, Any]:
-    out = {**self._runner.facts(), "set": self._set, "classes": len(self._classes.members),
+  def metadata(self) -> dict[str, Any]:
+    out = {**self._runner.metadata(), "set": self._set, "classes": len(self._classes.members),
            "templates": self._tokens.shape[1]}
     if self._set in VIDEOS:
       return {**out, "neighbourhoods": len(self._neighbourhoods), "neighbourhoods_covered": self._count}

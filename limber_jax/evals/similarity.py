@@ -67,8 +67,8 @@ class SimilarityEval:
       draw(cosine, self._captions, self._images, title, os.path.join(workdir, "similarity.png"))
     return {"own": float(own.mean())}
 
-  def facts(self) -> dict[str, Any]:
-    return {**self._runner.facts(), "items": len(self._images), "covered": len(self._images)}
+  def metadata(self) -> dict[str, Any]:
+    return {**self._runner.metadata(), "items": len(self._images), "covered": len(self._images)}
 
 
 def _one_of_each(source: Source, classes: int, where: str) -> dict[int, int]:

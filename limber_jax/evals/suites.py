@@ -53,7 +53,7 @@ def _probe(key: str, s: datasets.DataSet) -> LinearProbe:
 def clip_benchmark(path: str, split: str = "test", every: int = -1, probes: bool = False) -> dict[str, Evaluation]:
   """Returns those of the sets of CLIP_benchmark and DataComp that lie at or below a directory, as "wds_vtab_cifar10".
 
-  Zero-shot with a set's own class names and templates, or retrieval. Their figures are also written in the form of
+  Zero-shot with a set's own class names and templates, or retrieval. Their metrics are also written in the form of
   those programs, see `limber_jax.evals.clip_benchmark`.
 
   Args:

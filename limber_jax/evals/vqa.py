@@ -38,7 +38,7 @@ class Vqa(Evaluation):
   stand the examples, an image and "Q: … A: …" each, ended by a newline. Neither that newline nor how examples are drawn
   is in the paper. Here they are drawn from config.train by each of config.seeds, the same for all questions of a seed,
   and the first of the four are the two and the one. Those whose image cannot be read or that have no answer are passed
-  over. A figure after examples is the mean over the seeds; "accuracy_4shot_sd" is the standard deviation between them,
+  over. A metric after examples is the mean over the seeds; "accuracy_4shot_sd" is the standard deviation between them,
   where there are several.
 
   Beside them: "accuracy_4shot/number" and so on by type of answer; "…@name" of further maps; "…@blind_text" of the
@@ -58,7 +58,7 @@ class Vqa(Evaluation):
   metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
   # examples before a question
   shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT, nonempty=True)
-  # of what is drawn: a figure is the mean over them
+  # of what is drawn: a metric is the mean over them
   seeds: tuple[int, ...] = ranged((0,), at_least=0, at_most=SEEDS, nonempty=True)
 
   def open(self, context: Context) -> Eval:
@@ -141,9 +141,9 @@ class VqaEval:
             out[f"{start}_sd{kind}"] = float(np.std(values, ddof=1))
     return out
 
-  def facts(self) -> dict[str, Any]:
-    """Returns Runner.facts, how questions are put, ids of the examples by seed, numbers of questions by answer type."""
-    out = self._runner.facts() | {
+  def metadata(self) -> dict[str, Any]:
+    """Returns Runner.metadata, how questions are put, ids of examples by seed, counts of questions by answer type."""
+    out = self._runner.metadata() | {
       "prompt": question_text("{}"), "answer": "the first word of the first line", "answer_types": self._types}
     if self._train is None:
       return out

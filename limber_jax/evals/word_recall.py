@@ -28,9 +28,9 @@ class WordRecall(Evaluation):
   A word is in an image if it is in one of its references at least; precision is the share of the captions with the word
   whose image has it (0 of no captions), recall the share of the images with it whose caption has it. "nouns_wup" is the
   Wu-Palmer similarity on WordNet between a noun of the references and the nearest noun of the caption, where WordNet is
-  at hand. "count" is the number of images, "@name" figures are of further maps, "@blind" those without any image.
+  at hand. "count" is the number of images, "@name" metrics are of further maps, "@blind" those without any image.
 
-  Words are told apart by NLTK's tagger where that is at hand, else by lists of words; facts say by which.
+  Words are told apart by NLTK's tagger where that is at hand, else by lists of words; metadata say by which.
 
   NAME.words.jsonl in the workdir has a line a word, NAME.words.png shows the recalls.
   """
@@ -52,14 +52,14 @@ class WordRecallEval:
     self._runner = Runner(config, context)
     self._write = CaptionGenerator(self._runner)
     self._nouns = lines(config.nouns, "nouns") if config.nouns else []
-    self._facts: dict[str, Any] = {}
+    self._metadata: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     wordnet = metric.WordNet.find()
     tagger, what = metric.find_tagger(self._nouns, wordnet)
-    self._facts = {"tagger": what if what.startswith("NLTK") or self._nouns else f"{what}; wanted {metric.TAGGER_FROM}",
-                   "wordnet": "found" if wordnet else f"none, so no nouns_wup; wanted {metric.WORDNET_FROM}",
-                   "words": metric.TOP}
+    self._metadata = {
+      "tagger": what if what.startswith("NLTK") or self._nouns else f"{what}; wanted {metric.TAGGER_FROM}",
+      "wordnet": "found" if wordnet else f"none, so no nouns_wup; wanted {metric.WORDNET_FROM}", "words": metric.TOP}
     tables, out = {}, {}
     for name, function in predict.items():
       if name.startswith("generate"):
@@ -82,8 +82,8 @@ class WordRecallEval:
       self._save(tables)
     return {**out, "count": float(len(captions))}
 
-  def facts(self) -> dict[str, Any]:
-    return {**self._runner.facts(), **self._facts}
+  def metadata(self) -> dict[str, Any]:
+    return {**self._runner.metadata(), **self._metadata}
 
   def _save(self, tables: dict[str, list[Word]]) -> None:
     workdir, name = self._runner.context.workdir, self._runner.context.name or "word_recall"

@@ -24,8 +24,8 @@ from limber_jax.evals.prompts import (
 )
 from limber_jax.metrics import classification
 
-# Figures by what they need of the data: one class an image, groups too, two classes in all, several classes an image.
-FIGURES = ("top1", "top5", "mean_per_class", "mean_top1_top5", "f1_macro")
+# Metrics by what they need of the data: one class an image, groups too, two classes in all, several classes an image.
+METRICS = ("top1", "top5", "mean_per_class", "mean_top1_top5", "f1_macro")
 OF_GROUPS = ("worst_group", "worst_group_top5")
 OF_TWO = ("roc_auc",)
 OF_SEVERAL = {"map11": classification.mean_average_precision, "map": classification.mean_area}
@@ -48,7 +48,7 @@ class ZeroShot(OfPrompts):
   classes: a built-in list (imagenet, food101, …: see `datasets`) or a file with one class a line, in any order if the
     source names its classes, else in that of the labels: its name, or several with | between; then, where the source
     calls it otherwise, a tab and the source's word.
-  source.split: with commas between, figures are averaged over several splits, as those of UCF101 are.
+  source.split: with commas between, metrics are averaged over several splits, as those of UCF101 are.
 
   Equal scores go to the class that stands first. An item's record has "label" and the "rank" of that class, 0 the best,
   "predicted" and perhaps "group", or "labels", "difficult" and "scores".
@@ -93,13 +93,13 @@ class ZeroShotEval:
     for runner in self._runners:
       record = partial(self._record, runner.source, scores_of)
       name = "images" if len(self._runners) == 1 else f"images {os.path.basename(runner.config.source.split)}"
-      found.append(figures(runner.collect(name, run, params, stats, record=record).records, self._metrics))
+      found.append(measure(runner.collect(name, run, params, stats, record=record).records, self._metrics))
     out = {name: float(np.mean([f[name] for f in found])) for name in self._metrics}
     return {**out, "count": float(sum(f["count"] for f in found))}
 
-  def facts(self) -> dict[str, Any]:
-    """Returns `Runner.facts` of all splits together, and how many "classes" and "templates", their digest "prompts"."""
-    parts = [runner.facts() for runner in self._runners]
+  def metadata(self) -> dict[str, Any]:
+    """Returns `Runner.metadata` of all splits together, how many "classes", "templates", their digest "prompts"."""
+    parts = [runner.metadata() for runner in self._runners]
     out = parts[0]
     if len(parts) > 1:
       data = hashlib.sha256("".join(p["data"] for p in parts).encode()).hexdigest()[:16]
@@ -110,7 +110,7 @@ class ZeroShotEval:
 
   def _record(self, source: Source, scores_of: Callable[[np.ndarray], np.ndarray], row: dict[str, np.ndarray]
               ) -> dict[str, Any]:
-    """Returns what is kept of an image: where its class comes among all, and the scores where figures need them."""
+    """Returns what is kept of an image: where its class comes among all, and the scores where metrics need them."""
     scores, count = scores_of(row["embedding"]), len(self._classes)
     kept = {"scores": [float(s) for s in scores]}
     if self._several:
@@ -142,24 +142,24 @@ def truth_of(records: Sequence[dict[str, Any]], classes: int) -> np.ndarray:
   return truth
 
 
-def figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
-  """Returns the figures of `ZeroShot` by name, and "count", from the records of its items.
+def measure(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
+  """Returns the metrics of `ZeroShot` by name, and "count", from the records of its items.
 
   Args:
     records: {"label", "rank", "predicted"} each, with "scores" for roc_auc and "group" for the worst of these; for
       map11 and map {"labels", "difficult", "scores"}.
-    metrics: names of figures.
+    metrics: their names.
 
   Raises:
     UserError: the items have none of the classes, or one only, where two are compared.
   """
   try:
-    return _figures(records, metrics)
+    return _measure(records, metrics)
   except ValueError as error:
     raise UserError(f"evaluation 'zeroshot', metrics={','.join(metrics)}: {error}") from error
 
 
-def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
+def _measure(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
   if set(metrics) <= set(OF_SEVERAL):
     scores = np.array([r["scores"] for r in records], np.float32)
     truth = truth_of(records, scores.shape[1])
@@ -187,19 +187,19 @@ def _figures(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[
 
 def chosen_metrics(config: ZeroShot, classes: int, several: bool, own: tuple[str, ...] = (), grouped: bool = False
                    ) -> tuple[str, ...]:
-  """Returns the names of the figures: config.metrics, else the data's own, or what they allow and the paper asks for.
+  """Returns the names of the metrics: config.metrics, else the data's own, or what they allow and the paper asks for.
 
   Raises:
-    UserError: there is no such figure, or it cannot be had of these data.
+    UserError: there is no such metric, or it cannot be had of these data.
   """
   possible = tuple(OF_SEVERAL) if several else tuple(
-    m for m in FIGURES + OF_GROUPS * grouped if classes > 5 or "top5" not in m) + OF_TWO * (classes == 2)
+    m for m in METRICS + OF_GROUPS * grouped if classes > 5 or "top5" not in m) + OF_TWO * (classes == 2)
   asked = datasets.SETS[config.classes].metric if config.classes in datasets.SETS else ""
   default = own or (possible[:1] if several else
                     tuple(m for m in possible if m in ("top1", "top5", "mean_per_class", asked)))
   for name in config.metrics:
     if name not in possible:
-      raise UserError(f"evaluation 'zeroshot', metrics: no figure {name!r} of {classes} classes, "
+      raise UserError(f"evaluation 'zeroshot', metrics: no metric {name!r} of {classes} classes, "
                       f"{'several' if several else 'one'} an image{did_you_mean(name, possible)}")
   return config.metrics or default
 

@@ -1,4 +1,4 @@
-"""Figures of classification, as the data sets of arXiv 2103.00020, Table 9, are measured."""
+"""Metrics of classification, as the data sets of arXiv 2103.00020, Table 9, are measured."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
 """Accuracy of answers to questions about images, as VQA v2 counts it. Source: its published evaluation, vqaEval.py.
 
-Its quirks shaped every published number, so they are kept, and each is named where it stands. Figures are equal to
+Its quirks shaped every published number, so they are kept, and each is named where it stands. Metrics are equal to
 those of the official code, which runs on Python 2: there \\d means the ten ASCII digits.
 """
 

@@ -28,7 +28,7 @@ GREY, INK = "#c9c9c9", "#222222"
 
 
 def pictured(runs: Sequence[Run]) -> "dict[str, Figure]":
-  """Returns pictures by name, those there are figures for: "captioning", "vqa", "zeroshot"."""
+  """Returns pictures by name, those there are metrics for: "captioning", "vqa", "zeroshot"."""
   runs = ordered(runs)
   drawn = {"captioning": _draw_captioning(runs), "vqa": _draw_vqa(runs), "zeroshot": _draw_zeroshot(runs)}
   return {name: figure for name, figure in drawn.items() if figure}
@@ -143,12 +143,12 @@ def _by_shots(scores: Mapping[str, float]) -> dict[int, float]:
 
 
 def _hundred(value: float) -> float:
-  """Returns a figure times 100; what is not finite is not drawn."""
+  """Returns a metric times 100; what is not finite is not drawn."""
   return 100 * value if math.isfinite(value) else math.nan
 
 
 def _printed(kind: str, model: str | None, column: str) -> float:
-  """Returns the published percent of a figure, measured again rather than the paper's; NaN if there is none."""
+  """Returns the published percent of a metric, measured again rather than the paper's; NaN if there is none."""
   found = published.load().find(kind, model, column) if model else []
   return next(iter(by_source(found).values()), math.nan)
 

@@ -1,6 +1,6 @@
-"""What the papers and their careful re-measurers printed: the rows that a run's figures stand beside.
+"""What the papers and their careful re-measurers printed: the rows that a run's metrics stand beside.
 
-published.json has every figure with its source, table, split and how certain it is. Its unit is percent.
+published.json has every metric with its source, table, split and how certain it is. Its unit is percent.
 """
 
 import functools
@@ -15,7 +15,7 @@ from limber_jax import config_history
 
 @dataclass(frozen=True, eq=False)
 class Table:
-  """Figures of several models from one place. A column is "DATA/FIGURE": "coco/cider_d", "nocaps/cider_d/in"."""
+  """Metrics of several models from one place. A column is "DATA/METRIC": "coco/cider_d", "nocaps/cider_d/in"."""
 
   source: str                             # "LiMBeR paper"
   where: str                              # "arXiv 2209.15162"
@@ -23,7 +23,7 @@ class Table:
   evaluation: str                         # a name in registry.EVALS
   certainty: str                          # a key of Published.certainty
   split: Mapping[str, str]                # by data set
-  items: Mapping[str, int]                # by data set: how many the figures rest on, where it is known
+  items: Mapping[str, int]                # by data set: how many the metrics rest on, where it is known
   note: str                               # "" or one or two sentences
   columns: Sequence[str]
   rows: Mapping[str, Mapping[str, float]]  # model -> column -> percent; what was not published is left out
@@ -62,7 +62,7 @@ class Published:
     return next(filter(None, found), None)
 
   def find(self, evaluation: str, model: str, column: str) -> list[tuple[Table, float]]:
-    """Returns (table, percent) of every published figure of a model in a column."""
+    """Returns (table, percent) of every published number of a model in a column."""
     return [(t, t.rows[model][column]) for t in self.tables
             if t.evaluation == evaluation and column in t.rows.get(model, {})]
 

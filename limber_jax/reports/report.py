@@ -1,4 +1,4 @@
-"""A report of runs beside the published figures: Markdown, with pictures beside it."""
+"""A report of runs beside the published numbers: Markdown, with pictures beside it."""
 
 import os
 import urllib.parse
@@ -24,7 +24,7 @@ from limber_jax.runtime.atomic import atomic_write, check, is_regular, refusal, 
 
 
 def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None = None) -> str:
-  """Returns Markdown: tables beside the published figures, and of a single run all there is in its results.
+  """Returns Markdown: tables beside the published numbers, and of a single run all there is in its results.
 
   Args:
     runs: one or more; tables have them in the papers' order, unknown ones last.
@@ -39,7 +39,7 @@ def report(runs: Sequence[Run], pictures: Iterable[str] = (), before: Run | None
   blocks = [f"# {escape(one.results['name'])}" if one else f"# {len(runs)} runs"]
   if one:
     blocks.append(f"{escape(one.results['task'])}, step {one.results['step']:,}, seed {one.results['seed']}.")
-  blocks.append("Scores are times 100, as the papers print them; figures named as in results.json are as they stand "
+  blocks.append("Scores are times 100, as the papers print them; metrics named as in results.json are as they stand "
                 "there, and – is one that there is not.")
   cited: dict[published.Table, None] = {}
   tables = [(panel.title, panel_table(panel, runs, cited)) for panel in PANELS]

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from limber_jax import config_history
 from limber_jax.evals import clip_benchmark
 from limber_jax.reports import report
 from limber_jax.runtime import atomic, lock
@@ -31,7 +32,7 @@ def _write(found: dict[str, Any], out: str, path: str) -> None:
   earlier, same = earlier_results(found, path)
   if same:
     for key in ("evaluations", "failed"):
-      found[key] = {n: e for n, e in earlier[key].items()
+      found[key] = {n: config_history.keys(e) for n, e in earlier[key].items()
                     if n not in found["evaluations"] and n not in found["failed"]} | found[key]
   elif earlier is not None:
     step = int(earlier["step"])

@@ -11,11 +11,11 @@ from limber_jax.errors import UserError
 from limber_jax.evals import datasets
 from limber_jax.reports import published
 
-BLIND = "blind"  # what published.json calls a language model alone: figures have @blind or @blind_text behind them
+BLIND = "blind"  # what published.json calls a language model alone: metrics have @blind or @blind_text behind them
 LAYOUT = {"name": str, "task": str, "model": str, "step": int, "seed": int, "weights": dict, "versions": dict,
           "evaluations": dict, "failed": dict}  # of results.json
-LAYOUT_OF_EVALUATION = {"evaluation": str, "figures": dict, "protocol": dict, "facts": dict}
-# What papers print times 100, and how they call it. Other figures are printed as they are, by their own names.
+LAYOUT_OF_EVALUATION = {"evaluation": str, "metrics": dict, "protocol": dict, "metadata": dict}
+# What papers print times 100, and how they call it. Other metrics are printed as they are, by their own names.
 SCORES = {
   "cider_d": "CIDEr-D", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
   "meteor": "METEOR", "rouge_l": "ROUGE-L", "spice": "SPICE", "clip_s": "CLIP-S", "ref_clip_s": "RefCLIP-S",
@@ -40,7 +40,7 @@ class Run:
   results: Mapping[str, Any]  # of results.json, its layout checked
   model: str | None           # what published.json calls it
   data: Mapping[str, str]     # what published.json calls the data set of each evaluation, or the evaluation's own name
-  scores: Mapping[tuple[str, str], Mapping[str, float]]  # (evaluation, map) -> "DATA/FIGURE" -> figure
+  scores: Mapping[tuple[str, str], Mapping[str, float]]  # (evaluation, map) -> "DATA/METRIC" -> metric
 
   @property
   def title(self) -> str:
@@ -86,20 +86,20 @@ def of(results: Any, workdir: str) -> Run:
   scores: dict[tuple[str, str], dict[str, float]] = {}
   taken: dict[tuple[str, str | None], str] = {}  # (evaluation, data set) -> the name of the evaluation it stands under
   for name, evaluation in results["evaluations"].items():
-    _check(evaluation, LAYOUT_OF_EVALUATION, f"{path}: evaluations.{name}")
+    _check(config_history.keys(evaluation), LAYOUT_OF_EVALUATION, f"{path}: evaluations.{name}")
   results = results | {"evaluations": {n: config_history.entry(e) for n, e in results["evaluations"].items()}}
   # Of two evaluations of one data set, that which has its name goes into the tables.
   for name in sorted(results["evaluations"], key=lambda n: book.data_of(n, "") is None):
     evaluation = results["evaluations"][name]
     kind, known = evaluation["evaluation"], _data_of(name, evaluation)
     data[name] = known if known and taken.setdefault((kind, known), name) == name else name
-    for figure, value in evaluation["figures"].items():
+    for metric, value in evaluation["metrics"].items():
       if isinstance(value, bool) or not isinstance(value, int | float) or (
           isinstance(value, int) and value.bit_length() > 1000):
-        raise UserError(f"{path}: evaluations.{name}.figures.{figure}: expected a number, got {value!r:.60}")
-      figure, _, map_ = figure.partition("@")
+        raise UserError(f"{path}: evaluations.{name}.metrics.{metric}: expected a number, got {value!r:.60}")
+      metric, _, map_ = metric.partition("@")
       map_ = BLIND if map_ == "blind_text" else map_
-      scores.setdefault((kind, map_), {})[f"{data[name]}/{figure}"] = float(value)
+      scores.setdefault((kind, map_), {})[f"{data[name]}/{metric}"] = float(value)
   model = book.model_of(results["model"]) or book.model_of(results["name"])
   return Run(workdir, results, model, data, scores)
 
@@ -146,7 +146,7 @@ def by_source(found: Sequence[tuple[published.Table, float]]) -> dict[str, float
 
 
 def zeroshot_columns(scores: Sequence[Mapping[str, float]]) -> list[str]:
-  """Returns each "DATA/FIGURE" that papers give of a data set, or top-1 of others, in the papers' order."""
+  """Returns each "DATA/METRIC" that papers give of a data set, or top-1 of others, in the papers' order."""
   book = published.load()
   printed = {column for table in book.tables if table.evaluation == "zeroshot" for column in table.columns}
   place = {data: i for i, data in enumerate(book.data)}

@@ -18,7 +18,7 @@ class Panel:
   """A table over models: a row of what was measured, and beneath it what was published."""
 
   title: str
-  columns: Sequence[tuple[str, str, str, int]]  # heading, evaluation, "DATA/FIGURE", digits after the point
+  columns: Sequence[tuple[str, str, str, int]]  # heading, evaluation, "DATA/METRIC", digits after the point
   others: str = "one"  # when published rows of models that were not run are shown: always | one: beside one run | never
 
 
@@ -26,9 +26,9 @@ VQA = tuple((f"{'VQA2 ' * (not n)}{n}-shot", "vqa", f"vqa2/accuracy_{n}shot", 2)
 PANELS = (
   Panel("Captioning and VQA", CAPTIONS + VQA, "always"),
   *(Panel(f"{title}, all metrics of captions",
-          tuple((heading, "captions", f"{data}/{figure}", 1) for figure, heading in list(SCORES.items())[:10]), "never")
+          tuple((heading, "captions", f"{data}/{metric}", 1) for metric, heading in list(SCORES.items())[:10]), "never")
     for data, title in (("coco", "COCO"), ("nocaps", "NoCaps"))),
-  Panel("Naming animals", tuple((heading, "class_mention", f"awa2/{figure}", 1) for heading, figure in (
+  Panel("Naming animals", tuple((heading, "class_mention", f"awa2/{metric}", 1) for heading, metric in (
     ("AWA2 named", "named"), ("Wu-Palmer if wrong", "wup_wrong"), ("attributes if wrong", "overlap_wrong")))),
   Panel("Natural distribution shift", tuple((heading, "robustness", column, 1) for heading, column in (
     ("ImageNet", "imagenet/top1"), ("V2", "imagenet_v2/top1"), ("A", "imagenet_a/top1"), ("R", "imagenet_r/top1"),
@@ -43,14 +43,14 @@ PANELS = (
 
 
 def found_of(kind: str, model: str | None, column: str, cited: dict) -> dict[str, float]:
-  """Returns {source: percent} of a published figure, and notes the tables."""
+  """Returns {source: percent} of a published number, and notes the tables."""
   found = published.load().find(kind, model, column) if model else []
   cited |= dict.fromkeys(table for table, _ in found)
   return by_source(found)
 
 
 def panel_table(panel: Panel, runs: Sequence[Run], cited: dict) -> str:
-  """Returns the table of a panel, "" if no run has any of its figures."""
+  """Returns the table of a panel, "" if no run has any of its metrics."""
   book, kinds = published.load(), {kind for _, kind, _, _ in panel.columns}
   ours: dict[str | None, list[tuple[str, list[str]]]] = {}  # model -> (label, cells) of its runs and of further maps
   for run in runs:
@@ -78,7 +78,7 @@ def panel_table(panel: Panel, runs: Sequence[Run], cited: dict) -> str:
       cells = [percent(cell.get(source), c[3]) for cell, c in zip(theirs, panel.columns, strict=True)]
       rows.append(("" if i or model in ours else book.models[model], source, *cells))
   kept = [i for i in range(2 + len(panel.columns)) if any(row[i] != NONE for row in rows)]
-  header = ("model", "figures", *(heading for heading, _, _, _ in panel.columns))
+  header = ("model", "source", *(heading for heading, _, _, _ in panel.columns))
   return markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows], len(kept) - 2)
 
 
@@ -98,7 +98,7 @@ def zeroshot_table(runs: Sequence[Run], cited: dict) -> str:
     columns += [(book.models[model], _sources(model, lines, cited)[0][1]) for model in _near(runs[0].model)
                 if _sources(model, lines, cited)]
   names = [(data_title(line.split("/")[0]), SCORES.get(line.split("/")[1], line.split("/")[1])) for line in lines]
-  return markdown(("data set", "figure", *(heading for heading, _ in columns)),
+  return markdown(("data set", "metric", *(heading for heading, _ in columns)),
                   [(*name, *(cells[i] for _, cells in columns)) for i, name in enumerate(names)], len(columns))
 
 
@@ -108,13 +108,13 @@ def shifts(run: Run, before: Run | None = None) -> dict[str, dict[str, float]]:
 
 
 def _shifted(run: Run) -> dict[str, dict[str, float]]:
-  """Returns the figures of a run under the shifts, by set."""
-  figures: dict[str, dict[str, float]] = {}
+  """Returns the metrics of a run under the shifts, by set."""
+  metrics: dict[str, dict[str, float]] = {}
   for column, value in run.scores.get(("robustness", ""), {}).items():
-    data, figure = column.split("/", 1)
+    data, metric = column.split("/", 1)
     if data in robustness.SETS and math.isfinite(value):
-      figures.setdefault(data, {})[figure] = value
-  return figures
+      metrics.setdefault(data, {})[metric] = value
+  return metrics
 
 
 def robustness_table(runs: Sequence[Run], before: Run | None) -> str:
@@ -141,20 +141,20 @@ def contamination_table(runs: Sequence[Run], cited: dict) -> str:
   """Returns the table of evaluations "contamination", p-values corrected for all of a run's; "" if there is none."""
   rows = []
   for run in runs:
-    figures = {name: e["figures"] for name, e in run.results["evaluations"].items()
-               if e["evaluation"] == "contamination" and "share" in e["figures"]}
-    corrected = contamination.summary(figures) if figures else {}
-    for name, own in figures.items():
+    metrics = {name: e["metrics"] for name, e in run.results["evaluations"].items()
+               if e["evaluation"] == "contamination" and "share" in e["metrics"]}
+    corrected = contamination.summary(metrics) if metrics else {}
+    for name, own in metrics.items():
       theirs = [found_of("contamination", CONTAMINATION, f"{run.data[name]}/{key}", cited) for key in ("share", "gain")]
       p_values = (own.get("p"), corrected.get(name, {}).get("p_corrected"))
       rows.append((label_of(run, runs), data_title(run.data[name]),
                    *(number(own.get(key)) for key in ("top1", "clean", "overlap", "share", "gain")),
                    *(NONE if p is None else f"{p:.3g}" for p in p_values),
                    *(percent(next(iter(cell.values()), None)) for cell in theirs)))
-    if len(figures) > 1:
+    if len(metrics) > 1:
       whole = corrected[""]
       theirs = found_of("contamination", CONTAMINATION, "overlap_sets/median_share", cited)
-      rows.append((label_of(run, runs), f"median of {len(figures)}", *[NONE] * 3, number(whole["median_share"]),
+      rows.append((label_of(run, runs), f"median of {len(metrics)}", *[NONE] * 3, number(whole["median_share"]),
                    *[NONE] * 3, percent(next(iter(theirs.values()))), NONE))
   header = ("model", "data set", "all", "clean", "overlap", "share, %", "gain", "p", "p, corrected", "CLIP's share, %",
             "CLIP's gain")
@@ -162,7 +162,7 @@ def contamination_table(runs: Sequence[Run], cited: dict) -> str:
 
 
 def _sources(model: str | None, lines: Sequence[str], cited: dict) -> list[tuple[str, list[str]]]:
-  """Returns a (heading, cells) each for the figures of a model that were measured again, and for the paper's."""
+  """Returns a (heading, cells) each for the metrics of a model that were measured again, and for the paper's."""
   found = [found_of("zeroshot", model, line, cited) for line in lines]
   papers = {table.source for table in cited if table.paper}
   parts = {"measured again": [{k: v for k, v in cell.items() if k not in papers} for cell in found],

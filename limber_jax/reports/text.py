@@ -1,4 +1,4 @@
-"""Figures and tables as Markdown has them."""
+"""Numbers and tables as Markdown has them."""
 
 import math
 import re
@@ -8,11 +8,11 @@ from typing import Any
 
 from limber_jax.reports.runs import SCORES, printable
 
-NONE = "–"  # a figure that there is not
+NONE = "–"  # a metric that there is not
 
 
 def number(value: float | None, digits: int = 1, times: int = 100) -> str:
-  """Returns a figure times 100 with so many digits, half rounded up as it is written: 0.5485 -> "54.9"."""
+  """Returns a metric times 100 with so many digits, half rounded up as it is written: 0.5485 -> "54.9"."""
   if value is None:
     return NONE
   if not math.isfinite(value := float(value)):
@@ -24,7 +24,7 @@ def number(value: float | None, digits: int = 1, times: int = 100) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-  """Returns a published figure, which is in percent already."""
+  """Returns a published number, which is in percent already."""
   return number(value, digits, times=1)
 
 
@@ -47,9 +47,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: int 
   return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
 
 
-def name_of(figure: str) -> str:
-  """Returns a figure's name as the papers have it: "cider_d/in" -> "CIDEr-D in"; "" of a figure that they have not."""
-  whole, at, map_ = figure.partition("@")
+def name_of(metric: str) -> str:
+  """Returns a metric's name as the papers have it: "cider_d/in" -> "CIDEr-D in"; "" of a metric that they have not."""
+  whole, at, map_ = metric.partition("@")
   parts = whole.split("/")
   for i, part in enumerate(parts):
     if m := re.fullmatch(r"(accuracy|truncated)_(\d+)shot(_sd)?", part):  # of evaluation "vqa"
@@ -62,10 +62,10 @@ def name_of(figure: str) -> str:
   return ""
 
 
-def shown(figure: str, value: float | None) -> str:
-  """Returns a figure as it is printed: scores times 100, whole numbers whole, others with four digits."""
-  if value is None or name_of(figure):
-    return number(value, 2 if "shot" in figure else 1)
+def shown(metric: str, value: float | None) -> str:
+  """Returns a metric as it is printed: scores times 100, whole numbers whole, others with four digits."""
+  if value is None or name_of(metric):
+    return number(value, 2 if "shot" in metric else 1)
   if math.isfinite(value) and value == int(value):
     return f"{int(value):,}" if abs(value) < 1e15 else f"{float(value):.4g}"
   return f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""The evaluations of a run while it trains: when each is due, and that one which fails costs only its own figures."""
+"""The evaluations of a run while it trains: when each is due, and that one which fails costs only its own metrics."""
 
 import contextlib
 import traceback
@@ -35,7 +35,7 @@ class Evaluations:
     return self._scores.missing(step, names)
 
   def decide_best(self, step: int) -> bool:
-    """Returns whether the figure by which the best checkpoint is chosen is due: it is of no use without one."""
+    """Returns whether the metric by which the best checkpoint is chosen is due: it is of no use without one."""
     return self._setup.config.checkpoint.best.partition("/")[0] in self.due(step)
 
   def measure(self, step: int, state: TrainState) -> None:
@@ -62,11 +62,11 @@ class Evaluations:
                      "limber_jax.evaluate")
 
   def _one(self, step: int, name: str, state: TrainState) -> dict[str, float]:
-    """Returns the figures of one evaluation, {} if it failed."""
+    """Returns the metrics of one evaluation, {} if it failed."""
     try:
       self._scores.begin(step, name)
       with self._tracker("evaluation"):
-        figures = evaluate(self._setup, {name: self._evals[name]}, state.params, state.stats)
+        metrics = evaluate(self._setup, {name: self._evals[name]}, state.params, state.stats)
     except (Stopped, Interrupted):
       self._scores.interrupted(step, name)
       raise
@@ -79,8 +79,8 @@ class Evaluations:
       with contextlib.suppress(UserError):  # what could not be read may be there again next time
         self._evals[name] = make_eval(self._setup, name, self._context)
       return {}
-    self._scores.end(step, name, figures)
-    return figures
+    self._scores.end(step, name, metrics)
+    return metrics
 
 
 def _reason(error: Exception) -> str:

@@ -35,7 +35,7 @@ PACKAGES = ("limber_jax", "flax", "jax", "numpy", "pillow", "pycocoevalcap", "sc
 def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: Sequence[str] = (), weights: str = "",
             model: str = "", data: str = "", out: str = "", stop: Callable[[], bool] = lambda: False,
             waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Any]:
-  """Returns what results.json holds: the figures of each evaluation, and all that they rest on.
+  """Returns what results.json holds: the metrics of each evaluation, and all that they rest on.
 
   Args:
     config: the experiment; changed by `only`, `weights` and `data`.
@@ -161,9 +161,9 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
   except UserError as error:
     problem = str(error)
   parallel.fail_together(problem)
-  figures = evaluate(s, {name: run}, params, stats)
-  return {"evaluation": s.config.evals[name].name, "figures": {k.split("/", 1)[1]: v for k, v in figures.items()},
-          "protocol": config_json.flatten(s.config.evals[name]), "facts": run.facts()}
+  metrics = evaluate(s, {name: run}, params, stats)
+  return {"evaluation": s.config.evals[name].name, "metrics": {k.split("/", 1)[1]: v for k, v in metrics.items()},
+          "protocol": config_json.flatten(s.config.evals[name]), "metadata": run.metadata()}
 
 
 def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A record is {"id": str, "image": encoded bytes | uint8 [h, w, 3], "text": str}, 
   "label": int               the number of its class
   "labels": tuple[int, ...]  the numbers of its classes, where an image has several, and then also
   "difficult": tuple[int, ...]  those of classes that only difficult objects have: not to be counted either way
-  "group": int             which part of the data it belongs to, for the figures of the worst
+  "group": int             which part of the data it belongs to, for the metric of the worst
 Records of texts alone, for language models, have no "image".
 
 A source may have `damage`, a list of {"file", "id", "reason"}: what it found when it was opened that cannot be used and
@@ -13,7 +13,7 @@ is no record. It may have `notes`, a list of lines: what was chosen when it was 
 otherwise. It may have `files()`, which yields the paths of all files that its records come from, in an order that does
 not change with where they lie: see `limber_jax.data.contents`. It may have `shuffled_index(seed, position)`, as a
 mixture does, which then decides the order in training. It may have `templates`, sentences with {} for the name of a
-class, and `metrics`, the figures that its own tables give.
+class, and `metrics`, the metrics that its own tables give.
 
 A class of sources whose data may have several parts has a static method `splits(config)`: the values of config.split
 that are there; ("",) where its data are not divided and only "" reads them, () where any of "" and "train" does.
