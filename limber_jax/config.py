@@ -197,7 +197,7 @@ class Evaluation:
   # steps; 0 = only at the end; -1 = only by limber_jax.evaluate, never in training
   every: int = ranged(1000, at_least=-1, at_most=COUNT)
   batch_size: int = ranged(256, at_least=1, at_most=2**20)
-  max_bad_fraction: float = ranged(0.01, at_least=0, at_most=1)  # the share of items that may be unreadable
+  max_bad_fraction: float = ranged(0.01, at_least=0, at_most=1)  # the share of examples that may be unreadable
 
   def open(self, context: Any) -> Any:
     """Returns the `evals.base.Eval` of an `evals.base.Context`; raises UserError if data are missing or unfit."""

@@ -20,8 +20,9 @@ EVALUATIONS = {"naming": "class_mention", "overlap": "contamination", "probing":
 # Until 0.1 all evaluations were one dataclass: these fields stood in the JSON of each, whether it used them or not.
 UNION = ("classes", "templates", "train", "validation", "metrics", "scorer", "scorer_model", "shots", "seeds",
          "threshold")
-# Keys of results.json and scores.json that are called otherwise now.
+# Keys of results.json and scores.json that are called otherwise now, and those within the metadata.
 RESULTS = {"facts": "metadata", "figures": "metrics"}
+METADATA = {"items": "num_examples"}
 # evaluation -> field -> its name now; "" is of all. Without `max_bad_fraction` an evaluation is of before.
 FIELDS = {
   "": {"damaged": "max_bad_fraction"},
@@ -89,6 +90,7 @@ def keys(values: Any) -> Any:
 def entry(values: dict[str, Any]) -> dict[str, Any]:
   """Returns an entry of results.json, {"evaluation", "protocol", …}, from one of this or an earlier release."""
   values = keys(values)
+  metadata = {METADATA.get(key, key): value for key, value in values.get("metadata", {}).items()}
   protocol = evaluation({"name": values["evaluation"]} | values["protocol"])
-  return values | {"evaluation": protocol["name"],
+  return values | {"evaluation": protocol["name"], "metadata": metadata,
                    "protocol": {k: v for k, v in protocol.items() if k != "name" or k in values["protocol"]}}

@@ -205,7 +205,7 @@ def test_a_run_of_before_goes_on_as_it_was_whatever_its_weights_directory_says(t
     assert config_json.from_json(json.dumps(old), "old").model == config.model
     assert adopt(config, str(tmp_path)) == config.model
     config_json.check_same(dataclasses.replace(config, model=adopt(config, str(tmp_path))), json.dumps(old), "old")
-    # What is kept of it beside (features, results of items) is found again by the same words.
+    # What is kept of it beside (features, results of examples) is found again by the same words.
     assert config_json.flatten(config.model, known=True) == {
       k.removeprefix("model."): v for k, v in old.items() if k.startswith("model.")}
 

@@ -220,7 +220,7 @@ def test_figures_are_exactly_those_of_pycocoevalcap(scored):
   ours, theirs = scored
   assert ours.metrics == {m: theirs[m][0] for m in captions.METRICS if m in theirs}
   for name, (_, each) in theirs.items():
-    assert [item[name] for item in ours.items.values()] == list(each), name
+    assert [item[name] for item in ours.per_image.values()] == list(each), name
   assert ours.tokenizer == "java" and 0.05 < ours.metrics["meteor"] < 1 < ours.metrics["cider_d"]
   assert list(ours.skipped) == ["spice"] and "stanford-corenlp-3.6.0" in ours.skipped["spice"]
 
@@ -228,8 +228,8 @@ def test_figures_are_exactly_those_of_pycocoevalcap(scored):
 @java
 def test_an_empty_caption_and_a_very_long_one_are_scored(scored):
   ours, _ = scored
-  assert len(ours.items) == 120 and all(np.isfinite(list(item.values())).all() for item in ours.items.values())
-  assert ours.items["1"] == dict.fromkeys(ours.metrics, 0.0)
+  assert len(ours.per_image) == 120 and all(np.isfinite(list(item.values())).all() for item in ours.per_image.values())
+  assert ours.per_image["1"] == dict.fromkeys(ours.metrics, 0.0)
 
 
 @java
@@ -257,7 +257,7 @@ def test_captions_like_their_references_have_a_cider_of_ten(which, monkeypatch):
   texts = {"1": "a red dog runs over the grass", "2": "two people sit (old) on a bench", "3": "white kites fly up high"}
   found = score(texts, {i: [text] * 5 for i, text in texts.items()}, FAST)
   assert found.metrics == pytest.approx({"cider_d": 10.0, **dict.fromkeys(FAST[1:], 1.0)}, abs=1e-6)
-  assert {i: item["cider_d"] for i, item in found.items.items()} == pytest.approx(dict.fromkeys("123", 10.0))
+  assert {i: item["cider_d"] for i, item in found.per_image.items()} == pytest.approx(dict.fromkeys("123", 10.0))
 
 
 def test_one_image_has_a_cider_of_zero_and_a_part_has_frequencies_of_its_own(monkeypatch):
@@ -270,7 +270,7 @@ def test_one_image_has_a_cider_of_zero_and_a_part_has_frequencies_of_its_own(mon
   # In the first two "a red dog" is in both: it weighs nothing among them, and ln 3/2 among all.
   theirs = Cider().compute_score({i: references[i] for i in part}, {i: [text] for i, text in part.items()})[0]
   assert found == {"cider_d": theirs}
-  everything = score(texts, references, ("cider_d",)).items
+  everything = score(texts, references, ("cider_d",)).per_image
   assert np.mean([everything[i]["cider_d"] for i in part]) != pytest.approx(theirs, abs=0.01)
 
 
@@ -344,7 +344,7 @@ if 'spice-1.0.jar' in sys.argv:
   found = score({"a": "X b", "b": "y", "c": "z"}, {"a": ["q"], "b": ["r", "s"], "c": ["t"]},
                 ("spice",))
   assert found.metrics == {"spice": 0.25}
-  assert found.items == {"a": {"spice": 0.25}, "b": {"spice": 0.5}, "c": {"spice": 0.0}}
+  assert found.per_image == {"a": {"spice": 0.25}, "b": {"spice": 0.5}, "c": {"spice": 0.0}}
 
 
 def test_a_scene_without_anything_has_no_spice_and_a_failure_is_told(program, monkeypatch):
@@ -356,7 +356,7 @@ if 'spice-1.0.jar' in sys.argv:
   rows = [{{'image_id': g['image_id'], 'scores': {{'All': {{'f': f}}}}}} for g, f in zip(given, (None, 0.5))]
   json.dump(rows, open(sys.argv[sys.argv.index('-out') + 1], 'w'))""")
   found = score({"a": "x", "b": "y"}, {"a": ["q"], "b": ["r"]}, ("spice",))
-  assert np.isnan(found.metrics["spice"]) and found.items == {"a": {}, "b": {"spice": 0.5}}
+  assert np.isnan(found.metrics["spice"]) and found.per_image == {"a": {}, "b": {"spice": 0.5}}
   with pytest.raises(UserError, match="SPICE's program failed: InaccessibleObjectException"):
     score({"a": "fail"}, {"a": ["q"]}, ("spice",))
 

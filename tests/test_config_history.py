@@ -143,11 +143,11 @@ def test_experiments_import_evaluations_by_their_earlier_names():
 
 
 def test_an_entry_of_results_of_an_earlier_release_says_the_same_as_one_of_this():
-  old = {"evaluation": "shift", "figures": {"top1": 0.5}, "facts": {},
+  old = {"evaluation": "shift", "figures": {"top1": 0.5}, "facts": {"items": 7},
          "protocol": {"name": "shift", "classes": "imagenet_r", "damaged": 0.5, "threshold": 0.95, "source.path": "x"}}
   new = config_history.entry(old)
-  assert new["evaluation"] == "robustness"
+  assert (new["evaluation"], new["metrics"], new["metadata"]) == ("robustness", {"top1": 0.5}, {"num_examples": 7})
   assert new["protocol"] == {"name": "robustness", "dataset": "imagenet_r", "max_bad_fraction": 0.5, "source.path": "x"}
   assert config_history.entry(new) == new and not {"figures", "facts"} & new.keys()
-  other = old | {"evaluation": "own", "protocol": {"classes": "x"}}  # of somebody's own
+  other = new | {"evaluation": "own", "protocol": {"classes": "x"}}  # of somebody's own
   assert config_history.entry(other) == other

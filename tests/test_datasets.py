@@ -250,7 +250,7 @@ def test_what_no_builder_prepares_is_read_in_its_own_layout(key, tmp_path):
   eye = np.eye(len(numbers), dtype=np.float32)
   found = run(PREDICT, {"image": eye, "text": eye}, {})
   assert found.pop("count") == count and set(found.values()) == {1.0}
-  assert datasets.CLIP[key].metric in found and run.metadata()["items"] == count
+  assert datasets.CLIP[key].metric in found and run.metadata()["num_examples"] == count
 
 
 def test_a_set_is_known_by_the_end_of_its_path():

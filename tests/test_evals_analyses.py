@@ -427,7 +427,7 @@ def test_a_tiny_model_is_analysed_on_awa2s_files_and_goes_on_where_it_was_killed
   s, state = tiny
 
   def run(names):
-    where = dataclasses.replace(make_context(s, str(tmp_path)), items=str(tmp_path / "items"))
+    where = dataclasses.replace(make_context(s, str(tmp_path)), results_dir=str(tmp_path / "results"))
     runs = {name: make_eval(s, name, where) for name in names}
     out = evaluate(s, runs, state.params, state.stats)
     assert all(run.metadata()["damaged"] == 2 and run.metadata()["covered"] == 50 for run in runs.values())
@@ -442,7 +442,7 @@ def test_a_tiny_model_is_analysed_on_awa2s_files_and_goes_on_where_it_was_killed
           "word_recall/modifiers_recall"} <= whole.keys()
   # Untrained, the language model gives each of 259 tokens about the same probability.
   assert whole["prompt_probing/nll"] == pytest.approx(np.log(259), abs=0.1)
-  kept = tmp_path / "items/prompt_probing/probe.jsonl"
+  kept = tmp_path / "results/prompt_probing/probe.jsonl"
   lines = kept.read_bytes().splitlines(keepends=True)
   kept.write_bytes(b"".join(lines[:20]) + lines[20][:30])
   assert run(["prompt_probing"]).items() <= whole.items()

@@ -76,7 +76,7 @@ def writing(captions):
 
 def settings(workdir, mesh=(1, 1, 1), **fields):
   return dataclasses.replace(context(mesh, workdir=workdir), decoding=Decoding(prompt=""), name="coco",
-                             items=str(workdir / "items"), **fields)
+                             results_dir=str(workdir / "results"), **fields)
 
 
 def scored(captions, which=range(6), metrics=FAST):
@@ -111,11 +111,11 @@ def test_every_image_has_its_scores_in_a_file(made, tmp_path):
   captions = [TEXTS[0], "", *TEXTS[2:]]
   config(Captions, metrics=("rouge_l", "cider_d")).open(settings(tmp_path))(
     {"generate": writing(captions), "generate@b": writing(TEXTS)}, {}, {})
-  lines = [json.loads(line) for line in (tmp_path / "items" / "scores.jsonl").read_text().splitlines()]
-  theirs = scored(captions, metrics=("cider_d", "rouge_l")).items
+  lines = [json.loads(line) for line in (tmp_path / "results" / "scores.jsonl").read_text().splitlines()]
+  theirs = scored(captions, metrics=("cider_d", "rouge_l")).per_image
   assert lines == [{"index": i, "id": str(i), "caption": captions[i], **theirs[str(i)]} for i in range(6)]
   assert lines[1]["rouge_l"] == 0 < lines[0]["rouge_l"]
-  assert len((tmp_path / "items" / "scores@b.jsonl").read_text().splitlines()) == 6
+  assert len((tmp_path / "results" / "scores@b.jsonl").read_text().splitlines()) == 6
 
 
 def test_domains_have_word_frequencies_of_their_own(made, tmp_path):
@@ -130,7 +130,7 @@ def test_domains_have_word_frequencies_of_their_own(made, tmp_path):
     wanted[f"count/{name}"] = 3.0
   assert {k: v for k, v in found.items() if "@" not in k} == {**wanted, "count": 6.0}
   assert found["cider_d/in@b"] == scored(TEXTS, (0, 2, 4), ("cider_d",)).metrics["cider_d"]
-  among_all = scored(captions, metrics=("cider_d",)).items
+  among_all = scored(captions, metrics=("cider_d",)).per_image
   assert wanted["cider_d/in"] != pytest.approx(np.mean([among_all[i]["cider_d"] for i in "024"]), abs=1e-3)
 
 
@@ -141,7 +141,7 @@ def test_hard_captions_are_counted_and_scored(made, tmp_path):
   found = run({"generate": writing(captions)}, {}, {})
   assert found["count"] == 6 and np.isfinite(list(found.values())).all()
   assert run.metadata()["empty"] == {"first": 2}
-  lines = [json.loads(line) for line in (tmp_path / "items" / "scores.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in (tmp_path / "results" / "scores.jsonl").read_text().splitlines()]
   assert len(lines[1]["caption"]) == 9999 and [line["rouge_l"] > 0 for line in lines] == [0, 1, 1, 0, 0, 1]
   assert lines[1]["rouge_l"] < 0.01 and lines[2]["rouge_l"] == lines[5]["rouge_l"] == 1
 
@@ -197,7 +197,7 @@ def test_a_caption_that_is_a_reference_has_a_cosine_of_one_with_it(made, tmp_pat
   made(records())
   run = config(Captions, metrics=("clip_s", "ref_clip_s"), scorer=scorer).open(settings(tmp_path))
   run({"generate": writing(TEXTS)}, {}, {})
-  for line in map(json.loads, (tmp_path / "items" / "scores.jsonl").read_text().splitlines()):
+  for line in map(json.loads, (tmp_path / "results" / "scores.jsonl").read_text().splitlines()):
     assert line["ref_clip_s"] == pytest.approx(2 * line["clip_s"] / (line["clip_s"] + 1), abs=1e-6)
 
 
@@ -235,7 +235,8 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
   state = s.init()
 
   def run(folder, stop=lambda: False):
-    where = dataclasses.replace(make_context(s, str(tmp_path / folder), stop), items=str(tmp_path / folder / "items"))
+    where = dataclasses.replace(make_context(s, str(tmp_path / folder), stop),
+                                results_dir=str(tmp_path / folder / "results"))
     runs = {"nocaps": make_eval(s, "nocaps", where)}
     return evaluate(s, runs, state.params, state.stats), runs["nocaps"].metadata()
 
@@ -245,7 +246,7 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
   assert found.keys() == {f"nocaps/{p}{end}" for p in parts for end in ("", "@blind")} | {
     f"nocaps/count{part}" for part in ("", "/in", "/near", "/out")}
   assert np.isfinite(list(found.values())).all()
-  assert found["nocaps/count"] == 21 == metadata["covered"] == metadata["items"] - metadata["damaged"]
+  assert found["nocaps/count"] == 21 == metadata["covered"] == metadata["num_examples"] - metadata["damaged"]
   assert metadata["damaged"] == len(files.damage) + len(files.unreadable)
   asked = []
 
@@ -257,5 +258,5 @@ def test_a_tiny_model_captions_nocaps_files_and_goes_on_where_it_was_killed(monk
     run("killed", stop)
   again, facts_again = run("killed")
   assert (again, facts_again) == (found, metadata)
-  for path in sorted((tmp_path / "whole/items/nocaps").glob("*.jsonl")):
-    assert (tmp_path / "killed/items/nocaps" / path.name).read_bytes() == path.read_bytes()
+  for path in sorted((tmp_path / "whole/results/nocaps").glob("*.jsonl")):
+    assert (tmp_path / "killed/results/nocaps" / path.name).read_bytes() == path.read_bytes()

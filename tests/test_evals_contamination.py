@@ -52,8 +52,8 @@ def settings(**fields):
                     "threshold": 0.9, **fields})
 
 
-def place(workdir="", mesh=(1, 1, 1), items="", **fields):
-  return dataclasses.replace(context(mesh, workdir=workdir, **fields), items=str(items), name="birds")
+def place(workdir="", mesh=(1, 1, 1), results_dir="", **fields):
+  return dataclasses.replace(context(mesh, workdir=workdir, **fields), results_dir=str(results_dir), name="birds")
 
 
 def embeddings(evaluated, trained, text=((1, 0, 0), (0, 1, 0), (0, 0, 1))):
@@ -87,7 +87,7 @@ def test_figures_and_pairs_are_those_found_by_hand(mesh, data, tmp_path):
   with Image.open(tmp_path / "birds_pairs.png") as image:
     assert image.format == "PNG" and min(image.size) > 200
   metadata = run.metadata()
-  assert (metadata["items"], metadata["train_items"], metadata["threshold"]) == (5, 11, 0.99)
+  assert (metadata["num_examples"], metadata["train_num_examples"], metadata["threshold"]) == (5, 11, 0.99)
 
 
 @pytest.mark.parametrize("count", [1, 8, 37])
@@ -123,7 +123,7 @@ def test_what_cannot_be_read_of_the_training_data_is_counted(data, capsys, tmp_p
   assert (found["overlap_count"], found["top1"]) == (1, 1)  # the twin of image 0 is broken
   assert "train 1: the image is broken" in capsys.readouterr().err
   assert (run.metadata()["train_damaged"], run.metadata()["train_covered"], run.metadata()["damaged"]) == (1, 2, 0)
-  with pytest.raises(UserError, match=r"1 of 3 items cannot be used, more than its `max_bad_fraction` of 1\.0% allows"):
+  with pytest.raises(UserError, match=r"1 of 3 examples cannot be used, more than its `max_bad_fraction` of 1\.0% al"):
     settings().open(place(tmp_path))(PREDICT, params, {})
 
 
@@ -170,10 +170,11 @@ def test_a_stopped_pass_goes_on_where_it_was(data, tmp_path):
     return left[0] < 0
 
   with pytest.raises(Stopped):
-    settings(max_bad_fraction=0.1).open(place(tmp_path, items=tmp_path / "items", stop=stop))(PREDICT, params, {})
-  assert json.loads((tmp_path / "items" / "nearest.json").read_text())["done"] == 24
+    run = settings(max_bad_fraction=0.1).open(place(tmp_path, results_dir=tmp_path / "results", stop=stop))
+    run(PREDICT, params, {})
+  assert json.loads((tmp_path / "results" / "nearest.json").read_text())["done"] == 24
   passes = []
-  run = settings(max_bad_fraction=0.1).open(place(tmp_path, items=tmp_path / "items"))
+  run = settings(max_bad_fraction=0.1).open(place(tmp_path, results_dir=tmp_path / "results"))
   assert run(counted(passes), params, {}) == want
   assert sorted(passes) == [124, 132, 140, 148]
   assert {**run.metadata(), **whole.metadata()} == run.metadata()
@@ -187,7 +188,7 @@ def test_another_threshold_reads_no_image_again_and_other_data_or_another_model_
 
   def run(key="a", **fields):
     passes = []
-    at = dataclasses.replace(place(tmp_path, items=tmp_path / "items"), key={"weights": key})
+    at = dataclasses.replace(place(tmp_path, results_dir=tmp_path / "results"), key={"weights": key})
     found = settings(**fields).open(at)(counted(passes), params, {})
     return found["overlap_count"], len(passes)
 
@@ -208,11 +209,11 @@ def test_a_damaged_state_and_a_record_that_can_be_read_again_begin_the_pass_anew
 
   def run():
     passes = []
-    run = settings(max_bad_fraction=0.4).open(place(tmp_path, items=tmp_path / "items"))
+    run = settings(max_bad_fraction=0.4).open(place(tmp_path, results_dir=tmp_path / "results"))
     return run(counted(passes), params, {})["overlap_count"], len(passes), capsys.readouterr().err
 
   assert run()[:2] == (0, 3) and run()[:2] == (0, 0)
-  state = tmp_path / "items" / "nearest.json"
+  state = tmp_path / "results" / "nearest.json"
   state.write_text(state.read_text().replace('"done": 9', '"done": 8'))
   count, passes, told = run()
   assert (count, passes) == (0, 2) and "its checksum does not fit" in told  # both batches of the training data
@@ -227,7 +228,7 @@ def test_the_state_is_saved_now_and_then(data, tmp_path, monkeypatch):
   saved, save = [], contamination._save
   monkeypatch.setattr(contamination, "_save", lambda path, state: (saved.append(state["done"]), save(path, state)))
   params = embeddings([[1, 0, 0]], np.random.default_rng(0).normal(size=(50, 3)))
-  settings().open(place(tmp_path, items=tmp_path / "items"))(PREDICT, params, {})
+  settings().open(place(tmp_path, results_dir=tmp_path / "results"))(PREDICT, params, {})
   assert saved == [16, 32, 48, 50]
 
 

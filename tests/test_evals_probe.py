@@ -121,7 +121,7 @@ def test_a_validation_set_is_chosen_on_and_then_learnt_from(tmp_path):
   x, y = (np.concatenate(parts) for parts in zip(part("train"), part("validation"), strict=True))
   seen, labels = part("test")
   assert metrics["accuracy"] == np.mean(theirs(x, y, metrics["strength"])(seen) == labels)
-  assert (metrics["train"], metrics["validation"], metadata["validation"]["items"]) == (200, 60, 60)
+  assert (metrics["train"], metrics["validation"], metadata["validation"]["num_examples"]) == (200, 60, 60)
 
 
 def test_few_shot_is_the_mean_over_draws_and_zero_shot_stands_beside(tmp_path):

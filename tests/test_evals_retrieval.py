@@ -115,12 +115,12 @@ def test_an_image_that_cannot_be_read_takes_its_captions_with_it(made, tmp_path)
   whole = [{"text": "a", "texts": ("a", "b")}, {"text": "c"}, {"text": "d", "texts": ("d", "e")}]
   made([whole[0], {"text": "f", "texts": ("f", "g"), "broken": True}, whole[1], {"lost": True},
         {"text": "h", "broken": True}, whole[2]])
-  run = config(Retrieval, max_bad_fraction=0.5).open(dataclasses.replace(context(), items=str(tmp_path)))
+  run = config(Retrieval, max_bad_fraction=0.5).open(dataclasses.replace(context(), results_dir=str(tmp_path)))
   found = run(PREDICT, tables(scores, np.eye(8)), {})
   assert found == {"i2t_r1": pytest.approx(1 / 3), "t2i_r1": pytest.approx(1 / 5), "images": 3, "captions": 5}
   metadata = run.metadata()
-  assert (metadata["items"], metadata["covered"], metadata["damaged"]) == (6, 3, 3) and metadata["prompt"] == "{}"
-  with pytest.raises(UserError, match="of 6 items cannot be used"):
+  assert [metadata[k] for k in ("num_examples", "covered", "damaged", "prompt")] == [6, 3, 3, "{}"]
+  with pytest.raises(UserError, match="of 6 examples cannot be used"):
     config(Retrieval, max_bad_fraction=0.4).open(context())(PREDICT, tables(scores, np.eye(8)), {})
   made([{"text": "a", "broken": True}])
   with pytest.raises(UserError, match=r"cannot be read|none of the images"):
@@ -163,11 +163,11 @@ def test_what_was_embedded_before_a_kill_is_not_embedded_again(made, tmp_path):
     left[0] -= 1
     return left[0] < 0
 
-  first = config(Retrieval).open(dataclasses.replace(context(stop=stop), items=str(tmp_path / "x")))
+  first = config(Retrieval).open(dataclasses.replace(context(stop=stop), results_dir=str(tmp_path / "x")))
   with pytest.raises(Stopped):
     first(PREDICT, params, {})
   wrong = {**params, "image": np.where(np.arange(40)[:, None] < 24, 0, params["image"])}  # read only where not embedded
-  again = config(Retrieval).open(dataclasses.replace(context(), items=str(tmp_path / "x")))
+  again = config(Retrieval).open(dataclasses.replace(context(), results_dir=str(tmp_path / "x")))
   assert again(PREDICT, wrong, {}) == whole
   assert len(whole) == 8
 
@@ -198,7 +198,7 @@ def test_files_of_captions_with_damage_give_the_metrics_of_those_without(write, 
     found.append(run(predict, params, {}))
     metadata.append(run.metadata())
   assert found[0] == found[1] and 0 < found[0]["i2t_r10"] < 1
-  assert metadata[0]["covered"] == metadata[0]["items"] == metadata[1]["covered"] == found[0]["images"]
+  assert metadata[0]["covered"] == metadata[0]["num_examples"] == metadata[1]["covered"] == found[0]["images"]
   assert metadata[1]["damaged"] == len(written.damage) + len(written.unreadable) and metadata[0]["damaged"] == 0
   for id_ in (*written.damage, *written.unreadable):
     assert sum(id_ + ":" in line for line in metadata[1]["damage"]) >= 1
@@ -267,7 +267,7 @@ def test_a_perfect_model_has_a_recall_of_1_on_data_with_a_record_a_caption(tmp_p
   found = runs(predict, {"v": vectors, "sums": np.array(pixels, np.int32)}, {})
   assert found == {"i2t_r1": 1, "i2t_r5": 1, "i2t_r10": 1, "t2i_r1": 1, "t2i_r5": 1, "t2i_r10": 1, "images": 12,
                    "captions": 60}
-  assert "60 records show 12 images" in capsys.readouterr().err and runs.metadata()["items"] == 12
+  assert "60 records show 12 images" in capsys.readouterr().err and runs.metadata()["num_examples"] == 12
 
 
 def test_a_row_that_cannot_be_read_is_named_and_the_others_of_its_image_count(tmp_path):

@@ -51,8 +51,9 @@ def of(*names):
   return {"image": np.array(embed_text({}, {}, jnp.array(tokenizer(list(names), LENGTH))))}
 
 
-def shift(set_, items="", **fields):
-  return config(Robustness, dataset=set_, **fields).open(dataclasses.replace(context(length=LENGTH), items=items))
+def shift(set_, results_dir="", **fields):
+  where = dataclasses.replace(context(length=LENGTH), results_dir=results_dir)
+  return config(Robustness, dataset=set_, **fields).open(where)
 
 
 def metrics(set_, names, **fields):
@@ -110,13 +111,13 @@ def test_only_the_classes_of_a_set_are_to_choose_from(words, made):
   run = shift("imagenet_a")
   assert run(PREDICT, params, {})["top1"] == 1
   metadata = run.metadata()
-  assert [metadata[k] for k in ("items", "of_other_classes", "classes", "set")] == [2, 1, 200, "imagenet_a"]
+  assert [metadata[k] for k in ("num_examples", "of_other_classes", "classes", "set")] == [2, 1, 200, "imagenet_a"]
 
 
 def test_a_class_of_several_scores_as_the_best_of_them(made, tmp_path):
   # Chess pieces are no class that ImageNet has.
   made([{"label": 0}, {"label": 0}, {"label": 2}, {"label": 1}], classes=("alarm_clock", "banana", "chess_piece"))
-  run = shift("objectnet", items=str(tmp_path))
+  run = shift("objectnet", results_dir=str(tmp_path))
   found = run(PREDICT, of("digital clock", "alarm clock", "tench", "analog clock"), {})
   lines = [json.loads(line) for line in (tmp_path / "images.jsonl").read_text().splitlines()][1:]
   names = classes_of("objectnet").names
@@ -126,7 +127,7 @@ def test_a_class_of_several_scores_as_the_best_of_them(made, tmp_path):
   for kind in ("", "_own"):
     assert found[f"top1{kind}"] == np.mean([line[f"rank{kind}"] == 0 for line in lines])
   assert set(found) == {"top1", "top1_own", "count"} and found["count"] == 3
-  assert (run.metadata()["items"], run.metadata()["of_other_classes"], run.metadata()["border"]) == (3, 1, 2)
+  assert (run.metadata()["num_examples"], run.metadata()["of_other_classes"], run.metadata()["border"]) == (3, 1, 2)
 
 
 def test_the_red_frame_of_objectnet_is_cut_off(made):

@@ -81,7 +81,7 @@ def test_figures_are_those_counted_by_hand(install):
     "accuracy_0shot/number": pytest.approx(0.9), "accuracy_0shot/other": 0.0}
   metadata = found.metadata()
   assert metadata["answer_types"] == {"number": 1, "other": 1, "yes/no": 2}
-  assert (metadata["prompt"], metadata["items"], metadata["covered"]) == ("Q: {} A:", 4, 4)
+  assert (metadata["prompt"], metadata["num_examples"], metadata["covered"]) == ("Q: {} A:", 4, 4)
   assert "examples" not in metadata
   json.dumps(metadata)
 
@@ -213,9 +213,9 @@ def lines(path):
 @pytest.mark.long
 def test_answers_are_those_of_the_command(model, data, tmp_path):
   s, params = model
-  found, metadata = run(model, evaluation(data), items=str(tmp_path / "items"))
+  found, metadata = run(model, evaluation(data), results_dir=str(tmp_path / "results"))
   kinds = {"": ("", False), "@other": ("other", False), "@blind_text": ("", True), "@blind_zeros": ("", False)}
-  assert sorted(os.listdir(tmp_path / "items")) == sorted(
+  assert sorted(os.listdir(tmp_path / "results")) == sorted(
     f"{name}{kind}.jsonl" for name in ("0shot", "2shot_seed0", "2shot_seed1") for kind in kinds)
   black = str(tmp_path / "black.png")
   Image.new("RGB", (32, 32)).save(black)
@@ -236,12 +236,12 @@ def test_answers_are_those_of_the_command(model, data, tmp_path):
       shots = [{"image": shown("train2014", i, kind), "question": notes["train2014"][i]["text"],
                 "answer": notes["train2014"][i]["answer"]} for i in map(train.index, drawn)]
       want = [written.text for written in answers(captioners[key], questions, shots)]
-      kept = lines(tmp_path / "items" / f"{file}{kind}.jsonl")
+      kept = lines(tmp_path / "results" / f"{file}{kind}.jsonl")
       assert [r["raw"].partition("\n")[0].strip() for r in kept] == want
       assert [r["id"] for r in kept] == [note["id"] for note in notes["val2014"]]
       different.add(tuple(want))
   assert len(different) == 8  # the kinds and the examples count
-  assert lines(tmp_path / "items" / "2shot_seed0.jsonl") != lines(tmp_path / "items" / "2shot_seed1.jsonl")
+  assert lines(tmp_path / "results" / "2shot_seed0.jsonl") != lines(tmp_path / "results" / "2shot_seed1.jsonl")
   assert {k.partition("@")[2] for k in found} == {"", "other", "blind_text", "blind_zeros"}
   assert {k for k in found if "_sd" in k} == {f"accuracy_2shot_sd{kind}" for kind in kinds}
 
@@ -249,10 +249,10 @@ def test_answers_are_those_of_the_command(model, data, tmp_path):
 WORDS = ("yes", "no", "0", "3", "five", "seven", "a digit", "digit")
 
 
-def by_script(folder, train=None, *, stop=lambda: False, items="", **fields):
+def by_script(folder, train=None, *, stop=lambda: False, results_dir="", **fields):
   """Returns (metrics, metadata) of a model that says something else of each grey."""
   found = evaluation(folder, train, metrics=("accuracy",), shots=(0, 1, 2), **fields).open(dataclasses.replace(
-    context(stop=stop, items=str(items)), length=64,
+    context(stop=stop, results_dir=str(results_dir)), length=64,
     transform=transforms.captioning({"image": transforms.ResizeCrop(8, "center")}, ByteTokenizer(), 64)))
   texts = [WORDS[i % len(WORDS)] for i in range(2**11)]
   return found(scripted(texts, texts), {}, {}), found.metadata()
@@ -262,17 +262,17 @@ def test_hostile_files_change_no_metric(data, tmp_path, capsys):
   written = write_vqa2(tmp_path, 4, hostile=True)
   metrics, metadata = by_script(tmp_path, data, max_bad_fraction=0.5)
   assert metrics == by_script(data)[0] and 0 < metrics["accuracy_0shot"] < 1
-  assert metadata["covered"] == 12 and metadata["items"] == written.records + len(written.damage)
+  assert metadata["covered"] == 12 and metadata["num_examples"] == written.records + len(written.damage)
   told = capsys.readouterr().err.splitlines()
   for name in (*written.damage, *written.unreadable):
     assert len([line for line in told if f"{name}: " in line]) == 1
   assert len(told) == len(written.damage) + len(written.unreadable) == metadata["damaged"]
-  with pytest.raises(UserError, match=r"evaluation 'vqa2': 6 of 20 items cannot be used, more than its `max_bad"):
+  with pytest.raises(UserError, match=r"evaluation 'vqa2': 6 of 20 examples cannot be used, more than its `max_bad"):
     by_script(tmp_path, data)
 
 
 def test_an_evaluation_that_was_killed_goes_on_to_the_same_metrics(data, tmp_path):
-  whole = by_script(data, items=tmp_path / "whole")
+  whole = by_script(data, results_dir=tmp_path / "whole")
   for after in (2, 5, 4):
     left = [after]
 
@@ -281,10 +281,11 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_metrics(data, tmp_pat
       return left[0] < 0
 
     with pytest.raises(Stopped):
-      by_script(data, items=tmp_path / "parts", stop=stop)
-  assert by_script(data, items=tmp_path / "parts") == whole
+      by_script(data, results_dir=tmp_path / "parts", stop=stop)
+  assert by_script(data, results_dir=tmp_path / "parts") == whole
   for name in os.listdir(tmp_path / "whole"):
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
   # Other examples are other results, and what was kept is not taken for them.
   write_vqa2(tmp_path / "other", 6, "train2014")
-  assert by_script(data, tmp_path / "other", items=tmp_path / "parts")[0] == by_script(data, tmp_path / "other")[0]
+  other = tmp_path / "other"
+  assert by_script(data, other, results_dir=tmp_path / "parts")[0] == by_script(data, other)[0]

@@ -162,7 +162,7 @@ def test_figures_of_several_splits_are_averaged(tmp_path):
   assert found == {"top1": pytest.approx((1 / 2 + 1 + 0) / 3), "mean_per_class": pytest.approx((1 / 2 + 1 + 0) / 3),
                    "count": 4}
   metadata = run.metadata()
-  assert (metadata["items"], metadata["covered"], metadata["damaged"], metadata["split"]) == (4, 4, 0, source.split)
+  assert [metadata[k] for k in ("num_examples", "covered", "damaged", "split")] == [4, 4, 0, source.split]
   assert len(metadata["data"]) == 16 and json.loads(json.dumps(metadata)) == metadata
 
 
@@ -176,7 +176,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, made):
     left[0] -= 1
     return left[0] < 0
 
-  kept = dataclasses.replace(context(stop=stop), items=str(tmp_path))
+  kept = dataclasses.replace(context(stop=stop), results_dir=str(tmp_path))
   with pytest.raises(Stopped):
     config(ZeroShot).open(kept)(PREDICT, params, {})
   lines = (tmp_path / "images.jsonl").read_text().splitlines()

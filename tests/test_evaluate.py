@@ -129,7 +129,7 @@ def run(request, tmp_path_factory, data):
 
 
 def lines(workdir):
-  """Returns the number of results of items that are on disk."""
+  """Returns the number of results of examples that are on disk."""
   return sum(path.read_bytes().count(b"\n") for path in Path(workdir, "evaluation").rglob("*.jsonl"))
 
 
@@ -141,7 +141,7 @@ def test_every_evaluation_runs_on_the_real_layouts_and_says_what_it_left_out(run
   assert found["failed"] == {} and found["evaluations"].keys() == config.evals.keys()
   for name, e in found["evaluations"].items():
     metadata = e["metadata"]
-    assert e["metrics"] and metadata["covered"] == metadata["items"] - metadata["damaged"] > 0, name
+    assert e["metrics"] and metadata["covered"] == metadata["num_examples"] - metadata["damaged"] > 0, name
     assert metadata["damaged"] > 0, name
     for line in metadata["damage"]:  # each named once, by the evaluation
       assert run.err.count(f"{name}: {line}\n") >= 1 and metadata["damage"].count(line) == 1, line

@@ -35,11 +35,11 @@ VQA = {
   "NFRN50": "27.63 37.51 38.58 39.17", "CLIP": "33.33 39.93 40.82 40.34"}
 
 
-def entry(evaluation, metrics, covered=100, items=100, protocol=(), **metadata):
+def entry(evaluation, metrics, covered=100, num_examples=100, protocol=(), **metadata):
   """Returns one evaluation of results.json."""
   return {"evaluation": evaluation, "metrics": metrics, "protocol": {"name": evaluation, **dict(protocol)},
-          "metadata": {"source": "made", "split": "val", "data": "0123456789abcdef", "items": items, "covered": covered,
-                    "damaged": items - covered, **metadata}}
+          "metadata": {"source": "made", "split": "val", "data": "0123456789abcdef", "num_examples": num_examples,
+                       "covered": covered, "damaged": num_examples - covered, **metadata}}
 
 
 def results(name="limber_clip", evaluations=(), model="", **changes):
@@ -52,8 +52,8 @@ def results(name="limber_clip", evaluations=(), model="", **changes):
 def limber(name, cider=0.5485, shots0=0.333333):
   """Returns the results of a run of LiMBeR."""
   return results(name, {
-    "coco": entry("captions", {"cider_d": cider, "clip_s": 0.7, "cider_d@blind": 0.011}, items=5000, covered=4998,
-                  damage=["val/1.jpg: cut short", "val/2.jpg: no | image"]),
+    "coco": entry("captions", {"cider_d": cider, "clip_s": 0.7, "cider_d@blind": 0.011}, num_examples=5000,
+                  covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"]),
     "vqa2": entry("vqa", {"accuracy_0shot": shots0, "accuracy_4shot": 0.4, "accuracy_0shot@blind_text": 0.2})})
 
 
@@ -123,7 +123,7 @@ def test_every_published_metric_is_a_percentage_of_a_known_model_and_data_set():
     assert table.certainty in book.certainty and table.where
     assert set(table.rows) <= set(book.models)
     assert {c.split("/")[0] for c in table.columns} <= set(book.data)
-    assert set(table.items) | set(table.split) <= {c.split("/")[0] for c in table.columns}
+    assert set(table.num_examples) | set(table.split) <= {c.split("/")[0] for c in table.columns}
     assert all(0 < v <= 100 for row in table.rows.values() for v in row.values())
 
 
@@ -187,7 +187,8 @@ def test_a_run_is_first_and_the_paper_is_beneath():
 def test_results_of_an_earlier_release_give_the_same_report():
   now = results(evaluations={"coco": entry("captions", {"cider_d": 0.5}), "awa2": entry("class_mention", {"right": 1})})
   text = json.dumps(now)
-  for new, old in (("metrics", "figures"), ("metadata", "facts"), ("class_mention", "naming")):
+  for new, old in (("metrics", "figures"), ("metadata", "facts"), ("num_examples", "items"),
+                   ("class_mention", "naming")):
     assert f'"{new}"' in text
     text = text.replace(f'"{new}"', f'"{old}"')
   assert report.report(runs(json.loads(text))) == report.report(runs(now))
@@ -196,12 +197,12 @@ def test_results_of_an_earlier_release_give_the_same_report():
 def test_what_metrics_rest_on_is_told():
   text = report.report(runs(results("limber_clip", {
     "coco": entry("captions", {"cider_d": 0.5, "count": 4998.0, "strength": 0.0123456, "cider_d/in@other": 0.25},
-                  items=5000, covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"],
+                  num_examples=5000, covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"],
                   protocol={"source.split": "karpathy_test", "metrics": ["cider_d", "spice"], "scorer": "",
                             "seeds": [1]},
                   prompts=[f"a photo {i}" for i in range(80)])},
     failed={"nocaps": "data/nocaps: no such | file"})))
-  assert "Metrics of 4,998 of 5,000 items, 2 damaged." in text
+  assert "Metrics of 4,998 of 5,000 examples, 2 damaged." in text
   assert "Damaged:\n\n- val/1.jpg: cut short\n- val/2.jpg: no \\| image" in text
   assert cells(text, "coco: captions")[:5] == [
     ["metric", "value", "other"], ["CIDEr-D", "50.0", "–"], ["count", "4,998", "–"], ["strength", "0.01235", "–"],
@@ -233,9 +234,9 @@ def test_vqa_by_type_and_deviations_are_in_the_papers_unit():
 
 def test_another_number_of_items_than_the_published_is_told():
   text = report.report(runs(results("limber_clip", {"vqa2": entry("vqa", {"accuracy_0shot": 0.3})})))
-  assert "Metrics of 100 of 100 items. Published numbers are of 214,354 (LiMBeR paper)." in text
+  assert "Metrics of 100 of 100 examples. Published numbers are of 214,354 (LiMBeR paper)." in text
   whole = report.report(runs(results("limber_clip", {"vqa2": entry("vqa", {"accuracy_0shot": 0.3}, 214354, 214354)})))
-  assert "214,354 of 214,354 items." in whole and "Published numbers are of" not in whole
+  assert "214,354 of 214,354 examples." in whole and "Published numbers are of" not in whole
 
 
 def test_how_certain_published_metrics_are_is_told_of_those_shown_only():

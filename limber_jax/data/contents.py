@@ -1,11 +1,11 @@
 """What a source's files hold, told cheaply: a digest of their state that changes whenever one of them is written.
 
-Results of items are kept by this beside `Source.fingerprint`, which says *which* data they are, wherever these lie, and
-looks at no image. The state of a file is its size and the times, in nanoseconds, at which it was last written and at
-which anything of it was changed (mtime and ctime). Bytes are not read: of ImageNet's validation set that would be 6 GB
-before each start. mtime alone would not do: `cp -p`, tar and rsync set it, so that an image may be put in another's
-place with the same size and time, and nobody can set ctime. The price: data that were copied elsewhere, restored or
-whose permissions were changed are measured anew, which is never wrong. The names count by their order alone.
+Results are kept by this beside `Source.fingerprint`, which says *which* data they are, wherever these lie, and looks at
+no image. The state of a file is its size and the times, in nanoseconds, at which it was last written and at which
+anything of it was changed (mtime and ctime). Bytes are not read: of ImageNet's validation set that would be 6 GB before
+each start. mtime alone would not do: `cp -p`, tar and rsync set it, so that an image may be put in another's place with
+the same size and time, and nobody can set ctime. The price: data that were copied elsewhere, restored or whose
+permissions were changed are measured anew, which is never wrong. The names count by their order alone.
 """
 
 import hashlib

@@ -39,9 +39,9 @@ from limber_jax.runtime.parallel import (
 from limber_jax.runtime.signals import Interrupted
 
 CHUNK = 2**24  # scores held at a time: 64 MB
-NAMED = 20     # damaged items that `Runner.metadata` names
+NAMED = 20     # damaged examples that `Runner.metadata` names
 
-# What of an Evaluation changes no result of an item, or changes its data, whose fingerprint is looked at instead.
+# What of an Evaluation changes no result of an example, or changes its data, whose fingerprint is looked at instead.
 _NOT_IN_KEY = ("every", "max_bad_fraction", "metrics", "source.path", "source.images", "train.path", "train.images",
                "validation.path", "validation.images", "scorer", "scorer_model")
 
@@ -66,7 +66,7 @@ class Context:
   workers: int = 0                          # Grain processes that read; 0 reads in threads
   threads: int = 8                          # reading threads a process
   name: str = ""                            # of the evaluation, in the experiment
-  items: str = ""                           # directory where results of items are kept; "" keeps none
+  results_dir: str = ""                     # directory where results of examples are kept; "" keeps none
   key: dict[str, Any] = field(default_factory=dict)  # what they depend on beside evaluation and data, plain JSON
   images: ImageOptions = PLAIN              # which image files are read, and which way up
 
@@ -92,7 +92,8 @@ class Runner:
     self.config, self.context = config, context
     self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
     # Looked at when the data are opened, and not when results are kept: what is changed in between shows next time.
-    self.contents = broadcast_from_process_0(partial(contents_of, self.source, config.source)) if context.items else ""
+    look = partial(contents_of, self.source, config.source)
+    self.contents = broadcast_from_process_0(look) if context.results_dir else ""
     self._lists = {name: found for name in config.files if (found := of_list(getattr(config, name)))}
     self.source = by_image(self.source) if grouped else self.source
     for note in getattr(self.source, "notes", ()):
@@ -121,34 +122,34 @@ class Runner:
       function: (params, stats, batch) -> arrays [B, ...] by name, pure. The batch is what the transform gives, stacked,
         and "index" int32 [B].
       params, stats: on the mesh, or numpy arrays.
-      record: one item's arrays -> what is kept of it, plain JSON.
+      record: one example's arrays -> what is kept of it, plain JSON.
       keep: names of arrays that are kept as they are, in float32.
       shared: the results depend on no setting of the evaluation but its data, and other evaluations may take them.
       program: what function computes, `name` if ""; functions of one program are jitted once.
 
     Raises:
-      UserError: more than config.max_bad_fraction of the items cannot be read; the message names the first.
+      UserError: more than config.max_bad_fraction of the examples cannot be read; the message names the first.
       Stopped: between two batches, the run was asked to end.
     """
     n, size, context = len(self.source), self._batch_size, self.context
     key = self._key(name, shared)
-    items = ResultStore(self._path(name, key, shared), key, size, n, keep, shared=shared)
-    self._recheck(items)
+    results = ResultStore(self._path(name, key, shared), key, size, n, keep, shared=shared)
+    self._recheck(results)
 
     def run(params, stats, batch):
       return batch.pop("real"), function(params, stats, batch)
 
     try:
-      with self._progress(name, n, items.done) as bar, pipeline.eval_batches(
-          self.source, self.transform, batch_size=size, rows=self._rows, indices=np.arange(items.done, n), damage=True,
-          workers=context.workers, threads=context.threads) as batches:
-        while items.done < n:
+      with self._progress(name, n, results.done) as bar, pipeline.eval_batches(
+          self.source, self.transform, batch_size=size, rows=self._rows, indices=np.arange(results.done, n),
+          damage=True, workers=context.workers, threads=context.threads) as batches:
+        while results.done < n:
           batch = self._next(batches)
           reasons = batch.pop("damage")
           batch["index"] = batch["index"].astype(np.int32)
           local = dict(zip(batch["index"].tolist(), reasons.tolist(), strict=True))
           real, out = self._call(program or name, run, params, stats, batch)
-          first, count = items.done, min(size, n - items.done)
+          first, count = results.done, min(size, n - results.done)
           lines = {}
           if not real[:count].all():
             for part in allgather_objects([[i, reason] for i, reason in local.items() if reason]):
@@ -156,33 +157,33 @@ class Runner:
           for row in np.flatnonzero(real[:count]).tolist():
             found = record({k: v[row] for k, v in out.items()})
             lines[first + row] = {"index": first + row, "id": self._id(first + row), **found}
-          items.append([lines[i] for i in sorted(lines)], {k: out[k][:count][real[:count]] for k in keep})
+          results.append([lines[i] for i in sorted(lines)], {k: out[k][:count][real[:count]] for k in keep})
           for line in lines.values():
             if "reason" in line:
               self._found(line)
           bar.update(count)
     finally:
-      items.close()
-    return items.collected()
+      results.close()
+    return results.collected()
 
   def metadata(self) -> dict[str, Any]:
-    """Returns {"source", "split", "data": fingerprint, "items", "covered", "damaged", "damage": [the first few]}."""
+    """Returns {"source", "split", "data": digest, "num_examples", "covered", "damaged", "damage": [the first few]}."""
     total, damaged = len(self.source) + self._annotations, len(self._damage)
     return {"source": self.config.source.name, "split": self.config.source.split, "data": self.source.fingerprint(),
-            "items": total, "covered": total - damaged, "damaged": damaged,
+            "num_examples": total, "covered": total - damaged, "damaged": damaged,
             "damage": self._damage[:NAMED]}
 
-  def _recheck(self, items: ResultStore) -> None:
+  def _recheck(self, results: ResultStore) -> None:
     """Takes results that were kept for what they are: what could not be read then may be there by now."""
-    if items.flaw:
-      self._say(items.flaw)
+    if results.flaw:
+      self._say(results.flaw)
     try:
-      if (back := self.readable([line["index"] for line in items.collected().damage])) is not None:
-        items.cut(back)
+      if (back := self.readable([line["index"] for line in results.collected().damage])) is not None:
+        results.cut(back)
     except BaseException:
-      items.close()
+      results.close()
       raise
-    for line in items.collected().damage:
+    for line in results.collected().damage:
       self._found(line)
 
   def readable(self, indices: Sequence[int]) -> int | None:
@@ -225,7 +226,7 @@ class Runner:
     total, damaged = len(self.source) + self._annotations, len(self._damage)
     if damaged > self.config.max_bad_fraction * total:
       name = self.context.name or self.config.name
-      raise UserError(f"evaluation {name!r}: {damaged} of {total} items cannot be used, more than its "
+      raise UserError(f"evaluation {name!r}: {damaged} of {total} examples cannot be used, more than its "
                       f"`max_bad_fraction` of {self.config.max_bad_fraction:.1%} allows; the first: {self._damage[0]}")
 
   def _key(self, name: str, shared: bool) -> dict[str, Any]:
@@ -237,15 +238,15 @@ class Runner:
 
   def _path(self, name: str, key: dict[str, Any], shared: bool) -> str:
     """Returns where the results are kept, "" for nowhere."""
-    directory = self.context.items
+    directory = self.context.results_dir
     if directory and shared:
       digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
       directory = os.path.join(os.path.dirname(directory), f"shared-{digest}")
     return directory and os.path.join(directory, f"{name}.jsonl")
 
   def _progress(self, name: str, total: int, done: int) -> tqdm:
-    hidden = jax.process_index() > 0 or not self.context.items
-    return tqdm(total=total, initial=done, desc=f"{self.context.name} {name}", unit=" items", dynamic_ncols=True,
+    hidden = jax.process_index() > 0 or not self.context.results_dir
+    return tqdm(total=total, initial=done, desc=f"{self.context.name} {name}", unit=" examples", dynamic_ncols=True,
                 disable=True if hidden else None)  # None: where stderr is no terminal
 
   def embed_rows(self, name: str, embed: Callable[..., Any], params: dict, stats: dict, rows: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class Captions(Evaluation):
   scorer: weights of the CLIP behind CLIPScore, anything that weights.load reads. The papers' is OpenAI's ViT-B/32.
   scorer_model: what they are of, where nothing beside them says it: a size or a configuration file, as of weights.load.
 
-  captions_NAME.png in the workdir shows the first 40 images; scores.jsonl among the items' results has a line an image.
+  captions_NAME.png in the workdir shows the first 40 images; scores.jsonl in the results' folder has a line an image.
   """
 
   name = "captions"
@@ -101,14 +101,14 @@ class CaptionsEval:
       domains = [DOMAINS[r["domain"]] if "domain" in r else "" for r in records]
       map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
       scored = broadcast_from_process_0(partial(self._score, captions, references, domains))
-      items = scored["items"]
+      scores = scored["per_image"]
       if self._scorer:
         judge = judge or self._scorer.judge(self._runner, found.index, references)
-        for item, more in zip(items, judge(captions), strict=True):
-          item |= {m: more[m] for m in self._clip_metrics}
-      parts = {"": [True] * len(items), **{f"/{d}": [x == d for x in domains] for d in DOMAINS.values()}}
+        for one, more in zip(scores, judge(captions), strict=True):
+          one |= {m: more[m] for m in self._clip_metrics}
+      parts = {"": [True] * len(scores), **{f"/{d}": [x == d for x in domains] for d in DOMAINS.values()}}
       for part, rows in parts.items():
-        inside = [item for item, there in zip(items, rows, strict=True) if there]
+        inside = [one for one, there in zip(scores, rows, strict=True) if there]
         if inside:
           own = scored["metrics"][part] | {m: math.fsum(i[m] for i in inside) / len(inside) for m in self._clip_metrics
                                            if self._scorer}
@@ -118,7 +118,7 @@ class CaptionsEval:
       self._metadata |= {"references": sum(map(len, references)), "tokenizer": scored["tokenizer"],
                          "skipped": scored["skipped"]}
       if jax.process_index() == 0:
-        self._save(found, items, map_)
+        self._save(found, scores, map_)
     return metrics
 
   def metadata(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class CaptionsEval:
 
   def _score(self, captions: Sequence[str], references: Sequence[Sequence[str]], domains: Sequence[str]
              ) -> dict[str, Any]:
-    """Returns {"metrics" (by part of the images), "items" (a dict an image), "tokenizer", "skipped"}."""
+    """Returns {"metrics" (by part of the images), "per_image" (a dict an image), "tokenizer", "skipped"}."""
     wrote = {str(row): text for row, text in enumerate(captions)}
     given = {str(row): texts for row, texts in enumerate(references)}
     whole = metric.score(wrote, given, self._metrics)
@@ -143,19 +143,19 @@ class CaptionsEval:
         part = metric.score({i: wrote[i] for i in rows}, {i: given[i] for i in rows},
                             [m for m in self._metrics if m == "cider_d"])
         metrics[f"/{domain}"] = part.metrics
-    return {"metrics": metrics, "items": list(whole.items.values()), "tokenizer": whole.tokenizer,
+    return {"metrics": metrics, "per_image": list(whole.per_image.values()), "tokenizer": whole.tokenizer,
             "skipped": whole.skipped}
 
-  def _save(self, found: Results, items: Sequence[dict[str, float]], map_: str) -> None:
+  def _save(self, found: Results, scores: Sequence[dict[str, float]], map_: str) -> None:
     """Writes the scores of each image beside its other results, and of the first map the picture."""
     context = self._runner.context
-    if context.items:
-      os.makedirs(context.items, exist_ok=True)
-      path = os.path.join(context.items, f"scores{map_}.jsonl")
+    if context.results_dir:
+      os.makedirs(context.results_dir, exist_ok=True)
+      path = os.path.join(context.results_dir, f"scores{map_}.jsonl")
       with atomic_write(path) as file:
-        for record, item in zip(found.records, items, strict=True):
+        for record, one in zip(found.records, scores, strict=True):
           kept = {key: record[key] for key in ("index", "id", "caption")}
-          file.write(json.dumps(kept | item) + "\n")
+          file.write(json.dumps(kept | one) + "\n")
     if not map_:
       shown = found.records[: SHEET[0] * SHEET[1]]
       images = [context.transform(self._runner.source[r["index"]], None)["image"] for r in shown]

@@ -161,7 +161,7 @@ class Nearest(Runner):
       Stopped: between two batches, the run was asked to end; what was done is kept, if the context has a place for it.
     """
     context, total, size = self.context, len(self.source), self._batch_size
-    path = os.path.join(context.items, "nearest.json") if context.items else ""
+    path = os.path.join(context.results_dir, "nearest.json") if context.results_dir else ""
     key = self._key("nearest", True) | {"of": of, "known": len(known)}
     state, flaw = broadcast_from_process_0(partial(_load, path, key, len(known)))
     if not flaw and (back := self.readable([line["index"] for line in state["damage"]])) is not None:

@@ -22,7 +22,7 @@ class DataSet:
 
   name: str                # as the papers write it
   source: Source           # of what is evaluated; its path is where the data are expected
-  sizes: tuple[int, int, int]  # items to train on, to validate on, to test on; 0 where there is no such split
+  sizes: tuple[int, int, int]  # examples to train on, to validate on, to test on; 0 where there is no such split
   page: str                # where it comes from
   licence: str             # the page that says what may be done with it; that of the data set where there is no other
   classes: int = 0         # 0: of no classes

@@ -262,7 +262,7 @@ def figure(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-  """Returns bool [n]: a fifth of the items of each class, to the nearest, drawn by a seed."""
+  """Returns bool [n]: a fifth of the examples of each class, to the nearest, drawn by a seed."""
   held = np.zeros(len(labels), bool)
   for rows in _shuffled(labels, seed):
     held[rows[: round(len(rows) / FIFTH)]] = True
@@ -270,7 +270,7 @@ def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int, where: str) -> np.ndarray:
-  """Returns the numbers of so many items of each class there is, int [classes × shots]; a seed's fewer are among them.
+  """Returns the numbers of so many examples of each class there is, int [classes × shots]; a seed's fewer are part.
 
   Raises:
     UserError: a class has fewer; the message begins with `where`.
@@ -284,7 +284,7 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int, where: str) -> np.ndar
 
 
 def _shuffled(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-  """Returns the numbers of the items of each class that has some, in an order of the seed."""
+  """Returns the numbers of the examples of each class that has some, in an order of the seed."""
   rng = np.random.default_rng(seed)
   return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 

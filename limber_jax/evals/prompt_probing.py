@@ -266,7 +266,7 @@ def nearest(prompt: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
 
 
 def held_out(labels: np.ndarray) -> np.ndarray:
-  """Returns bool [n], True for every fifth item of each class, the first of each included."""
+  """Returns bool [n], True for every fifth example of each class, the first of each included."""
   out = np.zeros(len(labels), bool)
   for label in np.unique(labels):
     out[np.flatnonzero(labels == label)[::5]] = True

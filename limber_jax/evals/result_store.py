@@ -1,9 +1,9 @@
-"""What an evaluation found out about each item, on disk: a killed evaluation goes on behind the last whole batch.
+"""What an evaluation found out about each example, on disk: a killed evaluation goes on behind the last whole batch.
 
-NAME.jsonl has a line {"key": …, "shapes": …} that says what the results depend on, and then a line an item, in the
-order of the data. Arrays lie beside it, rows of little-endian float32 in NAME.ARRAY.f32, one an item not damaged. Each
-line ends in "crc", the CRC-32 of all before it in the file and of the item's rows: a line that is not as it was written
-is not believed, nor is what follows it.
+NAME.jsonl has a line {"key": …, "shapes": …} that says what the results depend on, and then a line an example, in the
+order of the data. Arrays lie beside it, rows of little-endian float32 in NAME.ARRAY.f32, one an example not damaged.
+Each line ends in "crc", the CRC-32 of all before it in the file and of the example's rows: a line that is not as it was
+written is not believed, nor is what follows it.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from limber_jax.runtime.parallel import broadcast_from_process_0
 
 @dataclass(frozen=True)
 class Results:
-  """Results by item, in the order of the data, the same in every process."""
+  """Results by example, in the order of the data, the same in every process."""
 
-  records: list[dict[str, Any]]  # {"index", "id", …} of each item that could be read
+  records: list[dict[str, Any]]  # {"index", "id", …} of each example that could be read
   arrays: dict[str, np.ndarray]  # float32 [n, ...], a row for each of the records
   damage: list[dict[str, Any]]   # {"index", "id", "reason"} of the others
 
   @property
   def index(self) -> np.ndarray:
-    """The numbers of the items that could be read, int64 [n]."""
+    """The numbers of the examples that could be read, int64 [n]."""
     return np.array([r["index"] for r in self.records], np.int64)
 
 
@@ -49,8 +49,8 @@ class ResultStore:
       path: of the lines, NAME.jsonl; "" keeps nothing.
       key: what the results depend on, plain JSON.
       batch_size: the batches that follow are those of a run that never stopped.
-      total: number of items.
-      arrays: names of the arrays of each item.
+      total: number of examples.
+      arrays: names of the arrays of each example.
       shared: other commands may write the same files, with whom `Lock` is for.
 
     Raises:
@@ -77,7 +77,7 @@ class ResultStore:
 
   @property
   def done(self) -> int:
-    """The number of items that there are results of, damaged ones too."""
+    """The number of examples that there are results of, damaged ones too."""
     return len(self._records) + len(self._damage)
 
   def collected(self) -> Results:
@@ -89,7 +89,7 @@ class ResultStore:
     """Adds the results of a batch.
 
     Args:
-      lines: {"index", "id", …} of its items in order; those with a "reason" are damaged.
+      lines: {"index", "id", …} of its examples in order; those with a "reason" are damaged.
       arrays: [n, ...] of each name, of those that are not.
     """
     self._sort(lines)
@@ -100,7 +100,7 @@ class ResultStore:
       self._guarded(self._write, lines, rows)
 
   def cut(self, first: int) -> None:
-    """Takes away the results from the batch of item `first` on."""
+    """Takes away the results from the batch of example `first` on."""
     count = first // self._batch_size * self._batch_size
     lines = sorted(self._records + self._damage, key=lambda line: line["index"])[:count]
     self._records, self._damage = [], []
@@ -123,7 +123,7 @@ class ResultStore:
     try:
       return function(*args)
     except OSError as error:
-      raise UserError(f"{error.filename or self._path}: cannot keep the results of items there "
+      raise UserError(f"{error.filename or self._path}: cannot keep the results of examples there "
                       f"({error.strerror})") from error
 
   def _beside(self, name: str) -> str:
@@ -203,11 +203,11 @@ class ResultStore:
     return found, ""
 
   def _told(self, lines: int) -> str:
-    again = f"items from number {(lines - 1) // self._batch_size * self._batch_size} on" if lines else "all items"
+    again = f"examples from number {(lines - 1) // self._batch_size * self._batch_size} on" if lines else "all examples"
     return f"{self._path}, line {lines + 1}: not as it was written, or its arrays are not; {again} are measured again"
 
   def _truncate(self, count: int, shapes: dict[str, Sequence[int]], readable: int | None = None) -> None:
-    """Cuts the files behind the first `count` items, `readable` of which have rows."""
+    """Cuts the files behind the first `count` examples, `readable` of which have rows."""
     os.truncate(self._path, self._ends[count + 1][0])
     del self._ends[count + 2 :]
     for name, shape in shapes.items():
@@ -226,7 +226,7 @@ _CRC = b', "crc": "%08x"}\n'  # what a line ends in
 
 
 def _crc(body: bytes, rows: Sequence[bytes], before: int) -> int:
-  """Returns the CRC of a line and of the rows of its item, after those of the lines before."""
+  """Returns the CRC of a line and of the rows of its example, after those of the lines before."""
   crc = zlib.crc32(body, before)
   for row in rows:
     crc = zlib.crc32(row, crc)

@@ -89,7 +89,7 @@ class Robustness(Evaluation):
   right and "pm10" that of neighbourhoods in which every frame is; "pm0_own" and "pm10_own" with the set's own class
   names. A frame with several labels may be given any of them. "count" is the number of images, or of neighbourhoods.
 
-  A neighbourhood whose anchor cannot be read is left out; of other frames those that can be read count. An item's
+  A neighbourhood whose anchor cannot be read is left out; of other frames those that can be read count. An example's
   record has its "labels" and the "rank" of the best of them, 0 where it is right.
   """
 

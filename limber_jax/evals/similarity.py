@@ -68,7 +68,7 @@ class SimilarityEval:
     return {"own": float(own.mean())}
 
   def metadata(self) -> dict[str, Any]:
-    return {**self._runner.metadata(), "items": len(self._images), "covered": len(self._images)}
+    return {**self._runner.metadata(), "num_examples": len(self._images), "covered": len(self._images)}
 
 
 def _one_of_each(source: Source, classes: int, where: str) -> dict[int, int]:

@@ -88,7 +88,7 @@ class VqaEval:
                         "such as VQA v2's train2014")
       self._train = lookup("data source", SOURCES, config.train.name)(config.train)
       key["train"] = self._train.fingerprint()
-      if context.items:
+      if context.results_dir:
         key["train_contents"] = broadcast_from_process_0(lambda: contents(self._train, config.train))
     transform = Ask(context.transform, context.tokenizer, context.length)
     self._runner = Runner(config, dataclasses.replace(context, transform=transform, key={**context.key, **key}))

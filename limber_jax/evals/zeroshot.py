@@ -50,8 +50,8 @@ class ZeroShot(OfPrompts):
     calls it otherwise, a tab and the source's word.
   source.split: with commas between, metrics are averaged over several splits, as those of UCF101 are.
 
-  Equal scores go to the class that stands first. An item's record has "label" and the "rank" of that class, 0 the best,
-  "predicted" and perhaps "group", or "labels", "difficult" and "scores".
+  Equal scores go to the class that stands first. An example's record has "label" and the "rank" of that class, 0 the
+  best, "predicted" and perhaps "group", or "labels", "difficult" and "scores".
   """
 
   name = "zeroshot"
@@ -143,7 +143,7 @@ def truth_of(records: Sequence[dict[str, Any]], classes: int) -> np.ndarray:
 
 
 def measure(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, float]:
-  """Returns the metrics of `ZeroShot` by name, and "count", from the records of its items.
+  """Returns the metrics of `ZeroShot` by name, and "count", from the records of its examples.
 
   Args:
     records: {"label", "rank", "predicted"} each, with "scores" for roc_auc and "group" for the worst of these; for
@@ -151,7 +151,7 @@ def measure(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[s
     metrics: their names.
 
   Raises:
-    UserError: the items have none of the classes, or one only, where two are compared.
+    UserError: the examples have none of the classes, or one only, where two are compared.
   """
   try:
     return _measure(records, metrics)

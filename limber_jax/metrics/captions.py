@@ -37,7 +37,7 @@ class Scores:
   """What captions got: CIDEr-D from 0 to 10, all others from 0 to 1."""
 
   metrics: dict[str, float]           # by metric, of all images together
-  items: dict[str, dict[str, float]]  # by id and metric; where SPICE cannot tell, the image has none
+  per_image: dict[str, dict[str, float]]  # by id and metric; where SPICE cannot tell, the image has none
   tokenizer: str                      # java: the Stanford tokenizer | python: limber_jax.metrics.ptb
   skipped: dict[str, str]             # metric -> why it is not there
 
@@ -95,7 +95,7 @@ def score(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
   wanted = [m for m in metrics if m in found]
   return Scores(
     metrics={m: float(found[m][0]) for m in wanted},
-    items={i: {m: float(found[m][1][row]) for m in wanted if math.isfinite(found[m][1][row])}
+    per_image={i: {m: float(found[m][1][row]) for m in wanted if math.isfinite(found[m][1][row])}
            for row, i in enumerate(ids)},
     tokenizer="java" if java else "python", skipped=skipped)
 

@@ -4,17 +4,17 @@ import numpy as np
 
 
 def top(ranks: np.ndarray, k: int) -> float:
-  """Returns the share of items whose right class is among the first k.
+  """Returns the share of examples whose right class is among the first k.
 
   Args:
-    ranks: int [N], of each item's right class, 0 the best.
+    ranks: int [N], of each example's right class, 0 the best.
     k: classes.
   """
   return float(np.mean(ranks < k))
 
 
 def mean_per_class(labels: np.ndarray, right: np.ndarray) -> float:
-  """Returns the share of items that are right, averaged over the classes that have items.
+  """Returns the share of examples that are right, averaged over the classes that have examples.
 
   Args:
     labels: int [N].
@@ -25,7 +25,7 @@ def mean_per_class(labels: np.ndarray, right: np.ndarray) -> float:
 
 
 def f1_macro(labels: np.ndarray, predicted: np.ndarray) -> float:
-  """Returns the F1 score, averaged over the classes that have items; of a class that nothing was right of, 0.
+  """Returns the F1 score, averaged over the classes that have examples; of a class that nothing was right of, 0.
 
   Args:
     labels: int [N].
@@ -39,7 +39,7 @@ def f1_macro(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def worst_group(groups: np.ndarray, right: np.ndarray) -> float:
-  """Returns the share of items that are right, in the group that has the least.
+  """Returns the share of examples that are right, in the group that has the least.
 
   Args:
     groups: int [N].
@@ -52,12 +52,12 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
   """Returns the 11-point interpolated average precision of one class, as PASCAL VOC 2007 defines it.
 
   It is the mean over the recalls 0, 0.1, …, 1 of the highest precision that is had at this recall or a higher one, 0
-  where it is not reached. Items are sorted by score, equal ones as they come; what is not a number comes last and finds
-  nothing.
+  where it is not reached. Examples are sorted by score, equal ones as they come; what is not a number comes last and
+  finds nothing.
 
   Args:
     scores: float [N].
-    truth: int [N]: 1 the class is there, -1 it is not, 0 only difficult objects of it are: these items do not count.
+    truth: int [N]: 1 the class is there, -1 it is not, 0 only difficult objects of it are: these examples do not count.
 
   Raises:
     ValueError: nowhere is the class there.
@@ -91,9 +91,9 @@ def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def mean_area(scores: np.ndarray, truth: np.ndarray) -> float:
-  """Returns the mean over classes of the average precision at each right item, 0 of a class that is nowhere.
+  """Returns the mean over classes of the average precision at each right example, 0 of a class that is nowhere.
 
-  Items are sorted by score, equal ones as they come; what is not a number comes last and finds nothing.
+  Examples are sorted by score, equal ones as they come; what is not a number comes last and finds nothing.
 
   Args:
     scores: float [N, C].
@@ -114,7 +114,7 @@ def mean_area(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the area under the ROC curve: how often an item of class 1 has a higher score than one of class 0.
+  """Returns the area under the ROC curve: how often an example of class 1 has a higher score than one of class 0.
 
   Equal scores count a half, what is not a number loses.
 
@@ -123,7 +123,7 @@ def roc_auc(scores: np.ndarray, labels: np.ndarray) -> float:
     labels: int [N], 0 or 1.
 
   Raises:
-    ValueError: one of the classes has no items.
+    ValueError: one of the classes has no examples.
   """
   one, zero = scores[labels == 1], np.sort(scores[(labels == 0) & ~np.isnan(scores)])
   pairs = len(one) * np.count_nonzero(labels == 0)

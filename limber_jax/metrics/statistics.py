@@ -14,12 +14,12 @@ def interval(right: int, count: int, level: float = 0.995) -> tuple[float, float
   """Returns Clopper and Pearson's interval of an accuracy: it holds the true one with at least the probability `level`.
 
   Args:
-    right: items that are right.
-    count: all items, at least 1.
+    right: examples that are right.
+    count: all examples, at least 1.
     level: CLIP's is 0.995.
 
   Raises:
-    ValueError: `right` is none of 0 … count, there are no items, or the level is none between 0 and 1.
+    ValueError: `right` is none of 0 … count, there are no examples, or the level is none between 0 and 1.
   """
   _check(right, count)
   if not 0 < level < 1:
@@ -31,12 +31,12 @@ def interval(right: int, count: int, level: float = 0.995) -> tuple[float, float
 
 
 def at_least(right: int, count: int, accuracy: float) -> float:
-  """Returns the probability of `right` or more of `count` items where each is right with the probability `accuracy`.
+  """Returns the probability of `right` or more of `count` examples where each is right with the probability `accuracy`.
 
-  This is the p-value of the exact one-sided binomial test: small where the items are easier than chance explains.
+  This is the p-value of the exact one-sided binomial test: small where the examples are easier than chance explains.
 
   Raises:
-    ValueError: `right` is none of 0 … count, there are no items, or the accuracy is none of 0 … 1.
+    ValueError: `right` is none of 0 … count, there are no examples, or the accuracy is none of 0 … 1.
   """
   _check(right, count)
   if not 0 <= accuracy <= 1:
@@ -102,4 +102,4 @@ def gap_cut(accuracy: float, shifted: float, line: Line) -> float:
 
 def _check(right: int, count: int) -> None:
   if not 0 <= right <= count or count < 1:
-    raise ValueError(f"{right} right of {count}: wanted at least one item, and 0 to all of them right")
+    raise ValueError(f"{right} right of {count}: wanted at least one example, and 0 to all of them right")

@@ -11,12 +11,12 @@ from limber_jax.reports.runs import Run, label_of
 from limber_jax.reports.tables import PANELS
 from limber_jax.reports.text import NONE, escape, flat, markdown, name_of, shown
 
-NAMED = 20  # damaged items that are named
+NAMED = 20  # damaged examples that are named
 
 
 def _covered(metadata: Mapping[str, Any]) -> str:
   """Returns "4,998 of 5,000", or – where the results do not say."""
-  counts = [metadata.get(key) for key in ("covered", "items")]
+  counts = [metadata.get(key) for key in ("covered", "num_examples")]
   return " of ".join(f"{n:,}" if isinstance(n, int) else NONE for n in counts) if any(counts) else NONE
 
 
@@ -44,7 +44,7 @@ def rest(runs: Sequence[Run]) -> list[str]:
       metadata = evaluation["metadata"]
       rows.append((label_of(run, runs), run.results["step"], run.results["seed"], name, metadata.get("split", NONE),
                    _covered(metadata), metadata.get("damaged", NONE), str(metadata.get("data", NONE))[:12]))
-  header = ("run", "step", "seed", "evaluation", "split", "items", "damaged", "data")
+  header = ("run", "step", "seed", "evaluation", "split", "examples", "damaged", "data")
   return ["## What the metrics rest on", markdown(header, rows)] if rows else []
 
 
@@ -55,7 +55,7 @@ def details(run: Run) -> list[str]:
     metadata, kind = evaluation["metadata"], evaluation["evaluation"]
     blocks.append(f"## {escape(name)}: {escape(kind)}")
     damaged = metadata.get("damaged")
-    blocks.append(f"Metrics of {_covered(metadata)} items" + (f", {damaged} damaged" if damaged else "") + "."
+    blocks.append(f"Metrics of {_covered(metadata)} examples" + (f", {damaged} damaged" if damaged else "") + "."
                   + _other_counts(run.data[name], evaluation))
     maps = dict.fromkeys(metric.partition("@")[2] for metric in evaluation["metrics"])
     names = dict.fromkeys(metric.partition("@")[0] for metric in evaluation["metrics"])
@@ -66,7 +66,7 @@ def details(run: Run) -> list[str]:
     if isinstance(metadata.get("damage"), list) and metadata["damage"]:
       lines = [f"- {escape(d)}" for d in metadata["damage"][:NAMED]]
       blocks += ["Damaged:" if damaged == len(lines) else f"Damaged, the first {len(lines)}:", "\n".join(lines)]
-    told = {"items", "covered", "damaged", "damage"}
+    told = {"num_examples", "covered", "damaged", "damage"}
     usual = flatten(evaluation_of(kind)()) if kind in EVALS else {}
     usual = {k: v for k, v in usual.items() if not k.startswith(("source.", "name"))}  # of which only others are shown
     chosen = {k: v for k, v in evaluation["protocol"].items() if k not in usual or v != usual[k]}
@@ -77,8 +77,8 @@ def details(run: Run) -> list[str]:
 
 
 def _other_counts(data: str, evaluation: Mapping[str, Any]) -> str:
-  """Returns a sentence on the number of items behind published numbers where it is another."""
+  """Returns a sentence on the number of examples behind published numbers where it is another."""
   tables = [t for t in published.load().tables if t.evaluation == evaluation["evaluation"]]
-  counts = {t.source: t.items[data] for t in tables if data in t.items}
+  counts = {t.source: t.num_examples[data] for t in tables if data in t.num_examples}
   counts = {source: n for source, n in counts.items() if n != evaluation["metadata"].get("covered")}
   return f" Published numbers are of {' and '.join(f'{n:,} ({s})' for s, n in counts.items())}." if counts else ""

@@ -23,7 +23,7 @@ class Table:
   evaluation: str                         # a name in registry.EVALS
   certainty: str                          # a key of Published.certainty
   split: Mapping[str, str]                # by data set
-  items: Mapping[str, int]                # by data set: how many the metrics rest on, where it is known
+  num_examples: Mapping[str, int]         # by data set: how many the metrics rest on, where it is known
   note: str                               # "" or one or two sentences
   columns: Sequence[str]
   rows: Mapping[str, Mapping[str, float]]  # model -> column -> percent; what was not published is left out

@@ -45,7 +45,7 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
     weights: what is evaluated in place of the workdir's checkpoint: a CLIP, or of task "captioning" a map.
     model: what those weights are of, where nothing beside them says it; as of `weights.load.load`.
     data: a directory in place of "data", where the experiments' data sets are.
-    out: where results of items and pictures go, and `write` is to write; "" = the workdir.
+    out: where results of examples and pictures go, and `write` is to write; "" = the workdir.
     stop: asked between batches.
     waiting: entered while a batch is awaited, see `Context`.
 
@@ -56,11 +56,11 @@ def results(config: Config, workdir: str, *, checkpoint: str = "latest", only: S
   """
   names = _names(config, only)
   out = out or workdir
-  items = os.path.join(out, "evaluation")
+  folder = os.path.join(out, "evaluation")
   if not weights:
     _check_run(config, workdir)
   # One for each: others of the same workdir may run beside, and so may its training.
-  locks = [os.path.join(items, f"{name}{lock.NAME}") for name in names]
+  locks = [os.path.join(folder, f"{name}{lock.NAME}") for name in names]
   with lock.Lock(*locks, first=parallel.broadcast_from_process_0, otherwise="name other evaluations with --only"):
     parallel.broadcast_from_process_0(lambda: [atomic.check(os.path.join(out, f)) for f in (FILE, "report.md")])
     return _results(config, workdir, out, names, checkpoint, weights, model, data, stop, waiting)
@@ -91,7 +91,7 @@ def _results(config, workdir, out, names, checkpoint, weights, model, data, stop
   # Before hours of work.
   parallel.broadcast_from_process_0(lambda: earlier_results(what, os.path.join(out, FILE)) and None)
   context = dataclasses.replace(
-    make_context(s, out, stop, waiting), items=os.path.join(out, "evaluation"), key=_key(s, digests))
+    make_context(s, out, stop, waiting), results_dir=os.path.join(out, "evaluation"), key=_key(s, digests))
   found, failed = {}, {}
   for name in names:
     try:
@@ -167,7 +167,7 @@ def _one(s: Setup, name: str, context: Context, params: dict, stats: dict) -> di
 
 
 def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
-  """Returns what results of items depend on beside the evaluation and its data."""
+  """Returns what results of examples depend on beside the evaluation and its data."""
   settings = {name: config_json.flatten(getattr(s.config, name), known=True) for name in ("model", "decoding")}
   if options := ImageOptions.from_config(s.config.data).changes():
     settings["images"] = options

@@ -172,12 +172,13 @@ def make_eval(setup: Setup, name: str, context: Context) -> Eval:
     raise UserError(f"config.evals.{name}: evaluation {config.name!r} asks a model for {missing[0]!r}, which task "
                     f"{setup.config.task!r} cannot answer; those it can: {', '.join(fitting)}")
   with own_fields(config, name):
-    return config.open(dataclasses.replace(context, name=name, items=context.items and f"{context.items}/{name}"))
+    folder = context.results_dir and f"{context.results_dir}/{name}"
+    return config.open(dataclasses.replace(context, name=name, results_dir=folder))
 
 
 def make_context(setup: Setup, workdir: str, stop: Callable[[], bool] = lambda: False,
                  waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Context:
-  """Returns what the evaluations of the experiment share; they keep no results of items. See `Context` of the rest."""
+  """Returns what the evaluations of the experiment share; they keep no results of examples. See also `Context`."""
   config = setup.config
   options = ImageOptions.from_config(config.data)
   transform = transforms.with_options(setup.task.transform(setup.tokenizer, config.data, train=False), options)

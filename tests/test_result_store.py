@@ -1,4 +1,4 @@
-"""Results of items on disk: whatever was cut off, the results are those of a run that never stopped."""
+"""Results of examples on disk: whatever was cut off, the results are those of a run that never stopped."""
 
 import json
 import re
@@ -32,10 +32,11 @@ def damaged(monkeypatch):
   monkeypatch.setattr(Digits, "__getitem__", read)
 
 
-def runner(items="", *, stop=lambda: False, key="a", **changes):
+def runner(results_dir="", *, stop=lambda: False, key="a", **changes):
   transform = transforms.pairs(transforms.ResizeCrop(32, "center"), ByteTokenizer(), 16, ("image", "tokens", "label"))
   context = Context(ByteTokenizer(), transform, 16, Decoding(),
-                    parallel.make_mesh({"data": -1}), "", stop, name="digits", items=str(items), key={"weights": key})
+                    parallel.make_mesh({"data": -1}), "", stop, name="digits", results_dir=str(results_dir),
+                    key={"weights": key})
   return Runner(ZeroShot(**{"source": Source(split="test"), "batch_size": 64} | changes), context)
 
 
@@ -61,7 +62,7 @@ def test_what_cannot_be_read_is_named_counted_and_left_out(damaged, capsys):
   want = [source._images[source._number[i]].mean() for i in found.index]
   np.testing.assert_allclose(found.arrays["mean"], np.repeat(np.array(want)[:, None], 3, 1), rtol=1e-6)
   metadata = r.metadata()
-  assert (metadata["items"], metadata["covered"], metadata["damaged"]) == (360, 357, 3)
+  assert (metadata["num_examples"], metadata["covered"], metadata["damaged"]) == (360, 357, 3)
   named = capsys.readouterr().err.splitlines()
   assert [line.split(": ")[1] for line in named] == [source.annotation(i)["id"] for i in BAD]
   collect(r)
@@ -69,7 +70,7 @@ def test_what_cannot_be_read_is_named_counted_and_left_out(damaged, capsys):
 
 
 def test_too_much_damage_ends_the_evaluation(damaged):
-  with pytest.raises(UserError, match=r"'digits': 2 of 360 items .* `max_bad_fraction` of 0.3% allows; the first: d"):
+  with pytest.raises(UserError, match=r"'digits': 2 of 360 examples .* `max_bad_fraction` of 0.3% allows; the first"):
     collect(runner(max_bad_fraction=0.003))
 
 
@@ -166,7 +167,7 @@ def test_results_of_changed_images_or_lists_are_not_taken(tmp_path):
   fields = {"source": source, "batch_size": 8, "max_bad_fraction": 1.0}
 
   def means(**more):
-    return collect(runner(tmp_path / "items", **fields, **more)).arrays["mean"][:, 0].tolist()
+    return collect(runner(tmp_path / "results", **fields, **more)).arrays["mean"][:, 0].tolist()
 
   assert means() == [0, 255]
   a, b, c = (tmp_path / "data" / name for name in ("a/0.png", "b/0.png", "c"))
@@ -176,7 +177,7 @@ def test_results_of_changed_images_or_lists_are_not_taken(tmp_path):
   keys = []
   for words in ("one\ntwo\n", "two\none\n"):
     (tmp_path / "classes.txt").write_text(words)
-    keys.append(runner(tmp_path / "items", classes=str(tmp_path / "classes.txt"), **fields)._key("look", False))
+    keys.append(runner(tmp_path / "results", classes=str(tmp_path / "classes.txt"), **fields)._key("look", False))
   assert keys[0] != keys[1]
 
 
