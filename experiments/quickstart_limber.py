@@ -36,7 +36,8 @@ def get_config() -> Config:
     init=Init(image=CLIP, lm=LM),
     batch_size=64,
     steps=300,
-    data=Data(source=Source(name="digits", split="train"), tokenizer=Tokenizer(name="bytes"), crop="own", length=30),
+    data=Data(source=Source(name="digits", split="train"), tokenizer=Tokenizer(name="bytes"), crop="encoder",
+              length=30),
     optim=Optim(lr=1e-2, schedule="linear", warmup_steps=20, weight_decay=0.0, b2=0.95, eps=1e-8, clip_norm=1.0),
     compute=Compute(dtype="float32"),  # CPUs have no fast bfloat16
     decoding=Decoding(prompt="", max_new_tokens=30),

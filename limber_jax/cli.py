@@ -10,6 +10,7 @@ without a word dies of SIGABRT, after one line (runtime.peers).
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import functools
@@ -53,6 +54,7 @@ def get_config(holder: Any) -> Config:
   if not isinstance(holder.value, Config):
     raise UserError(f"--config: get_config() gave a {type(holder.value).__name__}, wanted a limber_jax.config.Config")
   ranges.split_commas(holder.value)
+  holder.value.data = dataclasses.replace(holder.value.data)  # which knows what its values were called earlier
   config_lib.check(holder.value)
   return holder.value
 

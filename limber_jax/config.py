@@ -9,7 +9,7 @@ model.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from limber_jax import ranges, registry
+from limber_jax import config_history, ranges, registry
 from limber_jax.errors import UserError
 from limber_jax.ranges import COUNT, SEEDS, ranged
 
@@ -52,14 +52,14 @@ class Data:
 
   source: Source = field(default_factory=Source)
   tokenizer: Tokenizer = field(default_factory=Tokenizer)
-  # random: the paper's square crop of the resized image | resized: RandomResizedCrop | center | own: the encoder's rule
-  crop: str = ranged("random", choices=("random", "resized", "center", "own", "squash", "native", "longest"))
+  # random: the paper's square crop of the resized image | resized: RandomResizedCrop | center | encoder: its own rule
+  crop: str = ranged("random", choices=("random", "resized", "center", "encoder", "squash", "native", "longest"))
   # area kept by crop="resized": open_clip's default
   crop_scale: tuple[float, ...] = ranged((0.9, 1.0), above=0, at_most=1, length=2)
   # JPEG files of many pixels are decoded at a half, quarter or eighth of their sides, never less than twice what is
   # needed: of 12 megapixels for 224 in a quarter of the time. Pixels then differ from PIL's by 0.4 of 255 on average, 7
   # at most (measured on two photographs), so it is off unless asked for; smaller photographs are decoded the same.
-  draft: bool = False
+  jpeg_fast_decode: bool = False
   # Formats of images that are read beside JPEG, PNG and WebP: gif, bmp, tiff, avif; the first frame of each.
   formats: tuple[str, ...] = ()
   exif: bool = False        # images are turned as their EXIF orientation says, which open_clip and torchvision ignore
@@ -72,6 +72,9 @@ class Data:
   repeat: bool = False      # whether a batch may hold records twice, where there are fewer than it has
   # The share of the records seen that may be unreadable: others stand in for them. 0 ends the run at the first.
   max_bad_fraction: float = ranged(0.01, at_least=0, at_most=1)
+
+  def __post_init__(self):
+    self.crop = config_history.CROPS.get(self.crop, self.crop)
 
 
 @dataclass

@@ -36,7 +36,7 @@ def limber(name: str, encoder: str, image: str = "", *, model: dict[str, Any] | 
     "data": Data(
       source=Source(name="captions", path="data/cc3m/train.tsv"),
       tokenizer=Tokenizer(name="gpt2", path=GPTJ),
-      crop="own",
+      crop="encoder",
       length=64,
       workers=16,
     ),

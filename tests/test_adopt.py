@@ -164,7 +164,7 @@ def test_a_limber_sees_of_an_image_file_what_transformers_shows_its_own_tower(sq
   import torch
 
   config = tiny_limber(model=LimberConfig(image=limber_size().image, lm=tiny_limber().model.lm), trainable=("prompt",),
-                       init=Init(image=squash), data=Data(crop="own"))
+                       init=Init(image=squash), data=Data(crop="encoder"))
   config.model = adopt(config, log=lambda _: None)
   task = Captioning.from_config(config)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -260,17 +260,21 @@ def test_the_data_fingerprint_changes_with_the_pixels_and_only_with_them():
                                      Data(crop="random"), 8, 0)
   assert contrastive("random") == contrastive("random", resize="squash", crop_rounding="down") == before
   assert contrastive("random", resample="bilinear") != before
-  assert len({contrastive("own"), contrastive("own", resize="squash"), contrastive("own", crop_rounding="down"),
-              contrastive("own", resize="squash", resize_to=50), contrastive("center")}) == 5
+  fast = Data(source=Source(split="test"), crop="encoder", jpeg_fast_decode=True)
+  assert pipeline.data_fingerprint(Digits(fast.source), tokenizers.load(Tokenizer("bytes")), fast, 8, 0) == (
+    "556488ce10843e32896752912e5b433c9b13bc106c24afd233226f4dea70c7fe")  # as release 0.1.0 had it
+  assert len({contrastive("encoder"), contrastive("encoder", resize="squash"),
+              contrastive("encoder", crop_rounding="down"), contrastive("center"),
+              contrastive("encoder", resize="squash", resize_to=50)}) == 5
   assert captioning("random", resize="squash", resample="bilinear") == before  # as of runs that had this choice
-  assert captioning("own", resize="squash") == captioning("own")
-  assert len({captioning("own"), captioning("own", resize_to=50), captioning("own", crop_rounding="down"),
-              captioning("own", resize="longest"), captioning("own", resize="longest", fill_color=9),
-              captioning("own", resample="lanczos"), captioning("random", resample="lanczos")}) == 7
+  assert captioning("encoder", resize="squash") == captioning("encoder")
+  assert len({captioning("encoder"), captioning("encoder", resize_to=50), captioning("encoder", crop_rounding="down"),
+              captioning("encoder", resize="longest"), captioning("encoder", resize="longest", fill_color=9),
+              captioning("encoder", resample="lanczos"), captioning("random", resample="lanczos")}) == 7
 
 
 def test_features_of_other_preprocessing_are_other_features_and_those_of_before_the_same():
-  config = tiny_limber(model=limber_size(), data=Data(crop="own"), trainable=("prompt",))
+  config = tiny_limber(model=limber_size(), data=Data(crop="encoder"), trainable=("prompt",))
   plain = Captioning.from_config(config).feature_specs(config.data)["image"]
   assert plain["pixels"] == {"size": SIDE, "crop": "center", "resample": "bicubic"}
   assert not {"resize_to", "crop_rounding", "fill_color"} & plain["encoder"].keys()

@@ -48,7 +48,7 @@ def tiny(model=None, **changes):
     "name": "tiny", "task": "captioning", "model": model or size(), "trainable": ("prompt",), "batch_size": 16,
     "steps": 6, "log_every": 1, "optim": Optim(lr=1e-3, schedule="linear", warmup_steps=2, weight_decay=0.0,
                                                clip_norm=1.0),
-    "data": Data(source=Source(name="digits"), tokenizer=Tokenizer(name="bytes"), crop="own", length=20, threads=2),
+    "data": Data(source=Source(name="digits"), tokenizer=Tokenizer(name="bytes"), crop="encoder", length=20, threads=2),
     "compute": Compute(dtype="float32"), "mesh": Mesh(1, 1, 1), "checkpoint": Checkpoint(every=100)}
   return Config(**(defaults | changes))
 

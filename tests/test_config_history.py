@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from limber_jax import config_history, registry
-from limber_jax.config import Evaluation, Source, check, evaluation_of
+from limber_jax.config import Data, Evaluation, Source, check, evaluation_of
 from limber_jax.config_json import flatten, from_json, to_json
 from limber_jax.errors import UserError
 from limber_jax.evals import naming, overlap, probing, robustness, words
@@ -101,7 +101,9 @@ def test_fields_of_an_earlier_release_are_read_by_their_names_of_now():
   values = json.loads(stored("contrastive"))
   for name in ("data.max_bad_fraction", "loss.num_microbatches"):
     values.pop(name, None)
-  config = from_json(json.dumps(values | {"data.damaged": 0.25, "loss.accumulate": 4, "first.a": "a.py"}), "x")
+  old = {"data.damaged": 0.25, "data.draft": True, "data.crop": "own", "loss.accumulate": 4, "first.a": "a.py"}
+  config = from_json(json.dumps(values | old), "x")
+  assert (config.data.jpeg_fast_decode, config.data.crop, Data(crop="own").crop) == (True, "encoder", "encoder")
   assert (config.data.max_bad_fraction, config.loss.num_microbatches) == (0.25, 4)
   assert config.prerequisites == {"a": "a.py"}
 
@@ -111,8 +113,8 @@ from limber_jax import cli
 CONFIG = cli.define_config()
 
 def main(_):
-  config = CONFIG.value
-  print(config.data.max_bad_fraction, config.loss.num_microbatches,
+  config = cli.get_config(CONFIG)
+  print(config.data.crop, config.data.jpeg_fast_decode, config.data.max_bad_fraction, config.loss.num_microbatches,
         config.evals["zeroshot"].max_bad_fraction, config.evals["contamination"].threshold)
 
 cli.run(main)
@@ -121,11 +123,12 @@ cli.run(main)
 
 def test_flags_of_an_earlier_release_set_the_fields_of_now():
   experiment = Path(__file__).parent.parent / "experiments" / "quickstart.py"
-  flags = ["--config.data.damaged=0.25", "--config.loss.accumulate", "4", "--config.evals.zeroshot.damaged=0.5",
+  flags = ["--config.data.crop=own", "--config.data.draft=true", "--config.data.damaged=0.25",
+           "--config.loss.accumulate", "4", "--config.evals.zeroshot.damaged=0.5",
            "--config.evals.overlap.threshold=0.75"]
   done = subprocess.run([sys.executable, "-c", PROGRAM, f"--config={experiment}", *flags], text=True,
                         capture_output=True)
-  assert done.stdout.split() == ["0.25", "4", "0.5", "0.75"], done.stderr
+  assert done.stdout.split() == ["encoder", "True", "0.25", "4", "0.5", "0.75"], done.stderr
 
 
 @pytest.mark.parametrize(("old", "new"), config_history.EVALUATIONS.items())

@@ -33,7 +33,7 @@ from limber_jax.training.loop import train
 from limber_jax.training.setup import feature_specs, setup
 
 
-def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", others=None, dtype="float32", crop="own", split="test", seed=0,
+def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", others=None, dtype="float32", crop="encoder", split="test", seed=0,
            **changes):
   """Returns a tiny experiment on 360 digits; the encoder is random, from `seed`."""
   lm = dataclasses.replace(gptj.SIZES["gptj_mu"](), vocab=260, context=64)

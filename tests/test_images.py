@@ -150,7 +150,7 @@ def made(config):
 def test_the_settings_reach_what_is_trained_on_and_evaluated_and_cached(tmp_path):
   wanted = ImageOptions(("gif",), True)
   for config in (tiny(), tiny_limber()):
-    config.data.crop, s = "own" if config.task == "captioning" else "random", made(config)
+    config.data.crop, s = "encoder" if config.task == "captioning" else "random", made(config)
     assert config.task == "contrastive" or all("images" not in what for what in feature_specs(s).values())
     config.data.formats, config.data.exif = ("gif",), True
     assert [d.options for d in decoders(make_context(s, str(tmp_path)).transform)] == [wanted]
@@ -166,7 +166,7 @@ def test_the_data_fingerprint_knows_them_and_is_what_it_was_without():
   assert found[0][:16] == "72194544d6fb6bb4" and len(set(found)) == 4  # as of 81b353f
 
 
-def test_options_change_nothing_of_a_draft():
+def test_options_change_nothing_of_a_fast_decoding():
   chain = transforms.Compose((Decode(64), ResizeCrop(8, "center")))
   assert transforms.with_options(chain, ImageOptions(exif=True)).steps[0] == Decode(64, ImageOptions(exif=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax.data.transforms import RESAMPLES, own_rule
+from limber_jax.data.transforms import RESAMPLES, encoder_rule
 from limber_jax.errors import UserError
 from limber_jax.models import spec
 from limber_jax.models.clip import ClipConfig, normalise
@@ -37,7 +37,7 @@ def sized(said):
 
 def pixels(size, picture):
   """Returns what the tower makes of an image, float32 [SIDE, SIDE, 3]."""
-  return np.asarray(normalise(own_rule(size, SIDE)({"image": picture}, None)["image"], size.mean, size.std))
+  return np.asarray(normalise(encoder_rule(size, SIDE)({"image": picture}, None)["image"], size.mean, size.std))
 
 
 def assert_pixels(size, theirs, shapes=SHAPES):
@@ -106,7 +106,7 @@ def test_what_is_not_said_is_what_each_processor_does_by_itself(transformers, na
   assert PROCESSORS[name].crop == getattr(theirs.crop_size, "height", None)
   assert PROCESSORS[name].square is bool(getattr(theirs, "default_to_square", True))
   picture = image(300, 260)
-  ours = np.asarray(own_rule(said, side)({"image": picture}, None)["image"])
+  ours = np.asarray(encoder_rule(said, side)({"image": picture}, None)["image"])
   want = theirs(picture, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
   np.testing.assert_array_equal(ours, want.transpose(1, 2, 0))
 
@@ -220,5 +220,5 @@ def test_the_words_of_the_sizes_are_those_of_the_transforms():
   assert set(spec.RESAMPLES) == set(RESAMPLES) == set(FILTERS)
   for resize in spec.RESIZES:
     for rounding in spec.ROUNDINGS:
-      own_rule(dataclasses.replace(ClipConfig(), resize=resize, crop_rounding=rounding), SIDE)
+      encoder_rule(dataclasses.replace(ClipConfig(), resize=resize, crop_rounding=rounding), SIDE)
   assert [f.name for f in dataclasses.fields(preprocessing.Preprocessing)] == list(spec.PIXELS)

@@ -131,7 +131,7 @@ config = tiny(mesh=mesh, batch_size=32, steps=10, checkpoint=Checkpoint(every=2,
   "zeroshot": ZeroShot(source=Source(name="digits", split="test"), every=10, batch_size=64)}})
 if what == "encode":
   limber = tiny_limber(mesh=mesh)
-  limber.data.crop = "own"
+  limber.data.crop = "encoder"
   limber.model.lm = dataclasses.replace(limber.model.lm, vocab=260)  # divides over `tensor`
   encoding.encode(limber, workdir, batch_size=32, shard_mb=0.5)
 else:

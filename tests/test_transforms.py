@@ -253,17 +253,17 @@ def test_training_gives_image_and_tokens_and_evaluation_the_label_too():
 class TestDraft:
   """JPEG files decoded at a fraction of their sides, where that is asked for."""
 
-  def at(self, side, crop, draft, scale=(0.9, 1.0)):
+  def at(self, side, crop, fast, scale=(0.9, 1.0)):
     data = encoded(load_sample_image("china.jpg")[:side, :side], "JPEG", quality=90)
-    transform = transforms.train(32, ByteTokenizer(), 16, crop, scale, draft)
+    transform = transforms.train(32, ByteTokenizer(), 16, crop, scale, fast)
     return transform(RECORD | {"image": data}, np.random.default_rng(0))["image"].astype(int)
 
   @pytest.mark.parametrize(("crop", "mean", "most"), [
     ("random", 0.6, 8), ("center", 0.6, 8), ("squash", 0.6, 8),
     ("resized", 4, 64)])  # its box has whole pixels, which are larger here
   def test_large_files_come_out_nearly_the_same(self, crop, mean, most):
-    exact, draft = self.at(420, crop, False), self.at(420, crop, True)
-    assert 0 < np.abs(exact - draft).mean() < mean and np.abs(exact - draft).max() < most
+    exact, fast = self.at(420, crop, False), self.at(420, crop, True)
+    assert 0 < np.abs(exact - fast).mean() < mean and np.abs(exact - fast).max() < most
 
   @pytest.mark.parametrize(("side", "crop"), [(127, "random"), (127, "squash"), (150, "resized"), (420, "native")])
   def test_files_of_less_than_twice_what_is_needed_come_out_the_same(self, side, crop):
@@ -272,8 +272,8 @@ class TestDraft:
   def test_the_smallest_box_of_a_random_crop_still_has_twice_what_is_needed(self):
     assert ResizeCrop(32, "center").least == 64 and ResizeCrop(32, "resized", (0.25, 1.0)).least == 148
     assert ResizeCrop(32, "center", resize_to=40).least == 80
-    exact, draft = (self.at(290, "resized", draft, (0.25, 1.0)) for draft in (False, True))
-    np.testing.assert_array_equal(exact, draft)
+    exact, fast = (self.at(290, "resized", fast, (0.25, 1.0)) for fast in (False, True))
+    np.testing.assert_array_equal(exact, fast)
 
 
 def test_training_draws_one_of_several_texts_and_evaluation_takes_the_first():

@@ -148,8 +148,9 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
     del settings[name]
   del settings["formats"], settings["exif"]
   settings |= ImageOptions.from_config(data).changes()
-  if not data.draft:
-    del settings["draft"]  # of runs from before there was any
+  # As earlier releases called them; runs of before there was a fast decoding had nothing for it.
+  settings["crop"] = {"encoder": "own"}.get(data.crop, data.crop)
+  settings |= {"draft": True} if settings.pop("jpeg_fast_decode") else {}
   for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
     del settings["source"][name]
   del settings["tokenizer"]["path"]

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator | None], Record]
 
 MAX_PIXELS = 32_000_000        # of an image, before and after scaling: 96 MB a reading thread
-DRAFT = 2                      # times what is needed that a JPEG file has at least when it is decoded at a fraction
+FAST_DECODE = 2                # times what is needed that a JPEG file has at least when it is decoded at a fraction
 RATIO = (3 / 4, 4 / 3)         # width to height, of crop="resized"
 CROPS = ("random", "center", "resized", "squash", "native", "longest")
 RESAMPLES = {name: Image.Resampling[name.upper()]
@@ -29,7 +29,7 @@ ROUNDINGS = ("even", "down")
 
 
 def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_scale: Sequence[float],
-          draft: bool = False) -> Transform:
+          jpeg_fast_decode: bool = False) -> Transform:
   """Returns (record, rng) -> {"image": uint8 [image_size, image_size, 3], "tokens": int32 [context]}.
 
   Args:
@@ -37,36 +37,37 @@ def train(image_size: int, tokenizer: Tokenizer, context: int, crop: str, crop_s
     tokenizer: from `tokenizers.load`.
     context: T, tokens of a text; longer texts are cut.
     crop, crop_scale: see `ResizeCrop`.
-    draft: see `config.Data`.
+    jpeg_fast_decode: see `config.Data`.
   """
-  return pairs(ResizeCrop(image_size, crop, tuple(crop_scale)), tokenizer, context, ("image", "tokens"), draft)
+  rule = ResizeCrop(image_size, crop, tuple(crop_scale))
+  return pairs(rule, tokenizer, context, ("image", "tokens"), jpeg_fast_decode)
 
 
-def pairs(rule: "ResizeCrop", tokenizer: Tokenizer, context: int, kept: Sequence[str], draft: bool = False
+def pairs(rule: "ResizeCrop", tokenizer: Tokenizer, context: int, kept: Sequence[str], jpeg_fast_decode: bool = False
           ) -> Transform:
   """Returns (record, rng) -> what of {"image": uint8 [H, W, 3] by `rule`, "tokens": int32 [context], …} is `kept`."""
-  return Compose((*images({"image": rule}, draft), Tokenize(tokenizer, context), Select(tuple(kept))))
+  return Compose((*images({"image": rule}, jpeg_fast_decode), Tokenize(tokenizer, context), Select(tuple(kept))))
 
 
 def captioning(rules: dict[str, "ResizeCrop"], tokenizer: Tokenizer, length: int, start: bool = False,
-               draft: bool = False) -> Transform:
+               jpeg_fast_decode: bool = False) -> Transform:
   """Returns (record, rng) -> {name: uint8 [size, size, 3] for each rule, "tokens", "mask" [length], "label" if any}.
 
   Args:
     rules: what becomes of the image, by the name of the result; none where only the text is wanted.
     tokenizer: from `tokenizers.load`.
     length, start: see `TokenizeCaption`.
-    draft: see `config.Data`.
+    jpeg_fast_decode: see `config.Data`.
   """
   kept = (*rules, "tokens", "mask", "label")
-  return Compose((*images(rules, draft), TokenizeCaption(tokenizer, length, start), Select(kept)))
+  return Compose((*images(rules, jpeg_fast_decode), TokenizeCaption(tokenizer, length, start), Select(kept)))
 
 
-def images(rules: dict[str, "ResizeCrop"], draft: bool = False) -> tuple[Transform, ...]:
+def images(rules: dict[str, "ResizeCrop"], jpeg_fast_decode: bool = False) -> tuple[Transform, ...]:
   """Returns what makes {name: uint8 [size, size, 3]} of a record's image, by `rules`; see `captioning`."""
   if not rules:
     return ()
-  return Decode(max(rule.least for rule in rules.values()) if draft else 0), Images(tuple(rules.items()))
+  return Decode(max(rule.least for rule in rules.values()) if jpeg_fast_decode else 0), Images(tuple(rules.items()))
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,11 @@ class ResizeCrop:
 
   @property
   def least(self) -> int:
-    """The pixels of each side, at least, of an image decoded at a fraction: DRAFT times what goes into the result."""
+    """The least pixels of each side of an image decoded at a fraction: FAST_DECODE times what goes into the result."""
     if self.crop == "native":
       return MAX_PIXELS  # never
     smallest = math.sqrt(self.scale[0] * RATIO[0]) if self.crop == "resized" else 1  # box, as a share of a side
-    return math.ceil(DRAFT * max(self.size, self.resize_to) / smallest)
+    return math.ceil(FAST_DECODE * max(self.size, self.resize_to) / smallest)
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image = record["image"] if isinstance(record["image"], Image.Image) else Image.fromarray(record["image"])
@@ -255,7 +256,7 @@ class ResizeCrop:
     return slack // 2 if self.crop_rounding == "down" else round(slack / 2)
 
 
-def own_rule(size: Any, image_size: int) -> ResizeCrop:
+def encoder_rule(size: Any, image_size: int) -> ResizeCrop:
   """Returns the preprocessing that a models.clip.ClipConfig or models.spec.EncoderConfig says."""
   return ResizeCrop(image_size, {"shortest": "center"}.get(size.resize, size.resize), resample=size.resample,
                     resize_to=size.resize_to, crop_rounding=size.crop_rounding, fill_color=size.fill_color)

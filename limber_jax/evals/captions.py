@@ -192,7 +192,7 @@ class Scorer:
       raise UserError(f"scorer {weights}: its tokenizer {settings.name!r} has {self._tokenizer.vocab_size} ids, the "
                       f"model only {size.text.vocab}")
     check_end(size.text, self._tokenizer.eot, f"scorer {weights}: its tokenizer {settings.name!r}")
-    self.transform = transforms.Compose((transforms.Decode(), transforms.own_rule(size, size.image.image_size)))
+    self.transform = transforms.Compose((transforms.Decode(), transforms.encoder_rule(size, size.image.image_size)))
     self.digest = digest((loaded.params, loaded.stats))
     # What is kept of images depends on their preprocessing too; CLIP's own, as ever, has no name there.
     pixels = {name: value for name in spec.PIXELS if (value := getattr(size, name)) != getattr(clip.ClipConfig, name)}

@@ -71,7 +71,7 @@ class Classifier:
 
     self._embed_image = functools.partial(embed, "embed_image")
     self._preprocess = transforms.with_options(
-      transforms.Compose((transforms.Decode(), transforms.own_rule(size, size.image.image_size))), images)
+      transforms.Compose((transforms.Decode(), transforms.encoder_rule(size, size.image.image_size))), images)
     text = classifier(functools.partial(embed, "embed_text"), functools.partial(words, truncate=False), labels,
                       templates, size.text.context)
     self._depends = {"labels": list(labels), "templates": list(templates), "tokenizer": words.fingerprint(),

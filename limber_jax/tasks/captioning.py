@@ -94,13 +94,13 @@ class Captioning:
     if data.features and train:
       kept = (*(part("features", name) for name in self.model.encoders), "tokens", "mask", "label")
       return transforms.Compose((transforms.TokenizeCaption(tokenizer, self.length), transforms.Select(kept)))
-    rules = self._rules(data, data.crop if train else "own")
-    return transforms.captioning(rules, tokenizer, self.length, draft=train and data.draft)
+    rules = self._rules(data, data.crop if train else "encoder")
+    return transforms.captioning(rules, tokenizer, self.length, jpeg_fast_decode=train and data.jpeg_fast_decode)
 
   def pixels(self, data: Data) -> transforms.Transform:
     """Returns what makes the images of a record in training, {"image": uint8 [H, W, 3], …}, and nothing else of it."""
     rules = self._rules(data, data.crop)
-    return transforms.Compose((*transforms.images(rules, data.draft), transforms.Select(tuple(rules))))
+    return transforms.Compose((*transforms.images(rules, data.jpeg_fast_decode), transforms.Select(tuple(rules))))
 
   def _rules(self, data: Data, crop: str) -> dict[str, transforms.ResizeCrop]:
     return {self.pixels_of(name): self.rule(name, crop, data.crop_scale) for name in self.model.encoders}
@@ -112,15 +112,15 @@ class Captioning:
       UserError: they would not be the same in every epoch.
     """
     out = {}
-    draft = {"draft": True} if data.draft else {}
+    fast = {"draft": True} if data.jpeg_fast_decode else {}  # as features of earlier releases say it
     for name, encoder in self.model.encoders.items():
       rule = self.rule(name, data.crop, data.crop_scale)
       if rule.crop in ("random", "resized"):
         raise UserError(f"config.data.crop={data.crop!r} shows an encoder another crop in every epoch, which "
-                        "config.data.features cannot hold; set --config.data.crop=own, or center")
+                        "config.data.features cannot hold; set --config.data.crop=encoder, or center")
       out[part("image", name)] = {
         "shape": [encoder.num_tokens, encoder.feature_dim], "dtype": self.model.lm.compute.dtype,
-        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample} | rule.changes() | draft,
+        "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample} | rule.changes() | fast,
         "encoder": flatten(encoder.size, known=True)}
     return out
 
@@ -128,11 +128,11 @@ class Captioning:
     found = {name: self.rule(name, data.crop, data.crop_scale) for name in self.model.encoders}
     return {part("image", name): changes for name, rule in found.items() if (changes := rule.changes())}
 
-  def rule(self, name: str = "", crop: str = "own", scale: tuple[float, ...] = (0.9, 1.0)) -> transforms.ResizeCrop:
-    """Returns what becomes of an image for the encoder of map `name`; crop "own" is the encoder's preprocessing."""
+  def rule(self, name: str = "", crop: str = "encoder", scale: tuple[float, ...] = (0.9, 1.0)) -> transforms.ResizeCrop:
+    """Returns what becomes of an image for the encoder of map `name`; crop "encoder" is the encoder's preprocessing."""
     size = self.model.encoders[name].size
-    if crop == "own":
-      return dataclasses.replace(transforms.own_rule(size, size.tower.image_size), scale=tuple(scale))
+    if crop == "encoder":
+      return dataclasses.replace(transforms.encoder_rule(size, size.tower.image_size), scale=tuple(scale))
     return transforms.ResizeCrop(size.tower.image_size, crop, tuple(scale), size.resample)
 
   def pixels_of(self, name: str) -> str:

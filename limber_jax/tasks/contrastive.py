@@ -65,15 +65,15 @@ class Contrastive:
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
     check_end(self.model.size.text, tokenizer.eot, f"config.data.tokenizer={data.tokenizer.name!r}")
     kept = ("image", "tokens") if train else ("image", "tokens", "label")
-    return transforms.pairs(self._rule(data, train), tokenizer, self.length, kept, train and data.draft)
+    return transforms.pairs(self._rule(data, train), tokenizer, self.length, kept, train and data.jpeg_fast_decode)
 
   def pixel_settings(self, data: Data) -> dict[str, Any]:
-    return self._rule(data, train=True).changes("center" if data.crop == "own" else data.crop)
+    return self._rule(data, train=True).changes("center" if data.crop == "encoder" else data.crop)
 
   def _rule(self, data: Data, train: bool) -> transforms.ResizeCrop:
     size = self.model.size
-    if not train or data.crop == "own":
-      return transforms.own_rule(size, size.image.image_size)
+    if not train or data.crop == "encoder":
+      return transforms.encoder_rule(size, size.image.image_size)
     return transforms.ResizeCrop(size.image.image_size, data.crop, tuple(data.crop_scale), size.resample)
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
