@@ -22,7 +22,7 @@ from limber_jax.config import Source
 from limber_jax.data.sources.digits import CLASSES, TEMPLATES, Digits
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
-LONG = "a very long " * 1000  # 12,000 characters
+LONG_TEXT = "a very long " * 1000  # 12,000 characters
 
 # By digit, for AWA2: what its strokes are like, and what kind of number it is.
 PREDICATES = {
@@ -87,7 +87,7 @@ def _official(folder: Path, name: str, images: str, prefix: str, count: int, cap
       add(4, 0, ["the digit zero, of nowhere"], domain="elsewhere")
       damage += ["image 4", "annotation 40"]
     texts += [{"image_id": 999, "id": 5, "caption": "the digit of no image"},
-              {"image_id": ids[0], "id": 6, "caption": " \n"}, {"image_id": ids[0], "id": 7, "caption": LONG}]
+              {"image_id": ids[0], "id": 6, "caption": " \n"}, {"image_id": ids[0], "id": 7, "caption": LONG_TEXT}]
     damage += ["annotation 5", "annotation 6", "annotation 7"]
   for i, id_ in enumerate(ids):
     add(id_, i, sentences(digits, i, captions))
@@ -138,7 +138,7 @@ def write_karpathy(folder: Path, name: str = "coco", counts: dict[str, int] | No
     for i in range(count):
       texts = sentences(digits, number, captions)
       if hostile and split == "test" and not i:
-        id_ = add(1000 + 7 * number, split, ["", LONG, *texts], jpeg(digits[number]["image"]))
+        id_ = add(1000 + 7 * number, split, ["", LONG_TEXT, *texts], jpeg(digits[number]["image"]))
         damage += [f"image {id_}", f"image {id_}, sentence 0", f"image {id_}, sentence 1"]
         again = {**rows[-1]}
       else:
@@ -184,7 +184,7 @@ def write_vqa2(folder: Path, images: int = 12, subset: str = "val2014", hostile:
     for id_, image, text, answers in (
         (1000, 1, "What digit is cut in half?", ["0"] * 10), (2000, 2, "What digit is lost?", ["0"] * 10),
         (3000, 3, "What has no answers?", []), (3001, 3, "What has no annotation?", None),
-        (3002, 3, " ", ["0"] * 10), (3003, 3, LONG + "?", ["0"] * 10)):
+        (3002, 3, " ", ["0"] * 10), (3003, 3, LONG_TEXT + "?", ["0"] * 10)):
       ask(id_, image, text)
       if answers is not None:
         answer(id_, image, "number", "what", answers)

@@ -16,7 +16,8 @@ from limber_jax.runtime.atomic import atomic_write, refusal
 
 FILE = "bad_records.jsonl"
 _EARLIER = "damage.jsonl"  # its name in runs of before
-FEW = 10  # records for which no run ends, unless none at all is allowed: one bad of the first ten says little
+# Records for which no run ends, unless none at all is allowed: one bad of the first ten says little.
+ALWAYS_ALLOWED = 10
 
 Line = dict[str, Any]
 
@@ -33,7 +34,7 @@ class BadRecords:
   end the run at the same step.
 
   The run ends where the share of annotations that the source could not use and the share of the records seen so far
-  that could not be read are together more than config.data.max_bad_fraction, and more than FEW.
+  that could not be read are together more than config.data.max_bad_fraction, and more than ALWAYS_ALLOWED.
   """
 
   def __init__(self, workdir: str, source: Source, data: Data, batch_size: int):
@@ -131,7 +132,7 @@ class BadRecords:
 
   def _check(self, step: int) -> None:
     total = len(self.found) + len(self._named)
-    if total > (FEW if self._allowed else 0) and (share := self.share(step)) > self._allowed:
+    if total > (ALWAYS_ALLOWED if self._allowed else 0) and (share := self.share(step)) > self._allowed:
       where = f"; all are in {self._path}" if self._named else ""
       raise UserError(f"{total:,} of the data's records cannot be used, {share:.2%} of what was seen, more than "
                       f"config.data.max_bad_fraction={self._allowed} allows; the first: "

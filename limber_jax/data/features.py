@@ -27,7 +27,7 @@ VERSION = 1
 FINISHED, UNFINISHED = "manifest.json", "unfinished.json"
 SUFFIX = ".array_record"
 OPEN = 256  # shards, at most, that a reading process holds open: systems often allow 1,024 files
-AGAIN = "encode again, with python -m limber_jax.encode --config=… --out=DIRECTORY"
+ENCODE_AGAIN = "encode again, with python -m limber_jax.encode --config=… --out=DIRECTORY"
 
 Spec = dict[str, Any]
 
@@ -82,14 +82,14 @@ class Shards:
     """Returns a reader of a shard, safe in threads; raises UserError if it is missing or cut short."""
     path, wanted = self.path(number), len(self.rows(number))
     if not os.path.isfile(path):
-      raise UserError(f"{path} is missing; {AGAIN}")
+      raise UserError(f"{path} is missing; {ENCODE_AGAIN}")
     try:
       reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15)
       found = reader.num_records()
     except RuntimeError as error:
       raise UserError(f"{path} cannot be read: {error}") from error
     if found != wanted:  # a file that was cut short opens like an empty one
-      raise UserError(f"{path}: wanted {wanted} records, got {found}: the file was cut short; {AGAIN}")
+      raise UserError(f"{path}: wanted {wanted} records, got {found}: the file was cut short; {ENCODE_AGAIN}")
     return reader
 
   def is_whole(self, number: int) -> bool:
@@ -209,7 +209,7 @@ class FeatureSource:
       raise UserError(f"{where}: no {FINISHED} there; make it with python -m limber_jax.encode --config=… "
                       f"--out={directory}")
     what = describe(source, encoders)
-    _check(where, what, manifest, AGAIN)
+    _check(where, what, manifest, ENCODE_AGAIN)
     self.classes = source.classes
     if hasattr(source, "order"):  # a mixture's
       self.order = source.order
@@ -227,7 +227,7 @@ class FeatureSource:
       size = os.path.getsize(path) if os.path.isfile(path) else None
       if size != row["bytes"]:
         got = "it is missing" if size is None else f"got {size:,}: the file was cut short or changed"
-        raise UserError(f"{path}: wanted {row['records']} records in {row['bytes']:,} bytes, {got}; {AGAIN}")
+        raise UserError(f"{path}: wanted {row['records']} records in {row['bytes']:,} bytes, {got}; {ENCODE_AGAIN}")
     self._reset()
 
   def _reset(self):
@@ -251,7 +251,7 @@ class FeatureSource:
     try:
       record = self._reader(shard).read([row])[0]
     except (RuntimeError, IndexError, ValueError) as error:  # every record has a checksum
-      raise UserError(f"{self._shards.path(shard)}: record {row} cannot be read ({error}); {AGAIN}") from error
+      raise UserError(f"{self._shards.path(shard)}: record {row} cannot be read ({error}); {ENCODE_AGAIN}") from error
     if len(record) != self._record_bytes:
       raise UserError(f"{self._shards.path(shard)}: wanted records of {self._record_bytes} bytes, got {len(record)}")
     arrays = {key: np.frombuffer(record, dtype, int(np.prod(shape)), start).reshape(shape)
@@ -300,13 +300,14 @@ def _read(directory: str, name: str) -> Spec | None:
     if "encoders" not in manifest and "kind" in manifest:
       raise UserError(f"{path}: what {manifest['kind']} wrote, and no features; choose another directory for these")
     if manifest["version"] != VERSION:
-      raise UserError(f"{path}: features of version {manifest['version']}, this program reads {VERSION}; {AGAIN}")
+      raise UserError(f"{path}: features of version {manifest['version']}, this program reads {VERSION}; "
+                      f"{ENCODE_AGAIN}")
     wanted = {"source", "records", "encoders", "records_per_shard"} | ({"shards"} if name == FINISHED else set())
     if missing := sorted(wanted - manifest.keys()):
-      raise UserError(f"{path}: no {missing[0]!r} in it; {AGAIN}")
+      raise UserError(f"{path}: no {missing[0]!r} in it; {ENCODE_AGAIN}")
     return manifest
   except (OSError, ValueError, TypeError, KeyError) as error:
-    raise UserError(f"{path} is no manifest of features ({error}); {AGAIN}") from error
+    raise UserError(f"{path} is no manifest of features ({error}); {ENCODE_AGAIN}") from error
 
 
 def _write(directory: str, name: str, manifest: Spec) -> None:

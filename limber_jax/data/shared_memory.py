@@ -15,7 +15,7 @@ import numpy as np
 from limber_jax.errors import UserError
 
 FOLDER = "/dev/shm"
-LEAST = 2**16  # bytes of an array that is worth a slot
+MIN_BYTES = 2**16  # bytes of an array that is worth a slot
 _ALIGN = 64
 
 
@@ -42,7 +42,7 @@ class Sender:
     self._lock = threading.Lock()
 
   def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | SharedArray]:
-    large = {k: v for k, v in arrays.items() if v.nbytes >= LEAST and not v.dtype.hasobject}
+    large = {k: v for k, v in arrays.items() if v.nbytes >= MIN_BYTES and not v.dtype.hasobject}
     size = sum(_aligned(v.nbytes) for v in large.values())
     slot = self._take(size) if large else None
     if slot is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from limber_jax.errors import UserError
 
-LONG = 10_000  # characters from which on a text is none that a person wrote about an image
+MAX_CAPTION_LENGTH = 10_000  # characters from which on a text is none that a person wrote about an image
 BOM = b"\xef\xbb\xbf"
 
 # What programs write where there is no caption: pandas' list, in small letters. They are texts, and are counted.
@@ -38,7 +38,7 @@ def is_placeholder(text: str) -> bool:
   return len(text) < 20 and text.strip().lower() in PLACEHOLDERS
 
 
-def flaw(text: Any, what: str, longest: int = LONG) -> str:
+def flaw(text: Any, what: str, longest: int = MAX_CAPTION_LENGTH) -> str:
   """Returns why a value, cleaned, is no text, "" if it is one: "empty caption" for `what` "caption".
 
   Args:

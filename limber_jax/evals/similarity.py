@@ -16,7 +16,7 @@ from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.prompts import OfPrompts, check_labels, chosen_templates, class_names, ensemble, prompts
 from limber_jax.runtime.atomic import save_figure
 
-MOST = 16  # rows and columns that can still be read
+MAX_ROWS = 16  # rows and columns that can still be read
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class SimilarityEval:
       self._tokens = prompts(context.tokenizer, chosen, templates, length)  # [C, templates, T]
       indices = list(records.values())
     else:
-      indices = list(range(min(MOST, len(source))))
+      indices = list(range(min(MAX_ROWS, len(source))))
       self._captions = [source.annotation(i)["text"] for i in indices]
       self._note = ""
       self._tokens = context.tokenizer(self._captions, length)[:, None]  # [C, 1, T]
@@ -72,13 +72,13 @@ class SimilarityEval:
 
 
 def _one_of_each(source: Source, classes: int, where: str) -> dict[int, int]:
-  """Returns {label: index of its first record}, of up to MOST of the classes, in the order of the labels."""
+  """Returns {label: index of its first record}, of up to MAX_ROWS of the classes, in the order of the labels."""
   found: dict[int, int] = {}
   for index in range(len(source)):
     label = source.annotation(index)["label"]
     check_labels(np.array([label]), np.array([index]), classes, where)
     found.setdefault(label, index)
-    if len(found) == min(MOST, classes):
+    if len(found) == min(MAX_ROWS, classes):
       break
   return dict(sorted(found.items()))
 

@@ -12,7 +12,7 @@ from limber_jax.runtime import inputs
 
 OBJECT = 2**20  # bytes of the JSON object of one record
 
-TWICE = "its id is listed twice, and the first counts"  # a reason of damage
+DUPLICATE_ID = "its id is listed twice, and the first counts"  # a reason of damage
 
 FOLDERS = ("train2014", "val2014", "test2015", "train2017", "val2017", "images", "val", "validation",
            "flickr30k-images", "flickr30k_images")  # where images lie that are named without their folder

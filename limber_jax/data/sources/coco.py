@@ -92,7 +92,7 @@ class Coco:
       elif with_domain and image["domain"] not in DOMAINS:
         self._damaged(f"image {image['id']}", f"domain {image['domain']!r}, wanted {', '.join(DOMAINS)}")
       elif str(image["id"]) in texts:
-        self._damaged(f"image {image['id']}", annotations.TWICE)
+        self._damaged(f"image {image['id']}", annotations.DUPLICATE_ID)
       else:
         texts[str(image["id"])] = []
         kept.append((str(image["id"]), image["file_name"], image["domain"] if with_domain else ""))
@@ -101,7 +101,7 @@ class Coco:
       name = _name("annotation", caption, "id", number)
       caption = _cleaned(caption, "caption")
       reason = annotations.flaw(caption, id=_ID, image_id=_ID) or (
-        annotations.TWICE if str(caption["id"]) in seen else
+        annotations.DUPLICATE_ID if str(caption["id"]) in seen else
         f"of image {caption['image_id']}, which is not in the file" if str(caption["image_id"]) not in texts else
         "no 'caption'" if "caption" not in caption else text.flaw(caption["caption"], "caption"))
       if reason:
@@ -128,7 +128,7 @@ class Coco:
       if reason := reason or annotations.flaw(image, filename=str, sentences=list, **kinds):
         self._damaged(name, reason)
       elif str(image[key]) in out:
-        self._damaged(name, annotations.TWICE)
+        self._damaged(name, annotations.DUPLICATE_ID)
       else:
         texts = []
         for place, sentence in enumerate(image["sentences"]):

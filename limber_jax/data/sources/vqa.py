@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.sources import annotations
-from limber_jax.data.sources.annotations import TWICE, flaw
+from limber_jax.data.sources.annotations import DUPLICATE_ID, flaw
 from limber_jax.errors import UserError, did_you_mean
 
 SPLITS = ("train2014", "val2014")  # those whose answers are public
@@ -101,7 +101,7 @@ class Vqa:
         self._damaged(os.path.basename(path), f"entry {number}", reason)
         continue
       id_ = entry["question_id"]
-      reason = TWICE if id_ in seen else find_flaw(entry)
+      reason = DUPLICATE_ID if id_ in seen else find_flaw(entry)
       if not reason:
         good[id_] = entry
       elif id_ not in named:
