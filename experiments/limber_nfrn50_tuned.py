@@ -1,4 +1,4 @@
-"""LiMBeR from NF-ResNet50, the encoder tuned too at its own rate: a stand-in for Frozen. arXiv 2209.15162, table 1."""
+"""LiMBeR from NF-ResNet50, the encoder tuned at its own rate: a substitute for Frozen. arXiv 2209.15162, table 1."""
 
 import dataclasses
 

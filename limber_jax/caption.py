@@ -1,7 +1,7 @@
 """Captions images: `python -m limber_jax.caption --workdir=runs/limber photo.jpg folder/`.
 
 Prints a table, or with --json one object a line; --out=FILE writes these lines to a file, which appears once it is
-whole: stopped or killed, the same command goes on. How captions are written is the run's own config.decoding, unless
+whole: stopped or killed, the same command resumes. How captions are written is the run's own config.decoding, unless
 flags say otherwise. Images that cannot be read are named on stderr and counted; the exit code is then 1.
 """
 

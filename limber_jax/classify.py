@@ -1,7 +1,7 @@
 """Names images: `python -m limber_jax.classify --weights=DIR --labels="a dog,a cat" photo.jpg folder/`.
 
 Prints a table, or with --json one object a line; --out=FILE writes these lines to a file, which appears once it is
-whole: stopped or killed, the same command goes on. Labels are used as they are written; --templates puts them into
+whole: stopped or killed, the same command resumes. Labels are used as they are written; --templates puts them into
 sentences. Images that cannot be read are named on stderr and counted; the exit code is then 1.
 """
 

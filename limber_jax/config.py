@@ -70,7 +70,7 @@ class Data:
   threads: int = ranged(8, at_least=0, at_most=1024)   # reading threads a process: decoding releases the GIL
   prefetch: int = ranged(2, at_least=0, at_most=1024)  # batches ready ahead of the device
   repeat: bool = False      # whether a batch may hold records twice, where there are fewer than it has
-  # The share of the records seen that may be unreadable: others stand in for them. 0 ends the run at the first.
+  # The share of the records seen that may be unreadable: others are substituted. 0 ends the run at the first.
   max_bad_fraction: float = ranged(0.01, at_least=0, at_most=1)
 
   def __post_init__(self):

@@ -1,6 +1,6 @@
 """Writes the features of frozen encoders once: `python -m limber_jax.encode --config=experiments/x.py --out=DIR`.
 
-Training with --config.data.features=DIR reads them in place of images. The same command goes on after any kind of end,
+Training with --config.data.features=DIR reads them in place of images. The same command resumes after any kind of end,
 a kill too, and repairs a directory from which shards were lost. Of several processes each writes shards of its own,
 into one directory that all of them see.
 """

@@ -2,7 +2,7 @@
 
 Runs the evaluations of the experiment on a checkpoint of the workdir, or with --weights on weights from elsewhere, and
 writes into the workdir, or into --out, results.json, report.md with the published numbers beside, and pictures. What is
-found out about each item is kept below evaluation/: the same command goes on where it was stopped. Results of another
+found out about each item is kept below evaluation/: the same command resumes where it was stopped. Results of another
 run or of other weights are never replaced. An evaluation whose data are missing or damaged is named, and the others go
 on; the exit code is then 1.
 """
@@ -50,11 +50,11 @@ if __name__ == "__main__":
                         stop=lambda: any(parallel.allgather_objects(stop())),
                         waiting=lambda: stop.interrupts(0 if jax.process_count() == 1 else peers.LATE))
       except Stopped:
-        print(f"stopped by {stop.name}; the same command goes on from there", flush=True)
+        print(f"stopped by {stop.name}; the same command resumes from there", flush=True)
         parallel.shutdown()
       except Interrupted:
         raise UserError(f"{stop.name}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data that "
-                        "do not come; the same command goes on from what was kept") from None
+                        "do not come; the same command resumes from what was kept") from None
     if jax.process_index() == 0:
       out = _out.value or _workdir.value
       write(found, out)

@@ -11,7 +11,7 @@ become PNG; with --exif those that are to be turned are turned and encoded again
 
 What cannot be read is left out and listed in DST/dropped.jsonl: file, index, id, reason; the exit code is then 1. Past
 the share --damaged=0.01 of all records it stops. Shard k holds what can be read of records k * per_shard and on, so
-the same command writes the same bytes whatever --workers is, and after a kill it goes on with the next shard.
+the same command writes the same bytes whatever --workers is, and after a kill it resumes with the next shard.
 """
 
 import os

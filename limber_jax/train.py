@@ -1,6 +1,6 @@
 """Trains an experiment: `python -m limber_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart`.
 
-The loop knows `task.loss` and never the model. The position in the data is the step, so a run that was stopped goes on
+The loop knows `task.loss` and never the model. The position in the data is the step, so a run that was stopped resumes
 exactly where it was, on any number of processes.
 """
 
@@ -19,7 +19,7 @@ from limber_jax.training.profiling import parse_steps
 def exit_code(failures: list[str], config: Config, workdir: str) -> int:
   """Returns 1 if an evaluation failed in this start, or one of the last step is still missing; else 0.
 
-  What failed at an earlier step of an earlier start was told then, and no further start makes up for it.
+  What failed at an earlier step of an earlier start was reported then, and no further start makes up for it.
   """
   last = scores.read(workdir).get(config.steps, {"failed": {}})
   return int(bool(failures or last["failed"]))

@@ -134,7 +134,7 @@ def test_a_run_has_the_preprocessing_of_its_weights_for_good(tmp_path, squash):
   s, *_ = results.trained(config, str(tmp_path / "run"), "latest")
   assert s.config.model.resize == "squash"
   assert make_context(s, "").transform.steps[1].rules[0][1].crop == "squash"
-  train(config, str(tmp_path / "run"), log=said.append)  # goes on, that is, has nothing left to do
+  train(config, str(tmp_path / "run"), log=said.append)  # resumes, that is, has nothing left to do
   onward = tiny_limber(init=Init(image=str(tmp_path / "run")), model=limber_size())
   assert onward.model.image.resize == "shortest" and adopt(onward).image.resize == "squash"
 
@@ -194,7 +194,7 @@ def test_a_config_that_contradicts_the_weights_is_refused_and_native_pixels_are_
   assert adopt(tiny_limber(model=native, init=Init(image=squash))) == native
 
 
-def test_a_run_of_before_goes_on_as_it_was_whatever_its_weights_directory_says(tmp_path, squash):
+def test_a_run_of_before_resumes_as_it_was_whatever_its_weights_directory_says(tmp_path, squash):
   for config in (tiny(model=dataclasses.replace(SIZE), init=Init(image=squash)),
                  tiny_limber(model=limber_size(), init=Init(image=squash))):
     old = {k: v for k, v in config_json.flatten(config).items()

@@ -132,7 +132,7 @@ for last in ("3", ""):  # from the first step, and then from a checkpoint
   train(tiny(steps=3, checkpoint=Checkpoint(every=1), evals=zeroshot(every=1)), workdir, log=said.append)
   if last:
     shutil.rmtree(os.path.join(workdir, "checkpoints", last))
-assert "going on from step 2" in said[0], said
+assert "resuming from step 2" in said[0], said
 """
 
 

@@ -260,7 +260,7 @@ def written(path, inputs, rows, key="a"):
     return done, out.write(rows(done), {"image": 5, "caption": 0}, len(inputs))
 
 
-def test_what_is_stopped_goes_on_behind_the_last_whole_batch_if_nothing_has_changed(tmp_path, capsys):
+def test_what_is_stopped_resumes_behind_the_last_whole_batch_if_nothing_has_changed(tmp_path, capsys):
   path, partial, asked = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", []
   inputs = [{"image": str(tmp_path / f"{i}.png")} for i in range(7)]
   for given in inputs[1:]:
@@ -293,7 +293,7 @@ def test_what_is_stopped_goes_on_behind_the_last_whole_batch_if_nothing_has_chan
   with open(partial, "a") as file:
     file.write('{"input": [{"image": "half')
   assert written(path, inputs, stopped(4, None)) == (4, 0) and not path.exists()
-  assert "stopped by SIGHUP after 5 of 7; the same command goes on" in capsys.readouterr().out
+  assert "stopped by SIGHUP after 5 of 7; the same command resumes" in capsys.readouterr().out
   os.utime(inputs[3]["image"], (1, 1))
   assert written(path, inputs, lambda done: rows[done:]) == (2, 1)  # a changed image is written about again
   assert [json.loads(line) for line in path.read_text().splitlines()] == rows[1:]

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is found and named, a failed save is told, two of them are there whatever happens."""
+"""Checkpoints: damage is found and named, a failed save is reported, two of them are there whatever happens."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_what_the_system_leaves_in_a_checkpoint_is_no_damage(name, tmp_path):
   assert manifest.compare(str(directory)) == ".other was not saved there"
 
 
-def test_a_run_moves_damaged_checkpoints_away_and_goes_on(tmp_path):
+def test_a_run_moves_damaged_checkpoints_away_and_resumes(tmp_path):
   directory = save(tmp_path, 1, 2, 3)
   (directory / "3" / "optimizer" / "manifest.ocdbt").write_bytes(b"")
   said = []

@@ -1,4 +1,4 @@
-"""What cannot be read is named once, others stand in by a rule, and too much ends the run; data workers that die."""
+"""What cannot be read is named once, others substitute by a rule, and too much ends the run; data workers that die."""
 
 import contextlib
 import io
@@ -276,7 +276,7 @@ def one_device(monkeypatch):
   monkeypatch.setattr(parallel, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
 
 
-def test_a_run_on_damaged_data_names_all_and_goes_on_to_the_bit(tmp_path, one_device):
+def test_a_run_on_damaged_data_names_all_and_resumes_to_the_bit(tmp_path, one_device):
   path, bad = write_damaged(tmp_path / "data")
   said = []
   train(config(path), str(tmp_path / "whole"), log=said.append)
@@ -288,7 +288,7 @@ def test_a_run_on_damaged_data_names_all_and_goes_on_to_the_bit(tmp_path, one_de
                            strict=True):
     assert reason in reasons[index][2] and reasons[index][0] == "train.tsv"
   assert reasons[10][1] == f"{RECORDS[10]['key']}.png" and reasons[50][1] == ""
-  assert sum("cannot be read, others stand in" in line for line in said) == len({line["step"] for line in whole})
+  assert sum("cannot be read, others are substituted" in line for line in said) == len({line["step"] for line in whole})
 
   for stop in (4, 10):
     workdir = tmp_path / f"resumed{stop}"

@@ -143,7 +143,7 @@ class TestTraining:
     for a, b in zip(jax.tree.leaves(from_disk.params), jax.tree.leaves(live.params), strict=True):
       np.testing.assert_array_equal(a, b)
 
-  def test_a_run_goes_on_with_features_where_it_began_with_images(self, written, tmp_path):
+  def test_a_run_resumes_with_features_where_it_began_with_images(self, written, tmp_path):
     def config():
       return limber(checkpoint=Checkpoint(every=2, keep=2))
 
@@ -152,7 +152,7 @@ class TestTraining:
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     said = []
     train(with_features(config(), written), str(tmp_path), log=said.append)
-    assert "going on from step 2" in said[0] and losses(str(tmp_path)) == whole
+    assert "resuming from step 2" in said[0] and losses(str(tmp_path)) == whole
 
   def test_bfloat16_features_of_several_encoders(self, tmp_path):
     clip = dataclasses.replace(encoders.encoder_size("clip_vit_b32_mu"), features="pooled")
@@ -216,7 +216,7 @@ class TestGoingOn:
     assert "2 of 4 shards" in said[0]
     assert contents(out) == contents(written)
 
-  def test_sigterm_leaves_whole_shards_and_the_same_command_goes_on(self, written, tmp_path, monkeypatch):
+  def test_sigterm_leaves_whole_shards_and_the_same_command_resumes(self, written, tmp_path, monkeypatch):
     out = tmp_path / "features"
     with monkeypatch.context() as patch:
       patch.setattr(features, "ShardWriter", stopped_at(150, lambda: os.kill(os.getpid(), signal.SIGTERM)))

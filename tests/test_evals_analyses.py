@@ -422,7 +422,7 @@ def tiny(tmp_path_factory):
   return s, s.init()
 
 
-def test_a_tiny_model_is_analysed_on_awa2s_files_and_goes_on_where_it_was_killed(tiny, tmp_path, monkeypatch):
+def test_a_tiny_model_is_analysed_on_awa2s_files_and_resumes_where_it_was_killed(tiny, tmp_path, monkeypatch):
   monkeypatch.setattr(prompt_probing, "chosen_strength", lambda x, labels: 1.0)  # each shape compiles for seconds
   s, state = tiny
 

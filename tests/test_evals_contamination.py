@@ -157,7 +157,7 @@ def counted(passes):
   return {**PREDICT, "embed_image": embed}
 
 
-def test_a_stopped_pass_goes_on_where_it_was(data, tmp_path):
+def test_a_stopped_pass_resumes_where_it_was(data, tmp_path):
   rng = np.random.default_rng(0)
   data([{"label": i % 3} for i in range(10)], [{"broken": 1} if i == 5 else {} for i in range(50)])
   params = embeddings(rng.normal(size=(10, 3)), rng.normal(size=(50, 3)))

@@ -271,7 +271,7 @@ def test_hostile_files_change_no_metric(data, tmp_path, capsys):
     by_script(tmp_path, data)
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_metrics(data, tmp_path):
+def test_an_evaluation_that_was_killed_resumes_to_the_same_metrics(data, tmp_path):
   whole = by_script(data, results_dir=tmp_path / "whole")
   for after in (2, 5, 4):
     left = [after]

@@ -166,7 +166,7 @@ def test_figures_of_several_splits_are_averaged(tmp_path):
   assert len(metadata["data"]) == 16 and json.loads(json.dumps(metadata)) == metadata
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, made):
+def test_a_run_that_was_stopped_resumes_where_it_was(tmp_path, made):
   made([{"label": i % 3} for i in range(40)], classes=tuple("abc"))
   params = tables(unit(np.random.default_rng(5).normal(size=(40, 4))), np.eye(4)[:3])
   wanted = config(ZeroShot).open(context())(PREDICT, params, {})

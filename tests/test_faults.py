@@ -236,7 +236,7 @@ def test_sigterm_before_the_first_step_leaves_no_half_checkpoint(moment, step, t
   with monkeypatch.context() as patch:
     stop_in(moment, patch)
     stopped = train(tiny(), str(tmp_path), log=said.append)
-  assert said[-1] == f"stopped by SIGTERM at step {step}; the same command goes on from there"
+  assert said[-1] == f"stopped by SIGTERM at step {step}; the same command resumes from there"
   assert int(stopped.step) == step
   assert os.listdir(tmp_path / "checkpoints") == [str(step)] * step
   train(tiny(), str(tmp_path), log=lambda _: None)
@@ -245,7 +245,7 @@ def test_sigterm_before_the_first_step_leaves_no_half_checkpoint(moment, step, t
 
 @pytest.mark.process
 @pytest.mark.parametrize("moment", ["step", "save", "evaluation", "data", "evaluation's data"])
-def test_sigterm_saves_and_the_next_start_goes_on(moment, tmp_path, monkeypatch):
+def test_sigterm_saves_and_the_next_start_resumes(moment, tmp_path, monkeypatch):
   def config():
     return tiny(checkpoint=Checkpoint(every=3), evals=zeroshot(every=4))
 
@@ -558,7 +558,7 @@ def test_after_a_death_1_2_or_4_processes_go_on_with_the_same_samples(experiment
 
 
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
-def test_a_checkpoint_goes_on_on_another_mesh(mesh, tmp_path):
+def test_a_checkpoint_resumes_on_another_mesh(mesh, tmp_path):
   def config(mesh, steps=6):  # eps: else Adam's first updates are ±lr by the sign of gradients that rounding decides
     return tiny(steps=steps, mesh=mesh, checkpoint=Checkpoint(every=3), optim=Optim(lr=2e-4, warmup_steps=2, eps=1e-3))
 
@@ -606,7 +606,7 @@ def test_k_bad_steps_in_a_row_stop_the_run_and_name_the_steps(tmp_path, monkeypa
     train(config, str(tmp_path), log=lambda _: None)
 
 
-def test_a_run_that_skips_spikes_goes_on_with_its_window(tmp_path):
+def test_a_run_that_skips_spikes_resumes_with_its_window(tmp_path):
   def config():
     return tiny(checkpoint=Checkpoint(every=1, keep=100), optim=Optim(lr=1e-3, warmup_steps=2, spike=Spike(window=4)))
 
@@ -633,7 +633,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_equals_uninterrupted(tmp_path)
   resumed = train(config(), str(tmp_path / "damaged"), log=said.append)
   lines = [line for line in said if "is damaged" in line]
   assert len(lines) == 1 and f"6 is damaged: optimizer/ocdbt.process_0/d/{path.name} has the SHA-256" in lines[0]
-  assert "going on from step 4" in " ".join(said)
+  assert "resuming from step 4" in " ".join(said)
   assert_same(resumed, whole)
   assert losses(str(tmp_path / "damaged")) == losses(str(tmp_path / "whole"))
 
@@ -653,7 +653,7 @@ def test_two_processes_agree_on_the_checkpoint_that_is_whole(experiment, tmp_pat
       path.write_bytes(bytes(path.stat().st_size))
   lines = [line for line in outputs[0].splitlines() if "is damaged" in line]
   assert len(lines) == 1 and f"8 is damaged: params/ocdbt.process_1/d/{path.name} has the SHA-256" in lines[0]
-  assert "is damaged" not in outputs[1] and "going on from step 6" in outputs[0]
+  assert "is damaged" not in outputs[1] and "resuming from step 6" in outputs[0]
   assert losses(str(tmp_path / "pair")) == first
   assert_same(final_arrays(str(tmp_path / "pair"), 8), before)
 

@@ -25,7 +25,7 @@ def written(path, count):
   return path / "metrics.jsonl"
 
 
-def test_a_run_that_goes_on_drops_what_it_does_again_and_what_is_damaged_alone(tmp_path):
+def test_a_run_that_resumes_drops_what_it_does_again_and_what_is_damaged_alone(tmp_path):
   path = written(tmp_path, 6)
   lines = path.read_bytes().splitlines(keepends=True)
   lines[1] = b"\xff" + lines[1][1:]

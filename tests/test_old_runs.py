@@ -1,4 +1,4 @@
-"""Runs of release 0.1.0 (81b353f) go on, are evaluated, captioned and converted: one of each task, in tests/data.
+"""Runs of release 0.1.0 (81b353f) resume, are evaluated, captioned and converted: one of each task, in tests/data.
 
 They were trained for 4 steps on scikit-learn's digits, and their checkpoint of step 4 was deleted; losses.json has the
 losses of all four, on the processor of that day.
@@ -39,14 +39,14 @@ def on_all_devices(config):
   return config
 
 
-def test_an_old_run_goes_on_as_it_would_have(old):
+def test_an_old_run_resumes_as_it_would_have(old):
   _, workdir = old
   with open(f"{workdir}/losses.json", encoding="utf-8") as file:
     wanted = json.load(file)
   config = on_all_devices(workdirs.read_config(workdir))
   said = []
   assert int(train(config, workdir, log=said.append).step) == 4
-  assert any("going on from step 2" in line for line in said), said
+  assert any("resuming from step 2" in line for line in said), said
   with open(f"{workdir}/metrics.jsonl", encoding="utf-8") as file:
     losses = {r["step"]: r["loss"] for r in map(json.loads, file) if "loss" in r}
   np.testing.assert_allclose([losses[3], losses[4]], [wanted["3"], wanted["4"]], rtol=1e-5)

@@ -114,7 +114,7 @@ def test_what_the_source_left_out_at_opening_is_listed_too(tmp_path):
     "file": "00000.parquet", "index": None, "id": "rows", "reason": "2 of 7 were not downloaded"}
 
 
-def test_past_the_share_of_damage_it_stops_and_goes_on_with_a_larger_one(tmp_path, damaged):
+def test_past_the_share_of_damage_it_stops_and_resumes_with_a_larger_one(tmp_path, damaged):
   with pytest.raises(UserError, match=r"more than 1 of 40 records cannot be read.*the first is 3: image of 200 bytes"):
     pack(damaged, str(tmp_path / "out"), per_shard=16, damaged=0.04, log=quiet)
   assert not (tmp_path / "out" / "manifest.json").exists()

@@ -106,7 +106,7 @@ class TestOrder:
     assert time.perf_counter() - start < 2
 
   def test_the_order_is_the_one_that_earlier_runs_had(self):
-    # Runs in progress go on with these numbers: another order needs another name in data_fingerprint.
+    # Runs in progress resume with these numbers: another order needs another name in data_fingerprint.
     assert [shuffled_index(10, 0, p) for p in range(20)] == [2, 1, 5, 4, 6, 3, 7, 9, 0, 8, 3, 6, 7, 5, 2, 8, 1, 4, 9, 0]
     assert [shuffled_index(10**9, 42, p) for p in (0, 1, 10**9, 10**12)] == [643260314, 483047882, 966318656, 716926954]
 

@@ -181,7 +181,7 @@ def test_results_of_changed_images_or_lists_are_not_taken(tmp_path):
   assert keys[0] != keys[1]
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path):
+def test_a_run_that_was_stopped_resumes(tmp_path):
   answers = iter([False, False, True])
   with pytest.raises(Stopped):
     collect(runner(tmp_path, stop=lambda: next(answers)))

@@ -1,4 +1,4 @@
-"""Data sources: layouts, hostile tables, and what the user is told."""
+"""Data sources: layouts, hostile tables, and what is reported to the user."""
 
 import io
 import json

@@ -177,7 +177,7 @@ def test_old_indices_are_made_again_and_runs_on_plain_names_keep_their_fingerpri
   assert pairs(dotted) == {"a.1": "a.1.txt", "a": "a.txt"}
 
 
-def test_a_run_on_tars_with_dots_goes_on_by_the_old_rule():
+def test_a_run_on_tars_with_dots_resumes_by_the_old_rule():
   config = tiny(data=Data(source=Source(name="webdataset", path="x.tar")))
   saved = config_json.to_json(config)
   old = "\n".join(line for line in saved.splitlines() if "key_dot" not in line and "incomplete" not in line)

@@ -51,7 +51,7 @@ WITH_SEVERAL = {
 
 
 @pytest.mark.parametrize("layout", WITH_SEVERAL)
-def test_an_evaluation_on_data_with_several_splits_lists_them_and_goes_on_with_one(tmp_path, layout):
+def test_an_evaluation_on_data_with_several_splits_lists_them_and_resumes_with_one(tmp_path, layout):
   name = layout.split()[0]
   path = WITH_SEVERAL[layout](tmp_path)
   with pytest.raises(UserError, match=r"config\.evals\.pets\.source: .* has the splits (train, test|test, train); say "

@@ -154,7 +154,7 @@ def test_what_is_only_printed_ends_with_its_stream(name, commands):
 @pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_a_terminal_took_along_goes_on_as_if_nothing_had_been(name, commands):
+def test_what_a_terminal_took_along_resumes_as_if_nothing_had_been(name, commands):
   def begun(place):
     if name == "train":
       return (place / "checkpoints" / "6" / "manifest.json").exists()
@@ -173,12 +173,12 @@ def test_what_a_terminal_took_along_goes_on_as_if_nothing_had_been(name, command
   assert not (place / "results.json" if name == "evaluate" else place).exists()
   code, place, _, errors = commands.end(name, "hung", "{} > /dev/null", {})
   assert code == 0 and commands.made(name, place) == commands.wanted[name]
-  assert name == "evaluate" or b"going on behind" in errors
+  assert name == "evaluate" or b"resuming behind" in errors
 
 
 @pytest.mark.process
 @pytest.mark.long
-def test_nohup_goes_on_without_its_terminal(commands):
+def test_nohup_resumes_without_its_terminal(commands):
   call, place = commands.call("train", "nohup")
   process = subprocess.Popen(["nohup", *call], env=commands.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   while not (place / "metrics.jsonl").exists():

@@ -257,7 +257,7 @@ def test_a_fingerprint_changes_with_what_is_read_and_only_then(tmp_path):
   assert table(tmp_path, cleaned, "t.csv").fingerprint() != table(tmp_path, plain, "t.csv").fingerprint()
 
 
-# Captions that say nothing, and other choices, are told
+# Captions that say nothing, and other choices, are reported
 
 def test_placeholders_are_counted_by_inspect_pack_and_a_runs_start_and_none_is_dropped(tmp_path):
   words = ("nan", "None", "NA", "null", "N/A", " NaN ", "#N/A")

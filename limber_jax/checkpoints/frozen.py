@@ -29,7 +29,7 @@ def kept_frozen(workdir: str, part: str, like: dict[str, Any]) -> dict[str, Any]
   if not os.path.isdir(path):
     return None
   if (damage := parallel.broadcast_from_process_0(lambda: manifest.compare(path))) is not None:
-    raise UserError(f"{path} is damaged: {damage}; the run cannot go on without a copy of it")
+    raise UserError(f"{path} is damaged: {damage}; the run cannot resume without a copy of it")
   where = f"{path} does not fit this config: "
   check_fits(path, like, where, cast=True)
   try:

@@ -7,8 +7,8 @@ restoring reads (limber_jax.checkpoints.manifest). Process 0 writes it once all 
 file system that they share anyway. A step's directory appears by a rename once all of that is there, so a killed save
 leaves nothing that counts.
 
-A checkpoint is compared with its manifest before it is read. Damage is told in one line, and the newest checkpoint
-before it that is whole is taken, except where a step was asked for by its number. A run that goes on moves what is
+A checkpoint is compared with its manifest before it is read. Damage is reported in one line, and the newest checkpoint
+before it that is whole is taken, except where a step was asked for by its number. A run that resumes moves what is
 damaged to workdir/damaged/<step>. One that trains beside may delete the checkpoint that is being read: then another is
 chosen, see `Checkpoints.read`. Checkpoints of before there were manifests are used unchecked, and one line says so.
 
@@ -84,7 +84,7 @@ class Checkpoints:
         preservation_policy=_POLICIES.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
         todelete_subdir=_DELETED, async_options=ocp.AsyncOptions(
           post_finalization_callback=self._seal,
-          # In the background, a directory that cannot be made is told only when its writers have waited five minutes.
+          # In the background, a directory that cannot be made is reported only when its writers waited five minutes.
           create_directories_asynchronously=False)))
       self._watch = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_watch")
 

@@ -19,7 +19,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 def one_line_a_failure():
   """While entered, what Orbax and TensorStore print of a failed save, from each of their threads, is not shown.
 
-  They raise it too, and then it is told once.
+  They raise it too, and then it is reported once.
   """
   loggers, show = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
@@ -41,7 +41,7 @@ def one_line_a_failure():
 def settle() -> None:
   """Asks all that is left of Orbax's writes for its error, and closes what never began.
 
-  Else each of them speaks up when it is collected, some at the very end of the process, behind the error that was told.
+  Else each of them speaks up when it is collected, some at the very end of the process, behind the error reported.
   """
   for found in gc.get_objects():
     if issubclass(type(found), asyncio.Future) and found.done() and not found.cancelled():

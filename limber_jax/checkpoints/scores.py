@@ -33,7 +33,7 @@ class Scores:
 
     Args:
       workdir: of the run.
-      start: the step that training goes on from: what is known of later ones is forgotten.
+      start: the step that training resumes from: what is known of later ones is forgotten.
       log: prints a line, in process 0.
       failures: gets "name/step" of each evaluation that fails from now on.
     """

@@ -64,7 +64,7 @@ class BadRecords:
     self._check(0)
 
   def start(self, step: int) -> None:
-    """Goes on with what the file says up to `step`; what a killed run found after it will be found again."""
+    """Resumes with what the file says up to `step`; what a killed run found after it will be found again."""
 
     def kept() -> tuple[list[int], list[Line]]:
       earlier = os.path.join(os.path.dirname(self._path), _EARLIER)

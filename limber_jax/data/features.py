@@ -186,7 +186,7 @@ class FeatureSource:
 
   A record is the annotation of the source with "features" [S, F] (and "features@name" of further encoders). It may be
   pickled and read from in threads. Images are never read. The fingerprint is that of the source itself, so that a run
-  may go on with features where it began with images, and the other way round.
+  may resume with features where it began with images, and the other way round.
   """
 
   def __init__(self, source: Source, directory: str, encoders: dict[str, Spec]):
@@ -205,7 +205,7 @@ class FeatureSource:
     if manifest is None:
       if os.path.exists(os.path.join(directory, UNFINISHED)):
         raise UserError(f"{where} is not finished: run the same python -m limber_jax.encode … --out={directory} again, "
-                        "it goes on where it was")
+                        "it resumes where it was")
       raise UserError(f"{where}: no {FINISHED} there; make it with python -m limber_jax.encode --config=… "
                       f"--out={directory}")
     what = describe(source, encoders)

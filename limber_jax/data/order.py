@@ -44,5 +44,5 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=TRIES)
 def seed_in_turn(seed: int, turn: int) -> int:
-  """Returns the seed of the order that says what stands in for a record, where `turn` others could not."""
+  """Returns the seed of the order that says what substitutes for a record, where `turn` others could not."""
   return int(np.random.SeedSequence((seed, turn), spawn_key=(3,)).generate_state(1, np.uint64)[0]) if turn else seed

@@ -136,7 +136,7 @@ def write_shard(source: sources.Source, packing: Packing, number: int, stop: Cal
 def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, per_shard: int = PER_SHARD,
          damaged: float = 0.01, workers: int = 0, images: ImageOptions = PLAIN,
          log: Callable[[str], None] = print) -> dict[str, Any] | None:
-  """Packs a source into the directory `out`, going on where an earlier run ended.
+  """Packs a source into the directory `out`, resuming where an earlier run ended.
 
   Args:
     config: of the source.
@@ -196,7 +196,7 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
         log(f"{records:,} of {total:,} records  {rate:,.0f} records/s  dropped {len(dropped):,}  "
             f"left {math.ceil((total - records) / rate):,} s")
     if stop() and any(packing.done(k) is None for k in todo):
-      log(f"stopped by {stop.name}; the same command goes on after the shards that are whole")
+      log(f"stopped by {stop.name}; the same command resumes after the shards that are whole")
       return None
     manifest = _finish(config, source, packing, what, log)
   log(f"done: {manifest['records']:,} records in {packing.count} shards, {manifest['dropped']:,} dropped; train with "
@@ -295,7 +295,7 @@ def _written(source: sources.Source, packing: Packing, todo: Sequence[int], work
         del waiting[future]
   except BrokenProcessPool as error:
     if not stop():
-      raise UserError("a worker process died: killed, perhaps for want of memory; the same command goes on after the "
+      raise UserError("a worker process died: killed, perhaps for want of memory; the same command resumes after the "
                       "shards that are whole") from error
   finally:
     end.set()

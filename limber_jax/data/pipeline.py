@@ -1,8 +1,8 @@
 """Batches on Grain, in an order that is a pure function of (seed, step).
 
 The position of an example in training is step * batch_size + row. It decides everything: which record (`order`), which
-other stands in where that cannot be read, and which random numbers. So a run goes on at any step, on any number of
-processes and workers, with nothing saved but the step.
+other replaces it where that cannot be read, and which random numbers. So a run resumes at any step, on any number
+of processes and workers, with nothing saved but the step.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class Batches(Iterator[Batch]):
     except Exception as error:
       if self._watch is None:
         raise
-      raise UserError(f"{self._watch.told() or f'a data worker failed: {_told(error)}'}; the same command goes on from "
+      raise UserError(f"{self._watch.told() or f'a data worker failed: {_told(error)}'}; the same command resumes from "
                       "what was saved last") from error
 
   def detach(self) -> None:
@@ -94,9 +94,10 @@ def train_batches(source: Source, transform: Transform, *, batch_size: int, rows
                   start_step: int = 0, workers: int = 0, threads: int = 8, prefetch: int = 2) -> Batches:
   """Returns endless batches of what `transform` gives, stacked, with "index" int64 [b]: the number of the record.
 
-  Where a record cannot be read, the one at the same position in the order of another seed stands in, a mixture's from
-  the same member; where that cannot, the next. So batches are full, and which record is where depends on seed and
-  position alone. "damage" [b] says which were tried in vain: "", or a JSON list of {"index", "id", "reason"}.
+  Where a record cannot be read, the one at the same position in the order of another seed substitutes for it, a
+  mixture's from the same member; where that cannot, the next. So batches are full, and which record is where depends
+  on seed and position alone. "damage" [b] says which were tried in vain: "", or a JSON list of
+  {"index", "id", "reason"}.
 
   Args:
     source: the records.
@@ -211,7 +212,7 @@ class _Examples:
     return self._eval_example(position) if self.seed is None else self._train_example(position)
 
   def _train_example(self, position: int) -> dict[str, Any]:
-    """Returns what stands at a position in training, or what stands in for it."""
+    """Returns what stands at a position in training, or what substitutes for it."""
     n, own = len(self.source), getattr(self.source, "shuffled_index", None)  # a mixture's, which keeps shares
     damage: dict[int, Unreadable] = {}
     for turn in range(TRIES):
@@ -260,7 +261,7 @@ class _Examples:
     return f"{type(self.source).__name__} record {damage.index}{name}: {damage.reason}"
 
   def _blank(self, index: int) -> dict[str, Any]:
-    """Returns what stands in for a record: its annotation, or else the first that can be read, with a black image."""
+    """Returns what substitutes for a record: its annotation, or else the first that can be read, with a black image."""
     for number in (index, *range(len(self.source))):
       try:
         return self.transform(self.source.annotation(number) | {"image": np.zeros((1, 1, 3), np.uint8)}, None)

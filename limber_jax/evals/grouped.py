@@ -76,7 +76,7 @@ def _image(source: Source, index: int) -> Any:
 
 
 def _why(source: Source, index: int) -> dict[str, str]:
-  """Returns what is told of a record that cannot be read."""
+  """Returns what is reported of a record that cannot be read."""
   try:
     source.annotation(index)
   except UserError as error:

@@ -1,4 +1,4 @@
-"""What an evaluation found out about each example, on disk: a killed evaluation goes on behind the last whole batch.
+"""What an evaluation found out about each example, on disk: a killed evaluation resumes behind the last whole batch.
 
 NAME.jsonl has a line {"key": …, "shapes": …} that says what the results depend on, and then a line an example, in the
 order of the data. Arrays lie beside it, rows of little-endian float32 in NAME.ARRAY.f32, one an example not damaged.

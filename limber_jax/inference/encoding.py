@@ -1,4 +1,4 @@
-"""Writes the features of frozen encoders, and goes on where an earlier run ended."""
+"""Writes the features of frozen encoders, and resumes where an earlier run ended."""
 
 import dataclasses
 import datetime
@@ -27,7 +27,7 @@ PROGRESS = 10.0  # seconds between two lines of progress
 
 def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = SHARD_MB,
            log: Callable[[str], None] = print) -> bool:
-  """Writes the features of all images of `config.data` into `out`, going on where an earlier run ended.
+  """Writes the features of all images of `config.data` into `out`, resuming where an earlier run ended.
 
   SIGTERM, SIGINT and SIGHUP end it early; the shard being written is lost then.
 
@@ -81,7 +81,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
         f"shards to write, {jax.device_count()} × {jax.devices()[0].device_kind}")
     done = not todo or _write(s, source, shards, todo, batch_size, images, stop, log)
     if not done:
-      log(f"stopped by {stop.name or 'another process'}; the same command goes on after the shards that are whole")
+      log(f"stopped by {stop.name or 'another process'}; the same command resumes after the shards that are whole")
       return False
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("all shards are written")

@@ -1,7 +1,7 @@
 """Where results about images go, row by row: a table or JSON lines on the terminal, or a file by --out.
 
 What is written for --out=FILE is in FILE.partial until it is whole: a line that says what it depends on, then for each
-image what it was and its row. The same command goes on behind the last whole batch, after a signal, a kill or a full
+image what it was and its row. The same command resumes behind the last whole batch, after a signal, a kill or a full
 disk.
 """
 
@@ -22,9 +22,9 @@ from limber_jax.inference.destination import PARTIAL
 from limber_jax.runtime import atomic, lock
 from limber_jax.runtime.signals import StopRequest
 
-PROGRESS = 50  # images from which on it is told how far they are
+PROGRESS = 50  # images from which on it is reported how far they are
 EVERY = 10     # seconds between two such lines
-_GOES_ON = "the same command goes on from there"
+_RESUMES = "the same command resumes from there"
 
 
 class Output:
@@ -105,7 +105,7 @@ class Output:
     if len(self._done) < len(inputs):
       self._done = self._done[: len(self._done) // batch_size * batch_size]
     if self._done:
-      print(f"going on behind {len(self._done)} of {len(inputs)}, which are in {self._partial}", file=sys.stderr)
+      print(f"resuming behind {len(self._done)} of {len(inputs)}, which are in {self._partial}", file=sys.stderr)
     kept = [first, *({"input": stamped(given), "row": row} for given, row in zip(inputs, self._done, strict=False))]
     with atomic.atomic_write(self._partial, what=f"--out={self._path}") as file:
       file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -121,7 +121,7 @@ class Output:
     Args:
       rows: {"image": path, …, "caption": text} or {"image": path, "error": reason}, of the inputs that are not done.
       widths: of the columns of a table, in order, negative of those aligned on the right; a single one has no heading.
-      total: how many rows there are, with those that are done; from PROGRESS on it is told how far it is.
+      total: how many rows there are, with those that are done; from PROGRESS on it is reported how far it is.
       shown: returns the columns of a row.
 
     Raises:
@@ -150,7 +150,7 @@ class Output:
         rate = (number - len(self._done)) / max(now - start, 1e-9)
         print(f"{number} of {total} images, {rate:.1f} a second", file=sys.stderr, flush=True)
       if self._stop() and number < total:
-        print(f"stopped by {self._stop.name} after {number} of {total}; {_GOES_ON}", flush=True)
+        print(f"stopped by {self._stop.name} after {number} of {total}; {_RESUMES}", flush=True)
         return 0
     if self._partial:
       self._finish()
@@ -212,7 +212,7 @@ class OutFlags:
     """Defines them; `told` is the help of --json."""
     self._json = flags.DEFINE_bool("json", False, told)
     self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, which is there once it is "
-                                    "whole; what is stopped goes on. - is standard output, as --json.")
+                                    "whole; what is stopped resumes. - is standard output, as --json.")
 
   def prints(self) -> bool:
     """Returns whether standard output is all that the rows go to."""

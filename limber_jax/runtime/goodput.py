@@ -59,7 +59,7 @@ class TimeTracker:
 
   def __init__(self, workdir: str, *, active: bool = True, began: float | None = None,
                clock: Callable[[], float] = time.monotonic):
-    """Goes on with the tracker in `workdir`.
+    """Resumes the tracker in `workdir`.
 
     Args:
       workdir: of the run.
@@ -118,7 +118,7 @@ class TimeTracker:
                 "max_step": self.max_step}
     if not self._active:
       return
-    # A full disk is told of by the next checkpoint.
+    # A full disk is reported by the next checkpoint.
     with contextlib.suppress(UserError), atomic_write(self._path) as file:
       json.dump(values, file, indent=1)
 

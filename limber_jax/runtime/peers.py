@@ -68,7 +68,7 @@ def parse_jax_failure(text: bytes) -> str | None:
     return None
   names = f"process {gone[0]} is" if len(gone) == 1 else f"processes {', '.join(map(str, gone))} are"
   return (f"error: {names} gone, or stands still; what was last printed there may say why. This process ends too; "
-          "started again, all of them go on from the last checkpoint\n")
+          "started again, all of them resume from the last checkpoint\n")
 
 
 def watch_stderr() -> None:

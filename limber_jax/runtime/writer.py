@@ -11,7 +11,7 @@ from typing import Any
 from limber_jax.errors import UserError
 from limber_jax.runtime.atomic import atomic_write
 
-_GOES_ON = "the same command goes on from the last checkpoint"
+_RESUMES = "the same command resumes from the last checkpoint"
 
 
 class Log:
@@ -27,7 +27,7 @@ class Log:
     Args:
       steps: where the run ends, for the time left.
       batch_size: examples a step, for examples/s.
-      start_step: the step that training goes on from.
+      start_step: the step that training resumes from.
       active: False on processes other than 0: nothing is written.
       print: where lines for the terminal go.
 
@@ -90,7 +90,7 @@ class Log:
       self._file.write(json.dumps({"step": step, **metrics}) + "\n")
       self._file.flush()
     if not self._board_is_written():  # it would wait for ever to take the next records
-      raise UserError(f"{os.path.dirname(self._path)}/tensorboard: cannot be written; is the disk full? {_GOES_ON}")
+      raise UserError(f"{os.path.dirname(self._path)}/tensorboard: cannot be written; is the disk full? {_RESUMES}")
     for name, value in metrics.items():
       if isinstance(value, int | float):
         self._board.add_scalar(name, value, step)
@@ -123,7 +123,7 @@ class Log:
     try:
       yield
     except OSError as error:
-      raise UserError(f"{path or self._path}: cannot be written ({error.strerror}); {_GOES_ON}") from error
+      raise UserError(f"{path or self._path}: cannot be written ({error.strerror}); {_RESUMES}") from error
 
 
 _builtin_print = print

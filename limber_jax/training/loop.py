@@ -1,6 +1,6 @@
 """The loop of training: evaluate, save, step, log.
 
-It knows `task.loss` and never the model. The position in the data is the step, so a run that was stopped goes on
+It knows `task.loss` and never the model. The position in the data is the step, so a run that was stopped resumes
 exactly where it was, on any number of processes.
 """
 
@@ -29,7 +29,7 @@ from limber_jax.training.train_step import make_step
 def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, stop: StopRequest | None = None,
           began: float | None = None, profile: tuple[int, int] | None = None,
           failures: list[str] | None = None) -> TrainState:
-  """Trains `config` to its last step, going on from the newest checkpoint in `workdir`, and returns the state.
+  """Trains `config` to its last step, resuming from the newest checkpoint in `workdir`, and returns the state.
 
   SIGTERM, SIGINT and SIGHUP save and return early. A checkpoint is saved before its evaluations; one of them that fails
   is named in the log and in scores.json, and the run goes on.
@@ -62,7 +62,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
         log(f"first {file}, in {directory}")
         state, began = train(experiment, directory, log=log, stop=stop, began=began), None
         if int(state.step) < experiment.steps:
-          return state  # a signal came; the same command goes on with it
+          return state  # a signal came; the same command resumes with it
     stop = stop or until_end.enter_context(StopRequest())
     until_end.enter_context(peers.shared(stop))
     run = open_run(config, workdir, held, stop, until_end, log=log, began=began, failures=failures)
@@ -77,7 +77,7 @@ def train(config: Config, workdir: str, *, log: Callable[[str], None] = print, s
     run.out.line(run.tracker.summary())
     run.evaluations.tell_failed()
     if stopped:
-      log(f"stopped by {run.stopping} at step {step}; the same command goes on from there")
+      log(f"stopped by {run.stopping} at step {step}; the same command resumes from there")
     return state
 
 
@@ -121,7 +121,7 @@ def _steps(run: Run, profiler: Profiler) -> tuple[TrainState, int, bool]:
       run.feed.detach()
       if not run.stopping.single:  # the others wait for this one in the next step, to which they have given the state
         raise UserError(f"{run.stopping}: process {jax.process_index()} has waited {peers.LATE:g} s longer for data "
-                        f"that do not come, so nothing can be saved of step {step}; the same command goes on from "
+                        f"that do not come, so nothing can be saved of step {step}; the same command resumes from "
                         f"step {run.saver.last}") from None
     run.steps.flush()
     if step != run.saver.last:

@@ -1,4 +1,4 @@
-"""How a run begins: what is quick to check first, then data, weights, evaluations, and the state it goes on from."""
+"""How a run begins: what is quick to check first, then data, weights, evaluations, and the state it resumes from."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass
 class Run:
-  """A run at the step where it begins or goes on: all that its loop uses."""
+  """A run at the step where it begins or resumes: all that its loop uses."""
 
   setup: Setup
   state: TrainState
@@ -123,7 +123,7 @@ def _fingerprints(s: Setup, source: Source) -> tuple[str, str]:
 
 def _restore(checkpoints: Checkpoints, s: Setup, workdir: str, fingerprints: tuple[str, str]
              ) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the state to go on from and its checkpoint's meta, {} where there is none."""
+  """Returns the state to resume from and its checkpoint's meta, {} where there is none."""
   latest = checkpoints.latest()
   if latest is None:
     return s.init(), {}
@@ -147,7 +147,7 @@ def _announce(out: Log, s: Setup, source: Source, start: int, damage: BadRecords
   count = sum(x.size for x in jax.tree.leaves(s.like.params))
   out.line(f"{config.name}: {count / 1e6:.1f} M trained parameters, {len(source):,} examples, "
            f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-           + (f", going on from step {start}" if start else ""))
+           + (f", resuming from step {start}" if start else ""))
   with jax.set_mesh(s.mesh):
     count = microbatches.fitting(config.loss.num_microbatches, config.batch_size)
   if count != config.loss.num_microbatches:

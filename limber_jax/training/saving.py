@@ -32,7 +32,7 @@ class Saver:
 
   @property
   def last(self) -> int:
-    """The step that the same command would go on from."""
+    """The step that the same command would resume from."""
     return self._start if self._saved is None else self._saved
 
   def due(self, step: int) -> bool:

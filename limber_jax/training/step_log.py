@@ -27,7 +27,7 @@ class StepLog:
       config: of the run.
       out: the log.
       damage: what could not be read.
-      start: the step that the run goes on from.
+      start: the step that the run resumes from.
       newest: returns the step of the newest checkpoint, for messages.
     """
     self._config, self._out, self._damage, self._start, self._newest = config, out, damage, start, newest
@@ -51,7 +51,7 @@ class StepLog:
     if new := self._damage.flush(step, due):
       share = self._damage.share(step)
       self._out.write(step, {"event": "damaged", "records": len(new), "share": share})
-      self._out.line(f"step {step}  {len(new)} more cannot be read, others stand in for them: {share:.2%} of what was "
+      self._out.line(f"step {step}  {len(new)} more cannot be read, others are substituted: {share:.2%} of what was "
                      f"seen; {bad_records.FILE} names all; the last: {bad_records.describe(new[-1])}")
 
   def _record(self, step: int, metrics: Metrics) -> bool:
@@ -64,7 +64,7 @@ class StepLog:
     if differing:
       raise UserError(f"step {step}: processes that hold the same rows of the batch (mesh axis tensor) read other "
                       f"records for {differing} of them: one could not read a file that another could. The same "
-                      "command goes on from what was saved last")
+                      "command resumes from what was saved last")
     limits = {k: values.pop(k) for k in ("loss_limit", "grad_norm_limit") if k in values}
     if skipped:
       seen = {k: values[k] for k in ("loss", "grad_norm")} | limits

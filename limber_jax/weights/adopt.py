@@ -1,6 +1,6 @@
 """The preprocessing that belongs to an encoder's weights, put into the model of an experiment that starts from them.
 
-It stays with the run from then on: config.json has it, and a run that was begun goes on as it is, whatever lies beside
+It stays with the run from then on: config.json has it, and a run that was begun resumes as it is, whatever lies beside
 its weights by then.
 """
 

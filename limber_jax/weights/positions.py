@@ -36,7 +36,7 @@ def fitted(source: Mapping[str, Any], rows: Rows, like: Mapping[str, Any], resam
     name, text = theirs.get(ours, ""), ours.startswith("text/")
     there = tuple(source[name].shape) if name in source else shape
     if there == tuple(shape) or len(there) != 2 or there[1] != shape[1]:
-      continue  # what does not fit otherwise is told by the table engine
+      continue  # what does not fit otherwise is reported by the table engine
     if not resample:
       other = "context length" if text else "image size"
       raise UserError(f"{name} has {there[0]} positions, this config's model {shape[0]}: another {other}; {flag} "

@@ -123,7 +123,7 @@ def image_root(path: str, images: str) -> str:
 
 
 def told(tell: Callable[[int], str], count: int) -> Iterator[str]:
-  """Yields what is told of each record 0 … count - 1, but of those of which nothing can be."""
+  """Yields what is reported of each record 0 … count - 1, but of those of which nothing can be."""
   for index in range(count):
     with contextlib.suppress(UserError):
       yield tell(index)

@@ -28,7 +28,7 @@ class Mixture:
     weight, a whole number, and the fields of a Source; relative paths start at the file's directory. No other field of
     the configuration is used.
 
-  `order` stands in for the pipeline's own, which would draw from all records alike. It repeats a round of as many
+  `order` substitutes for the pipeline's own, which would draw from all records alike. It repeats a round of as many
   positions as all weights together (divided by what they have in common), in which each member has as many as its
   weight, spread evenly. So any window that is a whole number of rounds long has exact shares, wherever it begins. The
   records of a member come in permutations of its own, by the seed: each exactly once before any comes again. It takes

@@ -72,7 +72,7 @@ def load(directory: str) -> dict[str, Any]:
   """Returns the manifest of a directory; raises UserError if it is none."""
   path = os.path.join(directory, MANIFEST)
   if os.path.exists(os.path.join(directory, UNFINISHED)) and not os.path.exists(path):
-    raise UserError(f"{directory} is not finished: run the same python -m limber_jax.pack again, and it goes on")
+    raise UserError(f"{directory} is not finished: run the same python -m limber_jax.pack again, and it resumes")
   manifest = annotations.load(path, WANTED)
   if manifest.get("kind") != KIND or manifest.get("version") != VERSION:
     raise UserError(f"{path}: {manifest.get('kind')!r} of version {manifest.get('version')!r}, wanted {KIND!r} of "

@@ -53,7 +53,7 @@ def cut_off(path: str) -> CutOff | None:
   except CutOff as error:
     return error
   except (ValueError, OSError):
-    pass  # what else is wrong is told by whoever reads it
+    pass  # what else is wrong is reported by whoever reads it
   return None
 
 
