@@ -70,8 +70,8 @@ def configuration(word: str = "config") -> str:
     default = "" if f.default is dataclasses.MISSING else repr(f.default)
     default = "{}" if not default and f.default_factory is dict else default
     range_ = str(ranges.range_of(f))
-    told = ", ".join(filter(None, [_type(hint), default and f"default {default}", range_]))
-    out += _entry(f"--{name}", comment, told)
+    details = ", ".join(filter(None, [_type(hint), default and f"default {default}", range_]))
+    out += _entry(f"--{name}", comment, details)
   return "\n".join(out or [f"no field of a configuration has {word!r} in its name; --help=config lists all"])
 
 
@@ -140,8 +140,8 @@ def _type(hint: Any) -> str:
   return re.sub(r"[\w.]+\.(\w+)", r"\1", str(hint)) if hint is not Any else "a size"
 
 
-def _entry(name: str, text: str, facts: str = "") -> list[str]:
+def _entry(name: str, text: str, details: str = "") -> list[str]:
   """Returns the lines of one flag or field."""
-  words = " ".join(filter(None, [text, facts and f"({facts})"]))
+  words = " ".join(filter(None, [text, details and f"({details})"]))
   return [f"  {name}", *textwrap.wrap(words, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6,
                                      break_on_hyphens=False)]

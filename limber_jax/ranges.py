@@ -44,12 +44,12 @@ class Range:
       return f"0, or {dataclasses.replace(self, or_zero=False)}"
     if self.choices:
       return " | ".join(c or '""' for c in self.choices)
-    low = f"{_shown(self.at_least)} or more" if self.at_least is not None else (
-      f"more than {_shown(self.above)}" if self.above is not None else "")
-    high = f"{_shown(self.at_most)} or less" if self.at_most is not None else (
-      f"less than {_shown(self.below)}" if self.below is not None else "")
+    low = f"{_format_value(self.at_least)} or more" if self.at_least is not None else (
+      f"more than {_format_value(self.above)}" if self.above is not None else "")
+    high = f"{_format_value(self.at_most)} or less" if self.at_most is not None else (
+      f"less than {_format_value(self.below)}" if self.below is not None else "")
     if self.at_least is not None and self.at_most is not None:
-      return f"{_shown(self.at_least)} to {_shown(self.at_most)}"
+      return f"{_format_value(self.at_least)} to {_format_value(self.at_most)}"
     return " and ".join(filter(None, [low, high]))
 
   def wanted(self, value: Any) -> str:
@@ -67,13 +67,13 @@ class Range:
     # What is just below 1 may be 1 in float32, where 1 - b2**t is what is divided by.
     single = float(np.float32(value)) if isinstance(value, float) else value
     if self.at_least is not None and value < self.at_least:
-      return f"wanted {'0, or ' if self.or_zero else ''}{_shown(self.at_least)} or more"
+      return f"wanted {'0, or ' if self.or_zero else ''}{_format_value(self.at_least)} or more"
     if self.above is not None and min(value, single) <= self.above:
-      return f"wanted more than {_shown(self.above)}"
+      return f"wanted more than {_format_value(self.above)}"
     if self.at_most is not None and value > self.at_most:
-      return f"wanted {_shown(self.at_most)} or less"
+      return f"wanted {_format_value(self.at_most)} or less"
     if self.below is not None and max(value, single) >= self.below:
-      return f"wanted less than {_shown(self.below)}"
+      return f"wanted less than {_format_value(self.below)}"
     return ""
 
 
@@ -118,19 +118,19 @@ def check_value(value: Any, hint: Any, name: str, allowed: Range = ANY) -> None:
     if isinstance(value, classes) if classes else dataclasses.is_dataclass(value):
       return check(value, f"{name}.")
     wanted = " or ".join(c.__name__ for c in classes) or "a size, such as models.clip.SIZES['clip_vit_b32']()"
-    raise UserError(f"{name}: expected {wanted}, got {_shown(value)}")
+    raise UserError(f"{name}: expected {wanted}, got {_format_value(value)}")
   if origin is dict and isinstance(value, dict):
     of = typing.get_args(hint)[1]
     for key, inner in value.items():
       if not isinstance(key, str) or not key or (dataclasses.is_dataclass(of) and "." in key):
-        raise UserError(f"{name}: expected names without dots, got {_shown(key)}")
+        raise UserError(f"{name}: expected names without dots, got {_format_value(key)}")
       check_value(inner, of, f"{name}.{key}", allowed)
     return None
   if origin is tuple and isinstance(value, tuple | list):
     of = typing.get_args(hint)
     length = allowed.length or (0 if of[-1] is ... else len(of))
     if length and len(value) != length:
-      raise UserError(f"{name}={_shown(value)}: wanted {length} of them, got {len(value)}")
+      raise UserError(f"{name}={_format_value(value)}: wanted {length} of them, got {len(value)}")
     if allowed.nonempty and not value:
       raise UserError(f"{name}=(): wanted one at least")
     for inner, h in zip(value, of[:1] * len(value) if of[-1] is ... else of, strict=True):
@@ -138,13 +138,13 @@ def check_value(value: Any, hint: Any, name: str, allowed: Range = ANY) -> None:
     return None
   fits = isinstance(value, hint) if hint in (str, float) else type(value) is hint
   if not fits and not (hint is float and type(value) is int):  # 1.0 may have been written as 1
-    raise UserError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {_shown(value)}")
+    raise UserError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {_format_value(value)}")
   try:
     wrong = allowed.wanted(float(value) if hint is float else value)
   except OverflowError:  # an int above all floats
     wrong = "wanted a finite number"
   if wrong:
-    raise UserError(f"{name}={_shown(value)}: {wrong}")
+    raise UserError(f"{name}={_format_value(value)}: {wrong}")
   return None
 
 
@@ -182,7 +182,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 _annotations = functools.cache(typing.get_type_hints)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
   """Returns a value for a message of one line."""
   try:
     text = " ".join(repr(value).split())

@@ -101,7 +101,7 @@ def test_a_terminal_is_written_to():
   os.close(theirs)
 
 
-def test_where_nothing_can_be_written_is_told_before_and_in_one_line(tmp_path):
+def test_where_nothing_can_be_written_is_reported_before_and_in_one_line(tmp_path):
   (tmp_path / "file").write_text("")
   (tmp_path / "circle").symlink_to("circle")
   (tmp_path / "odd.tmp").symlink_to("file")

@@ -178,7 +178,7 @@ def test_a_mistake_ends_the_command_with_one_line(run, pictures):
   assert (code, out, len(errors)) == (2, [], 1) and "beams" in errors[0]
 
 
-def test_mistakes_are_told_in_a_line(run, tmp_path):
+def test_mistakes_are_reported_in_a_line(run, tmp_path):
   config = read_run(run)
   (tmp_path / "config.json").write_text(config_json.to_json(runs.tiny()))
   for call, match in (

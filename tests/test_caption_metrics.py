@@ -347,7 +347,7 @@ if 'spice-1.0.jar' in sys.argv:
   assert found.per_image == {"a": {"spice": 0.25}, "b": {"spice": 0.5}, "c": {"spice": 0.0}}
 
 
-def test_a_scene_without_anything_has_no_spice_and_a_failure_is_told(program, monkeypatch):
+def test_a_scene_without_anything_has_no_spice_and_a_failure_is_reported(program, monkeypatch):
   monkeypatch.setattr(captions, "_missing_models", lambda: "")
   program(f"""{CUT}
 if 'spice-1.0.jar' in sys.argv:

@@ -281,7 +281,7 @@ def test_where_nothing_says_which_is_the_best_none_is_taken_for_it(tmp_path):
 @pytest.mark.parametrize(("text", "told"), [
   ("[1]", 'wanted {"STEP"'), ('{"1": 3}', 'wanted {"STEP"'), ('{"1": {"metrics": {}}}', 'wanted {"STEP"'),
   ('{"x": {"metrics": {}, "failed": {}, "begun": {}}}', 'wanted {"STEP"'), ("\0", "not JSON"), ("", "not JSON")])
-def test_damaged_scores_are_told_without_the_words_of_python(text, told, tmp_path):
+def test_damaged_scores_are_reported_without_the_words_of_python(text, told, tmp_path):
   save(tmp_path, 1, best="a", metrics={1: {"a": 1.0}})
   (tmp_path / "scores.json").write_text(text)
   with pytest.raises(UserError) as caught:
@@ -376,7 +376,7 @@ def fails(workdir):
   yield str(told.value)
 
 
-def test_a_file_too_large_is_told_and_the_older_checkpoint_stays(tmp_path, capfd):
+def test_a_file_too_large_is_reported_and_the_older_checkpoint_stays(tmp_path, capfd):
   attempt = fails(tmp_path)
   next(attempt)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -395,7 +395,7 @@ def test_a_file_too_large_is_told_and_the_older_checkpoint_stays(tmp_path, capfd
 
 
 @pytest.mark.process
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
   target = tmp_path / "disk"
   target.mkdir()
   if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", target],
@@ -415,7 +415,7 @@ def test_a_full_disk_is_told(tmp_path):
     subprocess.run(["umount", "-l", target], check=True)
 
 
-def test_no_permission_is_told():
+def test_no_permission_is_reported():
   with tempfile.TemporaryDirectory() as workdir:
     os.chmod(workdir, 0o755)
     attempt = fails(workdir)

@@ -161,7 +161,7 @@ def test_folders_are_read_as_class_folders_are(photos, tmp_path):
   assert [os.path.join(here, name) for name in sorted(ids)] == find([str(here)])
 
 
-def test_mistakes_are_told_in_a_line(weights, photos, tmp_path):
+def test_mistakes_are_reported_in_a_line(weights, photos, tmp_path):
   (tmp_path / "labels.txt").write_text("a dog\n\na cat\n")
   assert read_labels(["a fish"], str(tmp_path / "labels.txt")) == ["a fish", "a dog", "a cat"]
   (tmp_path / "folder").mkdir()

@@ -336,7 +336,7 @@ def test_a_suite_lists_every_set_below_a_directory_with_its_own_words_and_metric
               for name in ("classnames", "zeroshot_classification_templates")], r"several questions \(age, race\)"),
   (lambda f: os.truncate(f / "test" / "1.tar", 700), r"1 of 2 tars .*source\.incomplete=keep"),
 ])
-def test_a_set_that_does_not_fit_is_told_in_one_line(change, message, tmp_path):
+def test_a_set_that_does_not_fit_is_reported_in_one_line(change, message, tmp_path):
   folder = write_set(tmp_path / "s", "test", labelled(6), per_shard=3, classes=CLASSES, templates=TEMPLATES)
   opened(folder)
   change(folder)

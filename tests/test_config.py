@@ -179,7 +179,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(tmp_path):
     setup(config)
 
 
-def test_a_mistake_in_an_experiment_that_comes_first_is_told_before_anything_is_trained(tmp_path):
+def test_a_mistake_in_an_experiment_that_comes_first_is_reported_before_anything_is_trained(tmp_path):
   (tmp_path / "broken.py").write_text("from runs import tiny\n\ndef get_config():\n  return tiny(steps=-1)\n")
   with pytest.raises(UserError, match=r"broken.py: config.steps=-1: wanted 1 or more$"):
     train(tiny(prerequisites={"a": f"{EXPERIMENTS}/quickstart.py", "b": f"{tmp_path}/broken.py"}),
@@ -212,7 +212,7 @@ def test_a_captioning_run_is_no_clip_and_the_commands_for_it_are_named():
   assert workdirs.check_clip({"task": "contrastive"}, "runs/a") == {"task": "contrastive"}
 
 
-def test_a_get_config_without_a_return_is_told(tmp_path):
+def test_a_get_config_without_a_return_is_reported(tmp_path):
   (tmp_path / "x.py").write_text("def get_config():\n  pass\n")
   command = [sys.executable, "-m", "limber_jax.train", f"--config={tmp_path}/x.py", f"--workdir={tmp_path}/r"]
   done = subprocess.run(command, capture_output=True, text=True, env=environment())

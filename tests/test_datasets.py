@@ -82,7 +82,7 @@ def test_missing_data_are_one_line_that_says_what_is_expected_where_and_from_whi
   assert all(name in message for name in s.layout.split() if "." in name and "TFDS" not in name) or s.tfds
 
 
-def test_data_of_the_users_own_are_told_as_their_source_tells_it(tmp_path):
+def test_data_of_the_users_own_are_reported_as_their_source_tells_it(tmp_path):
   with pytest.raises(UserError, match=r"no such file or directory; wanted a directory or \.tar"):
     config(ZeroShot, source=Source(name="folder", path=str(tmp_path / "mine"))).open(context())
 

@@ -247,7 +247,7 @@ class TestGoingOn:
     with pytest.raises(UserError, match=r"holds shards but no manifest\.json"):
       quiet(limber(), tmp_path)
 
-  def test_no_room_is_told_before_the_work(self, tmp_path, monkeypatch):
+  def test_no_room_is_reported_before_the_work(self, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(UserError, match=r"360 images with 4,096 bytes of features each take 0\.0 GB, only 0\.0 GB are"):
       quiet(limber(), tmp_path / "features")

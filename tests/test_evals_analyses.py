@@ -395,7 +395,7 @@ def test_attributes_are_probed_on_other_images_and_maps_apart(monkeypatch, made,
   assert run.metadata()["train"]["split"] == "other" and list(tmp_path.iterdir()) == []
 
 
-def test_what_the_data_do_not_allow_is_told_or_left_out(made, tmp_path):
+def test_what_the_data_do_not_allow_is_reported_or_left_out(made, tmp_path):
   made([{"text": "a cat"}] * 4)
   predict, params, where = probed(tmp_path)
   predict["prompt"] = lambda params, stats, batch: jnp.ones((len(batch["tokens"]), 1, 4))

@@ -276,7 +276,7 @@ def eleven_points(scores, truth):
   return sum(max((p for n, p in points if 10 * n >= level * found), default=0) for level in range(11)) / 11
 
 
-def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkeypatch):
+def test_of_several_classes_an_image_each_is_reported_from_the_rest(tmp_path, monkeypatch):
   monkeypatch.setitem(registry.SOURCES, "several", f"{__name__}:Several")
   test, train, validation = (Source(name="several", split=s) for s in ("test", "train", "validation"))
   evaluation = config(LinearProbe, source=test, train=train, validation=validation).open(context(workdir=tmp_path))

@@ -671,7 +671,7 @@ def test_the_command_ends_with_one_line_when_files_cannot_grow(experiment, tmp_p
   assert "Traceback" not in output
 
 
-def test_a_run_is_told_of_a_failed_save_within_a_step(tmp_path, monkeypatch):
+def test_a_run_is_reported_of_a_failed_save_within_a_step(tmp_path, monkeypatch):
   write, commit, check = manifest.write, Checkpoints._commit, Checkpoints.check
   known, steps_after = threading.Event(), []
 

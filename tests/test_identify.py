@@ -112,7 +112,7 @@ def test_a_foreign_model_is_named_in_one_line_with_what_can_be_loaded(tmp_path, 
     ends(in_role(role, str(tmp_path / f"{number}.safetensors")), what)
 
 
-def test_a_directory_without_a_configuration_is_told_in_one_line(tmp_path):
+def test_a_directory_without_a_configuration_is_reported_in_one_line(tmp_path):
   save_file({"transformer.h.0.attn.q_proj.weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
   message = in_role("lm", str(tmp_path))
   assert message == f"{tmp_path}: no config.json there, which says what model it is; {identify.LOADABLE['lm']}"

@@ -112,7 +112,7 @@ def test_a_further_format_is_read_where_it_is_asked_for_and_named_where_not(name
     decode(data)
 
 
-def test_a_format_that_is_none_is_told():
+def test_a_format_that_is_none_is_reported():
   with pytest.raises(UserError, match=r"no format 'tif'; did you mean 'tiff'\?"):
     ImageOptions(("tif",))
 

@@ -150,7 +150,7 @@ def test_a_directory_of_something_else_is_refused_and_a_finished_one_is_left(tmp
 
 
 @pytest.mark.parametrize("full", ["record", "manifest"])
-def test_a_full_disk_is_told_in_one_line_and_loses_nothing(tmp_path, tars, monkeypatch, full):
+def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tmp_path, tars, monkeypatch, full):
   with monkeypatch.context() as patch:
     if full == "record":
       def fail(self, data):

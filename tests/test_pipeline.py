@@ -239,7 +239,7 @@ def test_a_record_that_an_evaluation_cannot_read_is_named(workers):
       next(batches)
 
 
-def test_a_source_without_records_and_a_negative_seed_are_told():
+def test_a_source_without_records_and_a_negative_seed_are_reported():
   with pytest.raises(UserError, match="no records"):
     train_batches(Numbers(0), Draw(), batch_size=8, rows=np.arange(0, 8), seed=0)
   with pytest.raises(UserError, match="seed=-1"):

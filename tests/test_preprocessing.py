@@ -90,7 +90,7 @@ def test_pixels_equal_those_of_timm(open_clip, changes):
   assert_pixels(sized(said), transform)
 
 
-def test_a_longest_side_that_leaves_nothing_of_the_other_is_told():
+def test_a_longest_side_that_leaves_nothing_of_the_other_is_reported():
   size = sized(from_open_clip({"resize_mode": "longest"}, SIDE))
   with pytest.raises(UserError, match="image of 1 × 200 pixels would be scaled to 0 × 32"):
     pixels(size, image(1, 200))

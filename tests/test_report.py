@@ -194,7 +194,7 @@ def test_results_of_an_earlier_release_give_the_same_report():
   assert report.report(runs(json.loads(text))) == report.report(runs(now))
 
 
-def test_what_metrics_rest_on_is_told():
+def test_what_metrics_rest_on_is_reported():
   text = report.report(runs(results("limber_clip", {
     "coco": entry("captions", {"cider_d": 0.5, "count": 4998.0, "strength": 0.0123456, "cider_d/in@other": 0.25},
                   num_examples=5000, covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"],
@@ -232,14 +232,14 @@ def test_vqa_by_type_and_deviations_are_in_the_papers_unit():
     ["4-shot number", "30.00", "–"], ["4-shot, truncated", "–", "25.00"]]
 
 
-def test_another_number_of_items_than_the_published_is_told():
+def test_another_number_of_examples_than_the_published_is_reported():
   text = report.report(runs(results("limber_clip", {"vqa2": entry("vqa", {"accuracy_0shot": 0.3})})))
   assert "Metrics of 100 of 100 examples. Published numbers are of 214,354 (LiMBeR paper)." in text
   whole = report.report(runs(results("limber_clip", {"vqa2": entry("vqa", {"accuracy_0shot": 0.3}, 214354, 214354)})))
   assert "214,354 of 214,354 examples." in whole and "Published numbers are of" not in whole
 
 
-def test_how_certain_published_metrics_are_is_told_of_those_shown_only():
+def test_how_certain_published_metrics_are_is_reported_of_those_shown_only():
   text = report.report(runs(limber("limber_clip")))
   assert "- LiMBeR paper, table 1 (arXiv 2209.15162); given to this project" in text and "open_clip" not in text
   text = report.report(runs(results("clip_vitb", {"imagenet": entry("zeroshot", {"top1": 0.63})})))
@@ -336,7 +336,7 @@ def test_several_runs_are_rows_in_the_papers_order_unknown_ones_last():
   assert text.startswith("# 6 runs\n")
 
 
-def test_two_runs_of_one_name_are_told_apart_by_their_workdirs():
+def test_two_runs_of_one_name_are_reported_apart_by_their_workdirs():
   rows = cells(report.report(runs(limber("limber_clip", 0.5), limber("limber_clip", 0.6))), "Captioning and VQA")
   assert [(row[0], row[8]) for row in rows if row[1] == "measured"][:2] == [
     ("CLIP (runs/0)", "50.0"), ("CLIP (runs/1)", "60.0")]
@@ -439,7 +439,7 @@ def test_another_layout_is_named(change, message):
   (b"[]", "expected an object with name, task"),
   (b'{"name": "quickstart", "step": 3, "metrics": {}}', "task: expected str, got nothing; run limber_jax.evaluate"),
 ])
-def test_results_that_cannot_be_read_are_told_in_one_line(content, message, tmp_path):
+def test_results_that_cannot_be_read_are_reported_in_one_line(content, message, tmp_path):
   if content is not None:
     (tmp_path / "results.json").write_bytes(content)
   with pytest.raises(UserError) as error:

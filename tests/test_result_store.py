@@ -121,7 +121,7 @@ def test_results_of_something_else_are_not_taken(tmp_path, changes):
 @pytest.mark.parametrize(("file", "place"), [
   ("look.jsonl", 0.0), ("look.jsonl", 0.001), ("look.jsonl", 0.3), ("look.jsonl", 0.999), ("look.mean.f32", 0.5)])
 @pytest.mark.parametrize("bit", [1, 4])
-def test_a_flipped_bit_is_told_and_what_follows_it_measured_again(damaged, tmp_path, capsys, file, place, bit):
+def test_a_flipped_bit_is_reported_and_what_follows_it_measured_again(damaged, tmp_path, capsys, file, place, bit):
   want = collect(runner(tmp_path))
   capsys.readouterr()
   path = tmp_path / file

@@ -71,7 +71,7 @@ class TestDigits:
     pairs = {(source.annotation(i)["label"], len(source.annotation(i)["text"].split())) for i in range(len(source))}
     assert len(pairs) == 10 * len({len(t.split()) for t in TEMPLATES})
 
-  def test_a_wrong_split_is_told_with_the_nearest_right_one(self):
+  def test_a_wrong_split_is_reported_with_the_nearest_right_one(self):
     with pytest.raises(UserError, match="did you mean 'train'"):
       Digits(Source(split="trian"))
 
@@ -150,7 +150,7 @@ class TestCaptions:
     (b"filepath,title\na.png,\xff\n", {"split": "images"}, "row 1, byte 6 of 7: not UTF-8"),
     ('filepath,title\na.png,"a\n' + "long line without an end " * 9000, {}, "line 2: field larger.*a quote that never"),
   ])
-  def test_a_table_that_does_not_fit_is_told_in_one_line(self, folder, text, fields, message):
+  def test_a_table_that_does_not_fit_is_reported_in_one_line(self, folder, text, fields, message):
     with pytest.raises(UserError, match=message) as caught:
       table(folder, text, "x.csv", **fields)
     assert "\n" not in str(caught.value)
@@ -167,7 +167,7 @@ class TestCaptions:
     with pytest.raises(UserError, match=r"row 2: wanted 2 columns"):
       source[1]
 
-  def test_a_missing_table_is_told_with_the_layout_and_the_way_to_point_elsewhere(self):
+  def test_a_missing_table_is_reported_with_the_layout_and_the_way_to_point_elsewhere(self):
     with pytest.raises(UserError, match=r"no such file; wanted .*filepath.*--config\.data\.source\.path="):
       Captions(Source(path="/nowhere/cc3m.tsv"))
 
@@ -259,7 +259,7 @@ class TestTfds:
     ("tiny_captions", {"text_key": "titel"}, "did you mean 'title'"),
     ("tiny_captions", {"label_key": "label"}, "no such feature 'label'"),
   ])
-  def test_what_does_not_fit_is_told_in_one_line(self, prepared, path, fields, message):
+  def test_what_does_not_fit_is_reported_in_one_line(self, prepared, path, fields, message):
     with pytest.raises(UserError, match=message) as caught:
       tfds_source(os.path.join(prepared, path), **fields)
     assert "\n" not in str(caught.value)

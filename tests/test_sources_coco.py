@@ -198,14 +198,14 @@ def test_a_cut_file_is_named_with_its_last_byte(tmp_path):
   (b'{"images": [{"id": 1}]}', r"neither 'annotations' beside 'images' nor 'sentences'"),
   (b'{"images": [3], "annotations": [{"id": 1, "bbox": []}]}', r"none of its images has a caption; the first flaw"),
 ])
-def test_a_file_of_another_form_is_told_in_one_line(data, message, tmp_path):
+def test_a_file_of_another_form_is_reported_in_one_line(data, message, tmp_path):
   (tmp_path / "x.json").write_bytes(data)
   with pytest.raises(UserError, match=rf"x\.json.*{message}|{message}.*x\.json") as caught:
     coco(tmp_path / "x.json")
   assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_told_with_what_belongs_there_and_its_page(tmp_path):
+def test_a_missing_file_is_reported_with_what_belongs_there_and_its_page(tmp_path):
   standins.write_coco(tmp_path, count=1)
   with pytest.raises(UserError, match=r"captions_val2014.json or .*cocodataset.org/#download.*karpathy/deepimagesent.*"
                                       r"nocaps.org/download.*did you mean 'captions_val2014.json'") as caught:

@@ -259,7 +259,7 @@ def test_a_ppm_image_that_is_damaged_or_a_bomb_is_one_line(tmp_path):
   ({"a.png": 1, "t.csv": "path,label\na.png,1"}, "t.csv", {"separator": "ab"}, "separator 'ab'"),
   ({"a.png": 1, "t.txt": "b.png 1"}, "t.txt", {}, "no images; .*t.txt, line 1: no image 'b.png' there"),
 ])
-def test_what_does_not_fit_is_told_in_one_line(files, split, fields, message, tmp_path):
+def test_what_does_not_fit_is_reported_in_one_line(files, split, fields, message, tmp_path):
   with pytest.raises(UserError, match=message) as caught:
     opened(write(tmp_path, files), split, **fields)
   assert "\n" not in str(caught.value)

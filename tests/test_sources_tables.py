@@ -167,7 +167,7 @@ def second_header(data, block):
   (lambda data: second_header(data, bytes(512)), "there is more behind its end"),  # zeros look like an end
   (lambda data: second_header(data, b"\xff" * 512), "no header of a tar"),
 ])
-def test_what_is_no_whole_tar_is_told_with_the_byte(tmp_path, change, message):
+def test_what_is_no_whole_tar_is_reported_with_the_byte(tmp_path, change, message):
   layouts.write_webdataset(tmp_path, RECORDS[:3], suffix="png")
   data = (tmp_path / "00000.tar").read_bytes()
   (tmp_path / "00000.tar").write_bytes(change(data))
@@ -374,7 +374,7 @@ def test_parquet_of_texts_alone_and_of_paths(tmp_path):
 @pytest.mark.parametrize(("columns", "message"), [
   ({"jpg": [b"x"]}, "no column of captions such as caption"), ({"n": [1]}, "it has no texts"),
 ])
-def test_parquet_of_other_columns_is_told(tmp_path, columns, message):
+def test_parquet_of_other_columns_is_reported(tmp_path, columns, message):
   pq.write_table(pa.table(columns), tmp_path / "a.parquet")
   with pytest.raises(UserError, match=message) as caught:
     opened("parquet", tmp_path)
@@ -529,7 +529,7 @@ def test_a_mixture_has_classes_where_all_members_have_the_same(tmp_path, lines):
   ({"name": "jsonl", "weight": 1, "path": "none.jsonl"}, "source 0: .*no such file"),
   ({"name": "digits", "weight": 1, "path": 3}, "wanted text in 'path'"),
 ])
-def test_a_mixture_that_does_not_fit_is_told(tmp_path, entry, message):
+def test_a_mixture_that_does_not_fit_is_reported(tmp_path, entry, message):
   with pytest.raises(UserError, match=message):
     mixture(tmp_path, entry)
 
@@ -599,7 +599,7 @@ def test_a_packed_shard_that_is_short_missing_or_another_is_named_at_start(packe
   (lambda m: m | {"records": 3}, "wanted 3 records, got 120"), (lambda m: m | {"shards": []}, "a list of 'shards'"),
   (lambda m: m | {"shards": [m["shards"][0] | {"file": "../x"}]}, "a shard that is none"),
 ])
-def test_a_manifest_that_does_not_fit_is_told(packed, change, message):
+def test_a_manifest_that_does_not_fit_is_reported(packed, change, message):
   path = packed / "manifest.json"
   path.write_text(json.dumps(change(json.loads(path.read_text()))))
   with pytest.raises(UserError, match=message):

@@ -108,7 +108,7 @@ def test_hostile_files_give_the_records_of_the_others_and_the_unreadable_ones(tm
   assert [i for i in ids if i not in written.unreadable] == [other.annotation(i)["id"] for i in range(len(other))]
 
 
-def test_files_that_are_no_vqa_are_told_in_a_line(tmp_path):
+def test_files_that_are_no_vqa_are_reported_in_a_line(tmp_path):
   def refused(match, **fields):
     with pytest.raises(UserError, match=match) as error:
       opened(**{"path": tmp_path, **fields})

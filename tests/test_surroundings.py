@@ -49,7 +49,7 @@ def test_a_home_is_found_behind_an_equals_sign_and_never_in_a_text(monkeypatch):
     "--config.init.lm=/home/me/b", "/home/me/c", "--weights", "./~", "--prompt=~/x", "--labels=~,a", "--flag", "a~"]
 
 
-def test_a_limit_on_address_space_is_told_at_the_start(monkeypatch):
+def test_a_limit_on_address_space_is_reported_at_the_start(monkeypatch):
   for limit in (resource.RLIM_INFINITY, surroundings.NEEDED):
     monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
     surroundings.check_memory()

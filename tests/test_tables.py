@@ -382,7 +382,7 @@ def test_a_table_without_a_header_has_quotes_where_it_is_said_and_a_stray_one_is
     table(tmp_path, text, quoting="cvs")
 
 
-def test_lines_that_a_quote_of_a_comma_table_takes_in_are_told(tmp_path):
+def test_lines_that_a_quote_of_a_comma_table_takes_in_are_reported(tmp_path):
   source = table(tmp_path, 'filepath,title\nx/0,"stray dog\nx/1,a cat\nx/2,bird"\nx/3,x\n', name="t.csv")
   assert len(source) == 2
   assert source.notes == ["t.csv: 2 lines are taken for parts of a quoted field, the first line 3; "

@@ -147,7 +147,7 @@ class TestClip:
       assert same.encode(text) == clip.encode(text)
 
   @pytest.mark.parametrize("damage", ["empty", "cut", "text", "other"])
-  def test_a_damaged_vocabulary_file_is_told_in_one_line(self, vocabulary, damage, tmp_path):
+  def test_a_damaged_vocabulary_file_is_reported_in_one_line(self, vocabulary, damage, tmp_path):
     file = tmp_path / "x.txt.gz"
     with open(vocabulary, "rb") as opened:
       whole = opened.read()
@@ -157,7 +157,7 @@ class TestClip:
       ClipTokenizer(str(file))
     assert "\n" not in str(caught.value)
 
-  def test_a_directory_without_a_tokenizer_is_told_and_never_an_empty_tokenizer(self, tmp_path):
+  def test_a_directory_without_a_tokenizer_is_reported_and_never_an_empty_tokenizer(self, tmp_path):
     # transformers 5.23 makes a tokenizer of two tokens of such a directory, without a word.
     with pytest.raises(UserError, match=r"no tokenizer\.json there"):
       ClipTokenizer(str(tmp_path))
@@ -177,7 +177,7 @@ class TestClip:
       ClipTokenizer(str(tmp_path))
 
   @pytest.mark.parametrize("path", ["", "nobody/nothing", "/no/such/directory"])
-  def test_without_a_vocabulary_the_ways_to_get_one_are_told(self, path, monkeypatch, tmp_path):
+  def test_without_a_vocabulary_the_ways_to_get_one_are_reported(self, path, monkeypatch, tmp_path):
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -237,7 +237,7 @@ class TestGpt2:
     assert one.encode("A photo of 3 dogs.") == other.encode("A photo of 3 dogs.")
     assert one.fingerprint() == other.fingerprint()
 
-  def test_other_directories_are_told(self, tmp_path):
+  def test_other_directories_are_reported(self, tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer\.json there, nor vocab\.json and merges\.txt"):
       Gpt2Tokenizer(str(tmp_path))
     (tmp_path / "vocab.json").write_text('{"a": 0}')
@@ -282,7 +282,7 @@ class TestBpe:
     ("{", r"tokenizer\.json: "),
     ('{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":[]}}', "not made by limber_jax"),
   ])
-  def test_a_directory_that_does_not_fit_is_told(self, content, message, tmp_path):
+  def test_a_directory_that_does_not_fit_is_reported(self, content, message, tmp_path):
     if content is not None:
       (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):

@@ -145,7 +145,7 @@ class TestResizeCrop:
     ((32, "middle"), "choose one of random, center, resized"), ((32, "resized", (1.0, 0.9)), "crop_scale"),
     ((32, "resized", (0.0, 1.0)), "crop_scale"), ((32, "resized", (0.9,)), "crop_scale"),
   ])
-  def test_a_wrong_setting_is_told(self, arguments, message):
+  def test_a_wrong_setting_is_reported(self, arguments, message):
     with pytest.raises(UserError, match=message):
       ResizeCrop(*arguments)
 
@@ -223,7 +223,7 @@ class TestDecode:
     with pytest.raises(UserError, match=r"image of 20,000,001 bytes; at most 20,000,000"):
       decode(whole + bytes(IMAGE.most + 1 - len(whole)))
 
-  def test_a_text_where_an_image_is_wanted_is_told(self):
+  def test_a_text_where_an_image_is_wanted_is_reported(self):
     with pytest.raises(UserError, match="a text without an image"):
       transforms.Decode()({"id": "x", "text": "a"}, None)
 

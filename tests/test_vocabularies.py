@@ -113,7 +113,7 @@ def test_a_tokenizer_of_another_regular_expression_is_no_gpt2(whole, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("merges.txt",)])
-def test_flaws_of_two_files_are_told_too(names, whole, tmp_path):
+def test_flaws_of_two_files_are_reported_too(names, whole, tmp_path):
   model = whole["gpt2"]["model"]
   (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
   (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\n")

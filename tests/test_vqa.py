@@ -149,7 +149,7 @@ def test_the_command_answers_a_file_of_questions_with_examples(run, questions, s
   assert errors == [f"{folder}/none.png: No such file or directory", "1 of 5 images could not be read"]
 
 
-def test_mistakes_are_told_in_a_line(run, shots, questions, tmp_path):
+def test_mistakes_are_reported_in_a_line(run, shots, questions, tmp_path):
   path = tmp_path / "x.jsonl"
   for text, match in (("", "--shots=.*: no line in it"), ("\n{", r"x.jsonl:2: no JSON"),
                       ("[1]", r"x.jsonl: one JSON array, expected an object a line"),

@@ -86,7 +86,7 @@ def test_a_run_resumes_with_its_frozen_weights_from_another_path_and_no_others(t
     start("moved", seed=1)
 
 
-def test_a_workdir_that_cannot_be_is_told_before_anything_is_done(tmp_path):
+def test_a_workdir_that_cannot_be_is_reported_before_anything_is_done(tmp_path):
   (tmp_path / "file").touch()
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "checkpoints").touch()

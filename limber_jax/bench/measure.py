@@ -133,12 +133,12 @@ def surroundings(packages: Iterable[str]) -> dict[str, Any]:
 
 def show(out: dict[str, Any]) -> None:
   """Prints one JSON object, its fractions to four digits."""
-  print(json.dumps(_short(out), indent=1))
+  print(json.dumps(_rounded(out), indent=1))
 
 
-def _short(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
   if isinstance(value, dict):
-    return {k: _short(v) for k, v in value.items()}
+    return {k: _rounded(v) for k, v in value.items()}
   if isinstance(value, list):
-    return [_short(v) for v in value]
+    return [_rounded(v) for v in value]
   return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -31,7 +31,7 @@ def check_fits(path: str, like: Any, where: str, *, cast: bool) -> None:
     floats = cast and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b))
     return tuple(a.shape) == tuple(b.shape) and (floats or a.dtype == b.dtype)
 
-  def told(x):
+  def describe(x):
     return "no such array" if x is None else f"{x.dtype} {tuple(x.shape)}"
 
   try:
@@ -43,7 +43,7 @@ def check_fits(path: str, like: Any, where: str, *, cast: bool) -> None:
   for name in sorted(want.keys() | there.keys()):
     a, b = want.get(name), there.get(name)
     if a is None or b is None or not same(a, b):
-      raise UserError(f"{where}{name}: expected {told(a)}, got {told(b)}")
+      raise UserError(f"{where}{name}: expected {describe(a)}, got {describe(b)}")
 
 
 def reason(error: Exception) -> str:

@@ -33,7 +33,7 @@ from etils import epath
 
 from limber_jax.checkpoints import manifest, scores, workdirs
 from limber_jax.checkpoints.fits import check_fits, first_line, reason
-from limber_jax.checkpoints.quiet import one_line_a_failure, settle
+from limber_jax.checkpoints.quiet import flush_errors, one_line_a_failure
 from limber_jax.checkpoints.state import TrainState
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
@@ -197,7 +197,7 @@ class Checkpoints:
           with contextlib.suppress(Exception):  # each thread of a save that failed raises; `wait` has told the first
             end()
         if self._broken:
-          settle()
+          flush_errors()
         gc.collect()  # or what is left of such a save speaks up later
         self._manager = None
         self._quiet.close()

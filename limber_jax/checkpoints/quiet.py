@@ -38,7 +38,7 @@ def one_line_a_failure():
     sys.unraisablehook = show
 
 
-def settle() -> None:
+def flush_errors() -> None:
   """Asks all that is left of Orbax's writes for its error, and closes what never began.
 
   Else each of them speaks up when it is collected, some at the very end of the process, behind the error reported.

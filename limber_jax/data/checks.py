@@ -33,7 +33,7 @@ def placeholders(texts: Iterable[str]) -> list[str]:
   return [t for t in texts if text.is_placeholder(t)]
 
 
-def told(count: int, of: int, first: str) -> str:
+def format_count(count: int, of: int, first: str) -> str:
   """Returns what is said of captions that say nothing, "" if there are none."""
   return f"{count:,} of {of:,} captions looked at say nothing, such as {first!r}; they are kept" if count else ""
 
@@ -55,4 +55,4 @@ def look(source: Source) -> str:
     count, of, first = count + len(found), of + len(texts), first or next(iter(found), "")
     if time.perf_counter() - start > SECONDS:
       break
-  return told(count, of, first)
+  return format_count(count, of, first)

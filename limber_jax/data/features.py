@@ -280,12 +280,13 @@ def _check(where: str, what: Spec, manifest: Spec, hint: str, whole: bool = Fals
   new = flatten({k: what[k] for k in ("version", "source", "records")} | wanted)
   different = [k for k in {**new, **old} if new.get(k) != old.get(k)]
   if different:
-    told = "; ".join(f"{k}: got {_short(old.get(k))}, wanted {_short(new.get(k))}" for k in different[:3])
-    raise UserError(f"{where} holds features of something else than this experiment's ({told}"
+    changes = "; ".join(
+      f"{k}: got {_format_value(old.get(k))}, wanted {_format_value(new.get(k))}" for k in different[:3])
+    raise UserError(f"{where} holds features of something else than this experiment's ({changes}"
                     f"{'; …' if len(different) > 3 else ''}); {hint}")
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
   return value[:12] if isinstance(value, str) else str(value)
 
 

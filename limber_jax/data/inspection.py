@@ -111,13 +111,13 @@ def inspect(source: sources.Source, sample: int = SAMPLE, images: ImageOptions =
     kind = _kind(entry["reason"])
     reasons[kind] += 1
     first.setdefault(kind, "{file}: {id}: {reason}".format(**entry))
-  told = {"records": n, "looked_at": count, "classes": None if source.classes is None else len(source.classes),
+  summary = {"records": n, "looked_at": count, "classes": None if source.classes is None else len(source.classes),
           "formats": dict(formats.most_common()), "turned": turned, "notes": list(getattr(source, "notes", ())),
           "placeholders": {"count": len(empty), "first": empty[0] if empty else None},
           "unreadable": unreadable, "found_at_opening": len(opening),
           "damage": [{"reason": k, "count": c, "first": first[k]} for k, c in reasons.most_common()]}
   templates = getattr(source, "templates", None)
-  return told | {"templates": templates and len(templates)} | {
+  return summary | {"templates": templates and len(templates)} | {
     name: _spread(values) for name, values in sizes.items()}, kept
 
 
@@ -178,37 +178,39 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
   return lines
 
 
-def lines(told: dict[str, Any], name: str) -> Iterator[str]:
+def lines(summary: dict[str, Any], name: str) -> Iterator[str]:
   """Yields what `inspect` found, for the terminal."""
 
   def of(key: str, unit: str) -> str:
-    low, middle, high = told[key]
+    low, middle, high = summary[key]
     return f"{low:,} to {high:,} {unit}, median {middle:,.0f}"
 
-  part = "" if told["looked_at"] == told["records"] else f", {told['looked_at']:,} looked at (--sample=0 for all)"
-  yield f"{name}: {told['records']:,} records{part}"
-  yield "images      " + ", ".join(f"{count:,} {kind}" for kind, count in told["formats"].items())
-  if told["turned"]:
-    yield f"turned      {told['turned']:,} of them by their EXIF orientation, where --exif or config.data.exif heeds it"
-  if told["width"]:
+  looked_at = summary["looked_at"]
+  part = "" if looked_at == summary["records"] else f", {looked_at:,} looked at (--sample=0 for all)"
+  yield f"{name}: {summary['records']:,} records{part}"
+  yield "images      " + ", ".join(f"{count:,} {kind}" for kind, count in summary["formats"].items())
+  if summary["turned"]:
+    yield (f"turned      {summary['turned']:,} of them by their EXIF orientation, where --exif or config.data.exif "
+           "heeds it")
+  if summary["width"]:
     yield f"width       {of('width', 'pixels')}"
     yield f"height      {of('height', 'pixels')}"
     yield f"size        {of('bytes', 'bytes')}"
-  if told["characters"]:
+  if summary["characters"]:
     yield f"captions    {of('captions', 'a record')}"
     yield f"length      {of('characters', 'characters')}"
-  if count := told["placeholders"]["count"]:
-    caption, record = told["placeholders"]["first"]
+  if count := summary["placeholders"]["count"]:
+    caption, record = summary["placeholders"]["first"]
     yield f"            {count:,} say nothing, such as {caption!r} (record {record})"
-  for note in told["notes"]:
+  for note in summary["notes"]:
     yield f"note        {note}"
-  if told["classes"]:
-    yield f"classes     {told['classes']:,}"
-  if told["templates"]:
-    yield f"templates   {told['templates']:,}"
-  opening = f" and {told['found_at_opening']:,} found at opening" if told["found_at_opening"] else ""
-  yield f"damage      {told['unreadable']:,} of {told['looked_at']:,} records{opening}"
-  for entry in told["damage"]:
+  if summary["classes"]:
+    yield f"classes     {summary['classes']:,}"
+  if summary["templates"]:
+    yield f"templates   {summary['templates']:,}"
+  opening = f" and {summary['found_at_opening']:,} found at opening" if summary["found_at_opening"] else ""
+  yield f"damage      {summary['unreadable']:,} of {summary['looked_at']:,} records{opening}"
+  for entry in summary["damage"]:
     if entry["count"] == 1:
       yield f"         1  {entry['first'][:300]}"
       continue

@@ -62,8 +62,8 @@ class Packing:
     """Returns what is known of a shard that is whole: its line of the manifest, and "dropped"; None if it is not."""
     try:
       with open(self.path(number, ".json"), encoding="utf-8") as file:
-        told = json.load(file)
-      return told if os.path.getsize(self.path(number)) == told["bytes"] else None
+        shard = json.load(file)
+      return shard if os.path.getsize(self.path(number)) == shard["bytes"] else None
     except (OSError, ValueError, KeyError):
       return None
 
@@ -174,8 +174,8 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
       log(f"{out} is complete: {manifest['records']:,} records in {len(manifest['shards'])} shards")
       return manifest
     whole = [packing.done(k) for k in range(packing.count)]
-    todo = [k for k, told in enumerate(whole) if told is None]
-    dropped = [d for told in whole if told for d in told["dropped"]]
+    todo = [k for k, shard in enumerate(whole) if shard is None]
+    dropped = [d for shard in whole if shard for d in shard["dropped"]]
     log(f"{config.name} {config.path}: {len(source):,} records, {len(todo)} of {packing.count} shards to write")
     for note in getattr(source, "notes", ()):
       log(note)
@@ -216,9 +216,9 @@ def _claim(out: str, what: dict[str, Any]) -> dict[str, Any] | None:
       if os.path.exists(path := os.path.join(out, name)):
         old = annotations.load(path, packed.WANTED)
         if different := [k for k in what if old.get(k) != what[k]]:
-          told = "; ".join(f"{k}: {old.get(k)!r:.40}, now {what[k]!r:.40}" for k in different[:3])
-          raise UserError(f"{out} was begun with other data or settings ({told}); choose another directory, or remove "
-                          "this one")
+          changes = "; ".join(f"{k}: {old.get(k)!r:.40}, now {what[k]!r:.40}" for k in different[:3])
+          raise UserError(f"{out} was begun with other data or settings ({changes}); choose another directory, or "
+                          "remove this one")
         if name == packed.MANIFEST:
           packed.Packed(Source("packed", out))
           _clear(out)
@@ -244,10 +244,10 @@ def _clear(out: str, keep: str = "") -> None:
 def _finish(config: Source, source: sources.Source, packing: Packing, what: dict[str, Any],
             log: Callable[[str], None]) -> dict[str, Any]:
   """Writes the manifest and the list of what was dropped, now that all shards are there."""
-  told = [packing.done(k) for k in range(packing.count)]
-  dropped = [d for shard in told for d in shard.pop("dropped")]
-  empty = [text for shard in told for text in shard.pop("placeholders", ())]
-  manifest = what | {"records": sum(s["records"] for s in told), "dropped": len(dropped), "shards": told}
+  shards = [packing.done(k) for k in range(packing.count)]
+  dropped = [d for shard in shards for d in shard.pop("dropped")]
+  empty = [text for shard in shards for text in shard.pop("placeholders", ())]
+  manifest = what | {"records": sum(s["records"] for s in shards), "dropped": len(dropped), "shards": shards}
   if not manifest["records"]:
     raise UserError(f"none of {packing.records:,} records can be read; the first: {dropped[0]['reason']}")
   if empty:

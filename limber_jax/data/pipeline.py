@@ -59,8 +59,8 @@ class Batches(Iterator[Batch]):
     except Exception as error:
       if self._watch is None:
         raise
-      raise UserError(f"{self._watch.told() or f'a data worker failed: {_told(error)}'}; the same command resumes from "
-                      "what was saved last") from error
+      reason = self._watch.describe() or f"a data worker failed: {_describe(error)}"
+      raise UserError(f"{reason}; the same command resumes from what was saved last") from error
 
   def detach(self) -> None:
     """Gives them up without waiting for what is being read, which may never come: that ends with the process."""
@@ -83,7 +83,7 @@ def _close(held: list[Any]) -> None:
     held.pop(0).close()
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
   """Returns an error that nobody expected, on one line, with the place that raised it."""
   frames = traceback.extract_tb(error.__traceback__)
   place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
@@ -247,7 +247,7 @@ class _Examples:
     except UserError as error:
       return Unreadable(index, str(record.get("id") or self._id(index)), str(error))
     except Exception as error:  # a defect of the source: what is damaged is a UserError
-      raise UserError(self._line(Unreadable(index, str(record.get("id", "")), _told(error)))) from error
+      raise UserError(self._line(Unreadable(index, str(record.get("id", "")), _describe(error)))) from error
 
   def _id(self, index: int) -> str:
     """Returns the id of a record whose image cannot be read, "" if nothing of it can."""

@@ -37,7 +37,7 @@ class Watch:
             self._stopped.add(worker.pid)
             worker.kill()
 
-  def told(self) -> str:
+  def describe(self) -> str:
     """Returns what became of a worker, "" if nothing is known."""
     for pid in self._stopped:
       return f"data worker (process {pid}) was stopped for {STOPPED} seconds by a signal"

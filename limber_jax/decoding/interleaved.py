@@ -110,7 +110,7 @@ def embed(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax.
 def prefill(model: Limber, params: dict, batch: dict, shared: jax.Array) -> Cache:
   """Returns the cache of what rows begin with, for `write`; the arguments are as of `embed`, and "mask" bool [B, L]."""
   x, mask = embed(model, params, batch, shared), batch["mask"]
-  return generate.prefill(model.lm, model.lm_params(params)["params"], x, counted(mask), mask)
+  return generate.prefill(model.lm, model.lm_params(params)["params"], x, position_ids(mask), mask)
 
 
 def decode(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax.Array | None, *, eos: int,
@@ -126,11 +126,11 @@ def decode(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax
   """
   x = embed(model, params, batch, shared, own)
   return generate.generate(
-    model.lm, model.lm_params(params)["params"], x, counted(batch["mask"], prefix), batch["mask"], eos=eos,
+    model.lm, model.lm_params(params)["params"], x, position_ids(batch["mask"], prefix), batch["mask"], eos=eos,
     settings=settings, max_new_tokens=settings.max_new_tokens, keys=batch.get("key"), prefix=prefix)
 
 
-def counted(mask: jax.Array, prefix: Cache | None = None) -> jax.Array:
+def position_ids(mask: jax.Array, prefix: Cache | None = None) -> jax.Array:
   """Returns positions int32 [B, L] that count from the first, or on from the real tokens of a prefix.
 
   They go on through the padding on the right, where the mask makes them harmless.

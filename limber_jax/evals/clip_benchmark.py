@@ -106,10 +106,10 @@ def files(results: dict[str, Any], pretrained: str) -> dict[str, str]:
       continue
     name, metrics = set_name(entry["protocol"]["source.path"]), _metrics(entry)
     task = "zeroshot_retrieval" if entry["evaluation"] == "retrieval" else "zeroshot_classification"
-    told = {"dataset": f"wds/{name}", "model": model, "pretrained": pretrained, "task": task, "metrics": metrics,
+    result = {"dataset": f"wds/{name}", "model": model, "pretrained": pretrained, "task": task, "metrics": metrics,
             "language": "en"}
     slug = "_".join(re.sub(r"[/\\\s]", "_", part) for part in (name, pretrained, model, "en", task))
-    out[os.path.join(FOLDER, f"{slug}.json")] = json.dumps(told)
+    out[os.path.join(FOLDER, f"{slug}.json")] = json.dumps(result)
     task = TASKS.get(name)
     if task and task.ours in entry["metrics"]:
       main = entry["metrics"][task.ours]

@@ -187,11 +187,11 @@ class ResultStore:
         if not found and value is not None and "crc" not in value:
           break  # of earlier releases, whose results have another key
         if value is None:
-          return found, self._told(len(found))
+          return found, self._describe_flaw(len(found))
         rows = [rows.read(size) for rows, size in arrays] if "reason" not in value else ()
         crc = _crc(body, rows, self._ends[-1][1])
         if value.pop("crc", "") != f"{crc:08x}":
-          return found, self._told(len(found))
+          return found, self._describe_flaw(len(found))
         self._ends.append((file.tell(), crc))
         if not found and value.get("key") != self._key:
           return [value], ""  # of something else
@@ -202,7 +202,7 @@ class ResultStore:
         found.append(value)
     return found, ""
 
-  def _told(self, lines: int) -> str:
+  def _describe_flaw(self, lines: int) -> str:
     again = f"examples from number {(lines - 1) // self._batch_size * self._batch_size} on" if lines else "all examples"
     return f"{self._path}, line {lines + 1}: not as it was written, or its arrays are not; {again} are measured again"
 

@@ -63,13 +63,13 @@ class Output:
                                          otherwise="choose another file"))
       self._held.enter_context(self._stop)
     elif self._path:
-      with self._told():
+      with self._named_errors():
         self._file = self._held.enter_context(atomic.open_direct(self._path))
     return self
 
   def __exit__(self, *_: object) -> None:
     """Closes the file; one that has no row in it is removed."""
-    with contextlib.suppress(OSError):  # of a full disk: `write` has told it
+    with contextlib.suppress(OSError):  # of a full disk: `write` has reported it
       if self._partial and self._file:
         self._file.close()
         if not self._rows:
@@ -110,7 +110,7 @@ class Output:
     with atomic.atomic_write(self._partial, what=f"--out={self._path}") as file:
       file.writelines(json.dumps(line) + "\n" for line in kept)
     self._rows = len(self._done)
-    with self._told():
+    with self._named_errors():
       self._file = open(self._partial, "a", encoding="utf-8")  # noqa: SIM115 (`__exit__` closes it)
     return len(self._done)
 
@@ -165,14 +165,14 @@ class Output:
     if not self._partial and "error" in row:
       return
     line = {"input": stamped(self._inputs[number - 1]), "row": row} if self._partial else row
-    with self._told():
+    with self._named_errors():
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
     self._rows += 1
 
   def _finish(self) -> None:
     """Puts the rows into the file that was asked for."""
-    with self._told():
+    with self._named_errors():
       self._file.close()
     with atomic.atomic_write(self._path, what=f"--out={self._path}") as out, open(self._partial, "rb") as file:
       next(file)
@@ -183,7 +183,7 @@ class Output:
     os.remove(self._partial)
 
   @contextlib.contextmanager
-  def _told(self):
+  def _named_errors(self):
     try:
       yield
     except OSError as error:
@@ -208,9 +208,9 @@ class Output:
 class OutFlags:
   """The flags --json and --out, of commands that write rows."""
 
-  def __init__(self, told: str = "Print one JSON object a line."):
-    """Defines them; `told` is the help of --json."""
-    self._json = flags.DEFINE_bool("json", False, told)
+  def __init__(self, description: str = "Print one JSON object a line."):
+    """Defines them; `description` is the help of --json."""
+    self._json = flags.DEFINE_bool("json", False, description)
     self._out = flags.DEFINE_string("out", "", "Write one JSON object a line to this file, which is there once it is "
                                     "whole; what is stopped resumes. - is standard output, as --json.")
 

@@ -227,7 +227,7 @@ def _check_config(values: dict[str, Any], tower: BeitSize) -> None:
   same(values, _FIXED)
 
 
-def _shown(tower: BeitSize) -> dict[str, tuple[Any, Any]]:
+def _visible_fields(tower: BeitSize) -> dict[str, tuple[Any, Any]]:
   return {"hidden_size": (tower.width, 768), "num_hidden_layers": (tower.layers, 12), "patch_size": (tower.patch, 16)}
 
 
@@ -241,5 +241,5 @@ ENCODER = EncoderSpec(
   mu=lambda tower: replace(tower, image_size=32, patch=8, width=64, layers=2, heads=2),
   width=lambda tower: tower.width, weights={"hf": HF_WEIGHTS, "hf_headed": HF_HEADED_WEIGHTS}, ignored=HF_IGNORED,
   sharding=SHARDING, title="a BEiT", processor="Beit", describes=lambda values: values.get("model_type") == "beit",
-  check_config=_check_config, shown=_shown,
+  check_config=_check_config, shown=_visible_fields,
   named={"beit_l16": _named(), "beit_l16_ft": _named(shared_positions=False, pooler=True)})

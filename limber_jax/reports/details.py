@@ -66,11 +66,11 @@ def details(run: Run) -> list[str]:
     if isinstance(metadata.get("damage"), list) and metadata["damage"]:
       lines = [f"- {escape(d)}" for d in metadata["damage"][:NAMED]]
       blocks += ["Damaged:" if damaged == len(lines) else f"Damaged, the first {len(lines)}:", "\n".join(lines)]
-    told = {"num_examples", "covered", "damaged", "damage"}
+    shown_above = {"num_examples", "covered", "damaged", "damage"}
     usual = flatten(evaluation_of(kind)()) if kind in EVALS else {}
     usual = {k: v for k, v in usual.items() if not k.startswith(("source.", "name"))}  # of which only others are shown
     chosen = {k: v for k, v in evaluation["protocol"].items() if k not in usual or v != usual[k]}
-    settings = flat(chosen) | flat({k: v for k, v in metadata.items() if k not in told})
+    settings = flat(chosen) | flat({k: v for k, v in metadata.items() if k not in shown_above})
     if settings:
       blocks.append(markdown(("setting", "value"), list(settings.items())))
   return blocks

@@ -68,8 +68,8 @@ class Lock:
 
   def __exit__(self, *_: object) -> None:
     self._left.set()
-    for path, (fd, told) in self._held.items():
-      if _is_own(path, fd, told):
+    for path, (fd, identity) in self._held.items():
+      if _is_own(path, fd, identity):
         with contextlib.suppress(OSError):
           os.remove(path)
       _descriptors.discard(fd)
@@ -84,8 +84,8 @@ class Lock:
     self._first(self._check)
 
   def _check(self) -> None:
-    for path, (fd, told) in self._held.items():
-      if not _is_own(path, fd, told):
+    for path, (fd, identity) in self._held.items():
+      if not _is_own(path, fd, identity):
         holder = _read(path)
         now = f"{_name(holder)} has taken it over" if holder else f"{path} was removed"
         raise UserError(f"{self._called(path)} is no longer held by this process: {now}; this one ends, and writes no "
@@ -129,9 +129,9 @@ class Lock:
             if age is not None:
               self._log(f"{self._called(path)} was in use by {_name(holder)}, whose last sign of life was {age:.0f} s "
                         "ago: it is taken over")
-          told = _own()
-          _write(fd, told)
-          self._held[path] = (fd, told)
+          identity = _own()
+          _write(fd, identity)
+          self._held[path] = (fd, identity)
           _descriptors.add(fd)
           return None
         finally:
@@ -170,10 +170,10 @@ class Lock:
 
   def _beat(self) -> None:
     while not self._left.wait(BEAT):
-      for path, (fd, told) in list(self._held.items()):
+      for path, (fd, identity) in list(self._held.items()):
         with contextlib.suppress(OSError):  # a full disk, say: the age tells it to others, `check` to this process
-          if _is_own(path, fd, told):
-            _write(fd, told)
+          if _is_own(path, fd, identity):
+            _write(fd, identity)
 
 
 def _own() -> bytes:
@@ -182,15 +182,15 @@ def _own() -> bytes:
                      "pids": _namespace(), "began": _began(os.getpid()), "token": os.urandom(8).hex()}).encode() + b"\n"
 
 
-def _write(fd: int, told: bytes) -> None:
-  os.pwrite(fd, told, 0)
-  os.ftruncate(fd, len(told))
+def _write(fd: int, identity: bytes) -> None:
+  os.pwrite(fd, identity, 0)
+  os.ftruncate(fd, len(identity))
   os.fsync(fd)
 
 
-def _is_own(path: str, fd: int, told: bytes) -> bool:
+def _is_own(path: str, fd: int, identity: bytes) -> bool:
   try:
-    return _same_file(path, fd) and os.pread(fd, 4096, 0) == told
+    return _same_file(path, fd) and os.pread(fd, 4096, 0) == identity
   except OSError:  # it cannot be known: nobody was seen to take it
     return True
 

@@ -236,14 +236,14 @@ def listen() -> None:
   def wait():
     if (value := _ask(_ENDING, _left)) is None:
       return
-    told = json.loads(value)
+    message = json.loads(value)
     _set(f"{_HEARD}/{me}", "")
-    if told["process"] == me or _ends.wait(_GRACE):
+    if message["process"] == me or _ends.wait(_GRACE):
       return
     sys.stdout.flush()
-    sys.stderr.write(f"error: process {told['process']} ended: {told['line']}\n")
+    sys.stderr.write(f"error: process {message['process']} ended: {message['line']}\n")
     sys.stderr.flush()
-    os._exit(told["code"])
+    os._exit(message["code"])
 
   _ask_in_thread(wait)
 

@@ -254,7 +254,7 @@ class Captioning:
     embeds = self.model.lm.apply(variables, batch["tokens"], method="embed")
     prompt = embeds[:, :0] if name is None else self._prompted(name, params, stats, batch)
     x, _, mask = prefix_inputs(prompt, embeds, batch["mask"])
-    return generate(self.model.lm, variables["params"], x, interleaved.counted(mask, prefix), mask, eos=eos,
+    return generate(self.model.lm, variables["params"], x, interleaved.position_ids(mask, prefix), mask, eos=eos,
                     settings=self.decoding, max_new_tokens=self.decoding.max_new_tokens, keys=batch.get("key"),
                     prefix=prefix)
 

@@ -209,7 +209,7 @@ def earlier_results(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | N
     weights = earlier["weights"]
     # Of before results said of which run they are: what is of the same experiment is kept beside, whichever it is of.
     run = earlier.get("run", what["run"])
-    told = f"{earlier['name']} at step {int(earlier['step'])}" if run is not None and earlier["step"] else (
+    described = f"{earlier['name']} at step {int(earlier['step'])}" if run is not None and earlier["step"] else (
       f"weights {' '.join(f'{part}:{str(d)[:8]}' for part, d in weights.items())}")
   except FileNotFoundError:
     return None, False
@@ -218,6 +218,7 @@ def earlier_results(what: dict[str, Any], path: str) -> tuple[dict[str, Any] | N
                     "computed is kept") from error
   own = what["run"] is not None and run == what["run"] and all(earlier.get(k) == what[k] for k in ("name", "seed"))
   if not (own or weights == what["weights"]):
-    raise UserError(f"{path} is of something else, of {told}{f' of the run {str(run)[:8]}' if run else ''}, and is not "
-                    "replaced; choose another directory with --out=DIRECTORY, or move it away")
+    whose = f" of the run {str(run)[:8]}" if run else ""
+    raise UserError(f"{path} is of something else, of {described}{whose}, and is not replaced; choose another "
+                    "directory with --out=DIRECTORY, or move it away")
   return earlier, same

@@ -58,10 +58,10 @@ class _Start:
     params, stats = jax.eval_shape(task.init, jax.random.key(config.seed))
     check_trainable(config.trainable, params)
     bare = cls(config, task, mesh, {}, {})
-    return dataclasses.replace(bare, params=bare.laid_out(jax.eval_shape(bare.cast, params)),
-                               stats=bare.laid_out(stats))
+    return dataclasses.replace(bare, params=bare.abstract_state(jax.eval_shape(bare.cast, params)),
+                               stats=bare.abstract_state(stats))
 
-  def laid_out(self, tree: Any) -> Any:
+  def abstract_state(self, tree: Any) -> Any:
     """Returns ShapeDtypeStructs with the shardings that a state, or a part of one, has on the mesh."""
     return abstract(tree, parallel.shardings(tree, (*SHARDING, *self.task.sharding), self.mesh))
 
@@ -139,7 +139,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   def create(params, stats):
     return TrainState.create(params, stats, tx, config.optim.spike.window)
 
-  like = start.laid_out(jax.eval_shape(create, trained, split(start.stats, config.trainable)[0]))
+  like = start.abstract_state(jax.eval_shape(create, trained, split(start.stats, config.trainable)[0]))
 
   def init() -> TrainState:
     return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*start.values(list(trained), {}))

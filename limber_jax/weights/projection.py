@@ -37,12 +37,12 @@ def save(path: str, params: dict[str, Any], metadata: dict[str, Any]) -> None:
   flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
   tensors = {name: np.array(x, np.float32, order="C") for name, x in flat.items()}
   try:
-    told = json.dumps(metadata, allow_nan=False)
+    text = json.dumps(metadata, allow_nan=False)
   except (TypeError, ValueError) as error:
     raise UserError(f"{path}: the metadata is not plain JSON ({error})") from error
   with atomic_write(path, "wb") as file:
     # "format" is what readers of PyTorch's files ask for.
-    file.write(serialize(tensors, metadata={"format": "pt", "card": told}))
+    file.write(serialize(tensors, metadata={"format": "pt", "card": text}))
 
 
 def load(path: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -122,7 +122,7 @@ def image_root(path: str, images: str) -> str:
   return os.path.abspath(images or (os.path.dirname(beside) if os.path.basename(beside) == "annotations" else beside))
 
 
-def told(tell: Callable[[int], str], count: int) -> Iterator[str]:
+def readable(tell: Callable[[int], str], count: int) -> Iterator[str]:
   """Yields what is reported of each record 0 … count - 1, but of those of which nothing can be."""
   for index in range(count):
     with contextlib.suppress(UserError):

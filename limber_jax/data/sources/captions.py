@@ -10,7 +10,7 @@ import numpy as np
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.data.sources import tables
-from limber_jax.data.sources.annotations import captions_of, image_files, told
+from limber_jax.data.sources.annotations import captions_of, image_files, readable
 from limber_jax.errors import UserError
 from limber_jax.runtime import inputs
 
@@ -187,7 +187,7 @@ class Captions:
 
   def files(self) -> Iterator[str]:
     yield self._path
-    yield from image_files(self._root, told(self.image_path, len(self)))
+    yield from image_files(self._root, readable(self.image_path, len(self)))
 
   def fingerprint(self) -> str:
     layout = (self._name, len(self._map), self._width, self._image, self._text, self._label, self._groups is None,

@@ -14,7 +14,7 @@ from limber_jax.data.sources.annotations import (
   missing,
   one_object,
   read_image,
-  told,
+  readable,
 )
 from limber_jax.data.sources.captions import IMAGE_KEYS
 from limber_jax.data.sources.tables import choice, line_starts
@@ -141,7 +141,7 @@ class Jsonl:
 
   def files(self) -> Iterator[str]:
     yield self._path
-    yield from image_files(self._root, told(self.image_path, len(self)))
+    yield from image_files(self._root, readable(self.image_path, len(self)))
 
   def fingerprint(self) -> str:
     c = self._config

@@ -38,10 +38,10 @@ def to_bytes(record: dict[str, Any]) -> bytes:
   Raises:
     UserError: its texts have more bytes than `from_bytes` reads.
   """
-  told = {k: v for k, v in record.items() if k != "image"}
+  fields = {k: v for k, v in record.items() if k != "image"}
   if "image" in record:
-    told["image"] = len(record["image"])
-  text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    fields["image"] = len(record["image"])
+  text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
   if len(text) > annotations.OBJECT:
     raise UserError(f"texts of {len(text):,} bytes; at most {annotations.OBJECT:,} are packed in a record")
   body = struct.pack("<I", len(text)) + text + record.get("image", b"")

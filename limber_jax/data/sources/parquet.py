@@ -312,20 +312,20 @@ class Parquet:
 
   def annotation(self, index: int) -> dict[str, Any]:
     path, id_, cells = self._cells(index, image=False)
-    return self._told(path, id_, lambda: self._columns.annotation(id_, cells))
+    return self._read_named(path, id_, lambda: self._columns.annotation(id_, cells))
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     path, id_, cells = self._cells(index, image=True)
-    out = self._told(path, id_, lambda: self._columns.annotation(id_, cells))
+    out = self._read_named(path, id_, lambda: self._columns.annotation(id_, cells))
     if self._columns.image:
       column = self._columns.image
-      out["image"] = self._told(path, id_, lambda: image_of(cells[column], column, self._root))
+      out["image"] = self._read_named(path, id_, lambda: image_of(cells[column], column, self._root))
     elif self._beside:
       folder = path.removesuffix(".parquet")
-      out["image"] = self._told(path, id_, lambda: read_image(os.path.abspath(folder), f"{cells['key']}.jpg", ()))
+      out["image"] = self._read_named(path, id_, lambda: read_image(os.path.abspath(folder), f"{cells['key']}.jpg", ()))
     return out
 
-  def _told(self, path: str, id_: str, read: Any) -> Any:
+  def _read_named(self, path: str, id_: str, read: Any) -> Any:
     try:
       return read()
     except UserError as error:

@@ -195,11 +195,11 @@ def _read(file: BinaryIO, rule: Rule) -> tuple[int, bool, int, int, bytes, bytes
   data = file.read(_HEAD.size)
   if len(data) < _HEAD.size or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
     return None
-  magic, size, records, keys, told, good, made_by, digest, crc, _ = _HEAD.unpack(data)
+  magic, size, records, keys, damage_size, good, made_by, digest, crc, _ = _HEAD.unpack(data)
   if magic != _MAGIC or made_by != rule.digest or (
-      file.seek(0, os.SEEK_END) != _HEAD.size + records * _ROW.size + keys + told):
+      file.seek(0, os.SEEK_END) != _HEAD.size + records * _ROW.size + keys + damage_size):
     return None
-  file.seek(-told, os.SEEK_END)
+  file.seek(-damage_size, os.SEEK_END)
   damage = file.read()
   return (size, good == size, records, keys, digest, damage) if zlib.crc32(damage) == crc else None
 
@@ -221,11 +221,11 @@ def _make(path: str, size: int, rule: Rule, keep: bool) -> bytes:
       (m.start, m.size, zlib.crc32(data[m.header : m.start])) if m else (0, 0, 0))), len(names), len(key), 0)[:-4]
     rows += row + struct.pack("<I", zlib.crc32(key, zlib.crc32(row)))
     names += key
-  told = json.dumps(found.damage).encode()
+  damage = json.dumps(found.damage).encode()
   body = bytes(rows + names)
-  head = _HEAD.pack(_MAGIC, size, len(rows) // _ROW.size, len(names), len(told), good, rule.digest,
-                    hashlib.sha256(body).digest(), zlib.crc32(told), 0)[:-4]
-  return head + struct.pack("<I", zlib.crc32(head)) + body + told
+  head = _HEAD.pack(_MAGIC, size, len(rows) // _ROW.size, len(names), len(damage), good, rule.digest,
+                    hashlib.sha256(body).digest(), zlib.crc32(damage), 0)[:-4]
+  return head + struct.pack("<I", zlib.crc32(head)) + body + damage
 
 
 class _Found:
