@@ -83,8 +83,8 @@ class Loss:
 
   kind: str = ranged("softmax", choices=("softmax", "sigmoid"))  # softmax: CLIP | sigmoid: SigLIP
   chunk_size: int = ranged(0, at_least=0, at_most=COUNT)  # rows of logits held at a time; 0 holds them all
-  # GradCache: the batch goes through the towers in this many pieces, and the loss still sees all of it. On so many
-  # devices that pieces would leave some without rows it goes in fewer.
+  # GradCache: the batch goes through the towers in so many microbatches, and the loss still sees all of it. On so many
+  # devices that some would be left without rows there are fewer.
   num_microbatches: int = ranged(1, at_least=1, at_most=COUNT)
 
 

@@ -236,9 +236,9 @@ def test_accumulated_steps_equal_whole_batches(captions):
   config = tiny(captions=captions)
   data = batches(config, 4)
   whole, whole_states = run(config, data, Captioning)
-  pieces, states = run(tiny(captions=captions, loss=Loss(num_microbatches=4)), data, Captioning)
+  split, states = run(tiny(captions=captions, loss=Loss(num_microbatches=4)), data, Captioning)
   for name in ("loss", "grad_norm", "accuracy"):
-    np.testing.assert_allclose([m[name] for m in pieces], [m[name] for m in whole], rtol=1e-5)
+    np.testing.assert_allclose([m[name] for m in split], [m[name] for m in whole], rtol=1e-5)
   for a, b in zip(jax.tree.leaves(states[-1].params), jax.tree.leaves(whole_states[-1].params), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -322,8 +322,8 @@ def test_a_language_model_learns_its_captions_and_counts_them_once():
   data = [{k: b[k] for k in ("tokens", "mask")} for b in batches(tiny(), 3)]
   whole, _ = run(config, data, LanguageModelling)
   config.loss.num_microbatches = 4
-  pieces, _ = run(config, data, LanguageModelling)
-  np.testing.assert_allclose([m["loss"] for m in pieces], [m["loss"] for m in whole], rtol=1e-5)
+  split, _ = run(config, data, LanguageModelling)
+  np.testing.assert_allclose([m["loss"] for m in split], [m["loss"] for m in whole], rtol=1e-5)
   params, stats = jax.jit(task.init)(jax.random.key(0))
   nll = task.predict()["nll"](params, stats, jax.tree.map(jnp.asarray, data[0]))
   np.testing.assert_allclose(nll.sum() / data[0]["mask"][:, 1:].sum(), whole[0]["loss"], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The training step: the same on every mesh and in every number of pieces, and never moved by a NaN."""
+"""The training step: the same on every mesh and in every number of microbatches, and never moved by a NaN."""
 
 import itertools
 
@@ -60,10 +60,10 @@ def test_accumulated_steps_equal_whole_batches():
   config = tiny(**GENTLE)
   data = batches(config, 5)
   whole, whole_states = run(config, data)
-  pieces, piece_states = run(tiny(loss=Loss(num_microbatches=8), **GENTLE), data)
-  np.testing.assert_allclose([m["loss"] for m in pieces], [m["loss"] for m in whole], rtol=1e-6)
-  np.testing.assert_allclose([m["grad_norm"] for m in pieces], [m["grad_norm"] for m in whole], rtol=1e-5)
-  assert apart(piece_states[-1].params, whole_states[-1].params) < 1e-5
+  split, accumulated_states = run(tiny(loss=Loss(num_microbatches=8), **GENTLE), data)
+  np.testing.assert_allclose([m["loss"] for m in split], [m["loss"] for m in whole], rtol=1e-6)
+  np.testing.assert_allclose([m["grad_norm"] for m in split], [m["grad_norm"] for m in whole], rtol=1e-5)
+  assert apart(accumulated_states[-1].params, whole_states[-1].params) < 1e-5
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
@@ -76,9 +76,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     task = Contrastive.from_config(config)
     return jax.jit(jax.grad(lambda p: task.loss(p, stats, batch, rng)[0]))(params)
 
-  whole, pieces = gradient(config), gradient(tiny(loss=Loss(num_microbatches=8)))
+  whole, split = gradient(config), gradient(tiny(loss=Loss(num_microbatches=8)))
   scale = max(float(abs(x).max()) for x in jax.tree.leaves(whole))
-  assert apart(whole, pieces) < 1e-5 * scale
+  assert apart(whole, split) < 1e-5 * scale
 
 
 def test_accumulation_keeps_one_piece_of_activations_at_a_time():

@@ -38,7 +38,7 @@ class Captioning:
 
   model: Limber
   trainable: tuple[str, ...]
-  num_microbatches: int              # pieces a batch goes through the model in
+  num_microbatches: int              # that a batch goes through the model in
   captions: Captions
   decoding: Decoding
   length: int                  # T
@@ -154,7 +154,7 @@ class Captioning:
     batch = batch | {"weights": token_weights(batch["mask"], self.captions)}
     batch, changed = self._encode_frozen(params, stats, batch, rng)
 
-    def piece(trained, batch, rng):
+    def of_microbatch(trained, batch, rng):
       params = frozen | trained
       total, metrics = 0.0, {}
       prompts = self._prompts(params, stats, batch, rng)
@@ -168,13 +168,13 @@ class Captioning:
         metrics |= {part(key, name): value for key, value in found.items()}
       return total, metrics
 
-    loss, metrics = microbatches.accumulate_gradients(piece, trained, batch, rng, self.num_microbatches)
+    loss, metrics = microbatches.accumulate_gradients(of_microbatch, trained, batch, rng, self.num_microbatches)
     return loss, (metrics, changed)
 
   def _encode_frozen(self, params, stats, batch, rng) -> tuple[dict[str, jax.Array], dict]:
     """Returns the batch with features in place of the images that frozen encoders alone look at, and the statistics.
 
-    So they see the whole batch at once, not piece by piece: a piece is 16 images a chip or fewer, which it pads.
+    So they see the whole batch at once, not in microbatches: one is 16 images a chip or fewer, which it pads.
     """
     train, wanted = self.captions.encoder == "train", set()
     for name in self.model.encoders:

@@ -27,7 +27,7 @@ class Contrastive:
   model: clip.Clip
   kind: str                    # softmax | sigmoid
   chunk_size: int              # 0: all logits at once
-  num_microbatches: int              # pieces a batch goes through the towers in
+  num_microbatches: int              # that a batch goes through the towers in
   trainable: tuple[str, ...]
 
   @staticmethod
@@ -104,7 +104,7 @@ class Contrastive:
     return loss, (metrics, stats)
 
   def _embed(self, params, stats, images, tokens):
-    """Returns (image [N, E], text [N, E], stats), going through the towers in `num_microbatches` pieces."""
+    """Returns (image [N, E], text [N, E], stats), going through the towers in `num_microbatches`."""
     image_stats = stats.get("image", {})
     count = microbatches.fitting(self.num_microbatches, len(images))
     if count == 1:
@@ -113,14 +113,14 @@ class Contrastive:
       text = self.model.encode_text(params["text"], tokens)
       return image.pooled, text.pooled, {"image": image_stats} if stats else stats
 
-    # GradCache (arXiv 2101.06983): embeddings of every piece first, the loss over all of them, then each piece again
-    # for its gradient. That is what the transpose of a map over checkpointed pieces does.
+    # GradCache (arXiv 2101.06983): embeddings of every microbatch first, the loss over all of them, then each again for
+    # its gradient. That is what the transpose of a map over checkpointed microbatches does.
     @jax.checkpoint
-    def piece(args):
+    def of_microbatch(args):
       image, _ = self.model.encode_image(params["image"], image_stats, args[0])
       return image.pooled, self.model.encode_text(params["text"], args[1]).pooled
 
-    image, text = jax.lax.map(piece, (microbatches.split(images, count), microbatches.split(tokens, count)))
+    image, text = jax.lax.map(of_microbatch, (microbatches.split(images, count), microbatches.split(tokens, count)))
     return microbatches.join(image), microbatches.join(text), stats
 
   def project(self, params: dict) -> dict:

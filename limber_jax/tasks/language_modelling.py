@@ -77,11 +77,11 @@ class LanguageModelling:
   def loss(self, params: dict, stats: dict, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, dict]]:
     count = batch["mask"][:, 1:].sum().astype(jnp.float32)
 
-    def piece(params, batch, rng):
+    def of_microbatch(params, batch, rng):
       del rng  # no dropout: GPT-J's are 0
       return self._nats(params, batch, count)
 
-    loss, metrics = microbatches.accumulate_gradients(piece, params, batch, rng, self.num_microbatches)
+    loss, metrics = microbatches.accumulate_gradients(of_microbatch, params, batch, rng, self.num_microbatches)
     return loss, (metrics, stats)
 
   def _nats(self, params, batch, total):
