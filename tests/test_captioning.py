@@ -170,9 +170,9 @@ def test_the_head_never_runs_on_the_prompt():
   task, batch = Captioning.from_config(config), batches(config, 1)[0]
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   text = str(jax.make_jaxpr(lambda p: task.loss(p, stats, batch, jax.random.key(0))[0])(params))
-  assert task.model.prompt_length() > 1
+  assert task.model.prefix_length() > 1
   assert f"f32[16,{config.data.length},512]" in text  # logits of the text
-  assert f"f32[16,{config.data.length - 1 + task.model.prompt_length()},512]" not in text
+  assert f"f32[16,{config.data.length - 1 + task.model.prefix_length()},512]" not in text
 
 
 def test_50_steps_leave_frozen_bytes_unchanged_and_out_of_checkpoints(tmp_path):

@@ -119,9 +119,9 @@ def test_prompt_and_text_follow_each_other():
 
 
 @pytest.mark.parametrize("p,t,mask,message", [
-  ((2, 3, 4), (2, 2, 5), (2, 2), r"expected prompt \[B, P, D\] and embeds \[B, T, D\], got \(2, 3, 4\) and"),
-  ((1, 3, 4), (2, 2, 4), (2, 2), "expected prompt"),
-  ((3, 4), (2, 2, 4), (2, 2), "expected prompt"),
+  ((2, 3, 4), (2, 2, 5), (2, 2), r"expected image_prefix \[B, P, D\] and embeds \[B, T, D\], got \(2, 3, 4\) and"),
+  ((1, 3, 4), (2, 2, 4), (2, 2), "expected image_prefix"),
+  ((3, 4), (2, 2, 4), (2, 2), "expected image_prefix"),
   ((2, 3, 4), (2, 2, 4), (2, 5), r"text_mask: expected bool \(2, 2\)"),
 ])
 def test_inputs_that_do_not_fit_together_are_refused(p, t, mask, message):

@@ -64,7 +64,7 @@ def by_hand(run):
 
   @jax.jit
   def prompt(image):
-    return limber.prompt(params, limber.encode(params, stats, image[None], "")[0])[0]
+    return limber.image_prefix(params, limber.encode(params, stats, image[None], "")[0])[0]
 
   @jax.jit
   def likeliest(x, length):

@@ -119,7 +119,7 @@ def limber_mu(size: LimberConfig) -> LimberConfig:
 def text_room(config: Config) -> int:
   """Returns the tokens that the language model's context leaves beside the longest prompt, at least 1."""
   model = Limber.from_config(config.model, config.compute)
-  return max(1, config.model.lm.context - max(map(model.prompt_length, model.maps)))
+  return max(1, config.model.lm.context - max(map(model.prefix_length, model.maps)))
 
 
 def task_of(config: Config) -> Task:

@@ -1,6 +1,6 @@
 """Images and texts in turn, as a language model reads them, and what many such sequences begin with, read once.
 
-Each text between two images is encoded for itself. Where the prompt tokens of an image stand, `source` says which they
+Each text between two images is encoded for itself. Where the prefix tokens of an image stand, `source` says which they
 are; what all rows begin with, such as examples before questions, goes through the language model once (`read`), and
 every row goes on from its cache (`write`).
 """
@@ -40,17 +40,17 @@ class Layout(NamedTuple):
   """What stands at each position."""
 
   ids: list[int]     # of tokens
-  source: list[int]  # which of all the images' prompt tokens, one image after the other; -1 where it is text
+  source: list[int]  # which of all the images' prefix tokens, one image after the other; -1 where it is text
 
   @classmethod
-  def of(cls, segments: Segments, tokenizer: Tokenizer, prompt_length: int) -> "Layout":
-    """Returns the layout of texts and images, `prompt_length` tokens each; neighbouring texts are encoded as one.
+  def of(cls, segments: Segments, tokenizer: Tokenizer, prefix_length: int) -> "Layout":
+    """Returns the layout of texts and images, `prefix_length` tokens each; neighbouring texts are encoded as one.
 
-    With prompt_length = 0 the images are left out. A text must start somewhere then: where texts start in training, at
+    With prefix_length = 0 the images are left out. A text must start somewhere then: where texts start in training, at
     the end of another.
     """
-    ids, source = ([], []) if prompt_length else ([tokenizer.eot], [-1])
-    wanted = [s for s in segments if prompt_length or isinstance(s, str)]
+    ids, source = ([], []) if prefix_length else ([tokenizer.eot], [-1])
+    wanted = [s for s in segments if prefix_length or isinstance(s, str)]
     for is_text, run in itertools.groupby(wanted, key=lambda s: isinstance(s, str)):
       if is_text:
         text = "".join(run)
@@ -58,8 +58,8 @@ class Layout(NamedTuple):
         ids, source = ids + found, source + [-1] * len(found)
       else:
         for image in run:
-          ids = ids + [tokenizer.eot] * prompt_length
-          source = source + list(range(image * prompt_length, (image + 1) * prompt_length))
+          ids = ids + [tokenizer.eot] * prefix_length
+          source = source + list(range(image * prefix_length, (image + 1) * prefix_length))
     return cls(ids, source)
 
 
@@ -68,7 +68,7 @@ def common(layouts: Sequence[Layout], shared: int) -> int:
 
   Args:
     layouts: at least one.
-    shared: prompt tokens that are the same for all rows; those from this one on are a row's own.
+    shared: prefix tokens that are the same for all rows; those from this one on are a row's own.
   """
   shortest = min(len(layout.ids) for layout in layouts)
   first = layouts[0]
@@ -95,7 +95,7 @@ def embed(model: Limber, params: dict, batch: dict, shared: jax.Array, own: jax.
     model: whose language model reads.
     params: its parameters, by part.
     batch: "tokens" and "source", int32 [B, L].
-    shared: [S, D], prompt tokens of images that all rows have; the first of `source`.
+    shared: [S, D], prefix tokens of images that all rows have; the first of `source`.
     own: [B, P, D], those of each row's own image; the next.
   """
   x = model.lm.apply(model.lm_params(params), batch["tokens"], method="embed")

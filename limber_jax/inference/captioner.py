@@ -56,13 +56,13 @@ class Captioner:
     self.decoding = setup.config.decoding
     self.batch_size = setup.config.batch_size
     self._model, self._mesh, self._tokenizer, self._blind = model, setup.mesh, setup.tokenizer, blind
-    self._prompt_length = 0 if blind else model.prompt_length(name)
+    self._prefix_length = 0 if blind else model.prefix_length(name)
     self._trained, self._setup, self._name = (params, stats), setup, name
     self._params = {**setup.frozen.params, **params}
     self._stats = {**setup.frozen.stats, **stats}
     self._preprocess = transforms.with_options(
       transforms.Compose((transforms.Decode(), task.rule(encoder))), ImageOptions.from_config(setup.config.data))
-    self._prompts = jax.jit(lambda params, stats, images: model.prompt(
+    self._image_prefixes = jax.jit(lambda params, stats, images: model.image_prefix(
       params, model.encode(params, stats, images, encoder)[0], name), out_shardings=parallel.batch_sharding(self._mesh))
     whole = parallel.replicated(self._mesh)
     self._read = jax.jit(functools.partial(interleaved.prefill, model), out_shardings=whole)
@@ -99,16 +99,16 @@ class Captioner:
     Raises:
       UserError: more text and images than the language model's context holds.
     """
-    layouts = {segments: Layout.of(segments, self._tokenizer, self._prompt_length)
+    layouts = {segments: Layout.of(segments, self._tokenizer, self._prefix_length)
                for segments in dict.fromkeys(s for _, s in requests)}
     length, context = max(len(layout.ids) for layout in layouts.values()), self._model.size.lm.context
     if length + self.decoding.max_new_tokens > context:
       raise UserError(f"{length} positions of images and text, and max_new_tokens={self.decoding.max_new_tokens}, are "
                       f"more than the language model's context of {context}")
     with jax.set_mesh(self._mesh):
-      prompts = self._shots(shots)
-      shared = interleaved.common(list(layouts.values()), len(prompts))
-      prefix = self._prefix(next(iter(layouts.values())), shared, prompts) if shared else None
+      image_prefixes = self._shots(shots)
+      shared = interleaved.common(list(layouts.values()), len(image_prefixes))
+      prefix = self._prefix(next(iter(layouts.values())), shared, image_prefixes) if shared else None
     batches = [requests[i : i + self.batch_size] for i in range(start, len(requests), self.batch_size)]
     with ThreadPoolExecutor() as pool:
 
@@ -123,31 +123,31 @@ class Captioner:
         rows = [(image, Layout(*(part[shared:] for part in layouts[segments])), first + i)
                 for i, (image, (_, segments)) in enumerate(zip(images, batch, strict=True))
                 if not isinstance(image, str)]
-        texts = iter(self._write_batch(rows, prompts, prefix, length - shared) if rows else ())
+        texts = iter(self._write_batch(rows, image_prefixes, prefix, length - shared) if rows else ())
         for image, (path, _) in zip(images, batch, strict=True):
           yield Written(path, "", image) if isinstance(image, str) else Written(path, next(texts))
 
-  def _prefix(self, layout: Layout, start: int, prompts: jax.Array) -> Cache:
+  def _prefix(self, layout: Layout, start: int, image_prefixes: jax.Array) -> Cache:
     """Returns the cache of the first `start` positions of a layout, on every device."""
     begin = Layout(*(part[:start] for part in layout))
-    return self._read(self._params, interleaved.stack([begin], 1, start, self._tokenizer.eot), prompts)
+    return self._read(self._params, interleaved.stack([begin], 1, start, self._tokenizer.eot), image_prefixes)
 
   def _shots(self, images: Sequence[np.ndarray]) -> jax.Array:
-    """Returns the prompts [S · P, D] of images, on every device."""
+    """Returns the image_prefixes [S · P, D] of images, on every device."""
     width = self._model.size.lm.width
     if not images or self._blind:
       return jnp.zeros((0, width), self._model.lm.compute.dtype)
     batches = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
-    prompts = np.concatenate([jax.device_get(self._encode(batch)) for batch in batches])[: len(images)]
-    return jax.device_put(prompts.reshape(-1, width), parallel.replicated(self._mesh))
+    image_prefixes = np.concatenate([jax.device_get(self._encode(batch)) for batch in batches])[: len(images)]
+    return jax.device_put(image_prefixes.reshape(-1, width), parallel.replicated(self._mesh))
 
   def _encode(self, images: Sequence[np.ndarray]) -> jax.Array:
-    """Returns the prompts [B, P, D] of up to B images; the other rows mean nothing."""
+    """Returns the image_prefixes [B, P, D] of up to B images; the other rows mean nothing."""
     whole = np.zeros((self.batch_size, *images[0].shape), np.uint8)
     whole[: len(images)] = images
-    return self._prompts(self._params, self._stats, parallel.global_batch(whole, self._mesh))
+    return self._image_prefixes(self._params, self._stats, parallel.global_batch(whole, self._mesh))
 
-  def _write_batch(self, rows, prompts, prefix, length) -> list[str]:
+  def _write_batch(self, rows, image_prefixes, prefix, length) -> list[str]:
     """Returns the text for each row (image, layout, number)."""
     images, layouts, numbers = zip(*rows, strict=True)
     batch = interleaved.stack(layouts, self.batch_size, length, self._tokenizer.eot)
@@ -155,14 +155,15 @@ class Captioner:
     batch["number"][: len(rows)] = numbers
     with jax.set_mesh(self._mesh):
       own = None if self._blind else self._encode(images)
-      out = jax.device_get(self._continue(self._params, prompts, own, parallel.global_batch(batch, self._mesh), prefix))
+      batch = parallel.global_batch(batch, self._mesh)
+      out = jax.device_get(self._continue(self._params, image_prefixes, own, batch, prefix))
     return [self._tokenizer.decode(out.tokens[i, : out.lengths[i]].tolist()) for i in range(len(rows))]
 
-  def _generate(self, params, prompts, own, batch, prefix):
+  def _generate(self, params, image_prefixes, own, batch, prefix):
     if self.decoding.method == "sample":
       batch = batch | {"key": row_keys(jax.random.key(self.decoding.seed), batch["number"])}
-    return interleaved.decode(self._model, params, batch, prompts, own, eos=self._tokenizer.eot, settings=self.decoding,
-                             prefix=prefix)
+    return interleaved.decode(self._model, params, batch, image_prefixes, own, eos=self._tokenizer.eot,
+                              settings=self.decoding, prefix=prefix)
 
 
 def captions(model: Captioner, paths: Sequence[str], start: int = 0) -> Iterator[Written]:

@@ -5,7 +5,7 @@ Parameters, their gradients and reductions are float32, over devices too; activa
 
 Axis legend, used in every shape comment of this project:
 
-    B batch   N global batch of pairs   H W C image   S image tokens   F encoder width   P prompt tokens
+    B batch   N global batch of pairs   H W C image   S image tokens   F encoder width   P prefix tokens
     T text tokens   M cache length   D model width   E embedding width   L layers   A heads   K head width   V vocab
 """
 

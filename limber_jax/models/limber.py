@@ -27,7 +27,7 @@ from limber_jax.runtime.parallel import Rules, within
 class PromptSize:
   """What the linear map is, beside the widths it joins."""
 
-  per_feature: int = ranged(1, at_least=1, at_most=10**6)  # k, prompt tokens that each feature becomes
+  per_feature: int = ranged(1, at_least=1, at_most=10**6)  # k, prefix tokens that each feature becomes
   dropout: float = ranged(0.1, at_least=0, below=1)        # of its outputs
   layer_norm: bool = False   # after it: MAGMA's
 
@@ -77,7 +77,7 @@ class Limber:
 
   size: LimberConfig
   encoders: dict[str, Encoder]     # by the name of the map; maps that share the first one's encoder are not in it
-  prompts: dict[str, LinearPrompt]
+  projectors: dict[str, LinearPrompt]
   lm: nn.Module                    # of a DecoderSpec
 
   @classmethod
@@ -91,22 +91,23 @@ class Limber:
     lm = decoder.module(size.lm, compute, adapted)
     maps = {"": Map(size.image, size.prompt), **size.others}
     encoders = {name: Encoder.from_config(m.image, compute) for name, m in maps.items() if m.image is not None}
-    prompts = {name: LinearPrompt(size.lm.width, m.prompt.per_feature, m.prompt.dropout, m.prompt.layer_norm, compute)
-               for name, m in maps.items()}
-    return cls(size, encoders, prompts, lm)
+    projectors = {
+      name: LinearPrompt(size.lm.width, m.prompt.per_feature, m.prompt.dropout, m.prompt.layer_norm, compute)
+      for name, m in maps.items()}
+    return cls(size, encoders, projectors, lm)
 
   @property
   def maps(self) -> tuple[str, ...]:
     """The names of the maps; the first is ""."""
-    return tuple(self.prompts)
+    return tuple(self.projectors)
 
   def encoder_of(self, name: str) -> str:
     """Returns the map whose encoder the map `name` stands on: its own name, or ""."""
     return name if name in self.encoders else ""
 
-  def prompt_length(self, name: str = "") -> int:
-    """Returns P, the prompt tokens of an image."""
-    return self.encoders[self.encoder_of(name)].num_tokens * self.prompts[name].per_feature
+  def prefix_length(self, name: str = "") -> int:
+    """Returns P, the prefix tokens of an image."""
+    return self.encoders[self.encoder_of(name)].num_tokens * self.projectors[name].per_feature
 
   @property
   def sharding(self) -> Rules:
@@ -134,7 +135,7 @@ class Limber:
         if found:
           stats[part("image", name)] = found
       features = jnp.zeros((1, 1, self.encoders[self.encoder_of(name)].feature_dim))
-      params[part("prompt", name)] = self.prompts[name].init(jax.random.fold_in(key, 1), features)["params"]
+      params[part("prompt", name)] = self.projectors[name].init(jax.random.fold_in(key, 1), features)["params"]
     return params, stats
 
   def encode(self, params: dict, stats: dict, images: jax.Array, name: str = "", *, train: bool = False,
@@ -144,36 +145,37 @@ class Limber:
     features, changed = self.encoders[name].encode(params[here], stats.get(here, {}), images, train, rng)
     return features.tokens, changed
 
-  def prompt(self, params: dict, features: jax.Array, name: str = "", *, rng: jax.Array | None = None) -> jax.Array:
-    """Returns the prompt [B, P, D] of features [B, S, F] by map `name`; with dropout if there is an rng."""
+  def image_prefix(self, params: dict, features: jax.Array, name: str = "", *, rng: jax.Array | None = None
+                   ) -> jax.Array:
+    """Returns the image prefix [B, P, D] of features [B, S, F] by map `name`; with dropout if there is an rng."""
     rngs = {} if rng is None else {"dropout": rng}
-    return self.prompts[name].apply({"params": params[part("prompt", name)]}, features, train=rng is not None,
+    return self.projectors[name].apply({"params": params[part("prompt", name)]}, features, train=rng is not None,
                                     rngs=rngs)
 
   def lm_params(self, params: dict) -> dict[str, Any]:
     """Returns what the language model's functions take: {"params": …}, its adapters in their places."""
     return {"params": adapters.merge_adapters(params["lm"], params.get("adapters", {}))}
 
-  def hidden(self, params: dict, prompt: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  def hidden(self, params: dict, image_prefix: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the hidden states [B, T, D] that predict tokens [B, T]; see `target_hidden`."""
-    return target_hidden(self.lm, self.lm_params(params), prompt, tokens, mask)
+    return target_hidden(self.lm, self.lm_params(params), image_prefix, tokens, mask)
 
   def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
     """Returns float32 [..., V] of hidden states [..., D]."""
     return self.lm.apply(self.lm_params(params), hidden, method="logits")
 
 
-def target_hidden(lm: nn.Module, variables: dict[str, Any], prompt: jax.Array, tokens: jax.Array, mask: jax.Array
+def target_hidden(lm: nn.Module, variables: dict[str, Any], image_prefix: jax.Array, tokens: jax.Array, mask: jax.Array
                   ) -> jax.Array:
-  """Returns the hidden states [B, T, D] that predict tokens, each from the prompt and the tokens before it.
+  """Returns the hidden states [B, T, D] that predict tokens, each from the image prefix and the tokens before it.
 
   Args:
     lm: the language model.
     variables: what its functions take.
-    prompt: [B, P, D], P at least 1.
+    image_prefix: [B, P, D], P at least 1.
     tokens: int32 [B, T].
     mask: bool [B, T], True where real; padding is on the right.
   """
   embeds = lm.apply(variables, tokens[:, :-1], method="embed")
-  hidden, _ = lm.apply(variables, *prefix_inputs(prompt, embeds, mask[:, :-1]))
-  return hidden[:, prompt.shape[1] - 1 :]
+  hidden, _ = lm.apply(variables, *prefix_inputs(image_prefix, embeds, mask[:, :-1]))
+  return hidden[:, image_prefix.shape[1] - 1 :]

@@ -13,11 +13,11 @@ from limber_jax.models.linear import Dense
 
 
 class LinearPrompt(nn.Module):
-  """One affine map for all tokens of an image. features [B, S, F] -> prompt [B, S·k, D].
+  """One affine map for all tokens of an image. features [B, S, F] -> image_prefix [B, S·k, D].
 
   Attributes:
     dim: D, the width of the language model.
-    per_feature: k, prompt tokens that each feature becomes.
+    per_feature: k, prefix tokens that each feature becomes.
     dropout: share of the outputs that is dropped when `train`; needs an rng "dropout" then.
     layer_norm: a LayerNorm comes last, after dropout: MAGMA's. LiMBeR has none.
     compute: float32 parameters, outputs in its dtype.
@@ -42,11 +42,12 @@ class LinearPrompt(nn.Module):
     return LayerNorm(name="ln")(x) if self.layer_norm else x
 
 
-def prefix_inputs(prompt: jax.Array, embeds: jax.Array, text_mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns what a language model reads: an image's prompt, then a text padded on the right.
+def prefix_inputs(image_prefix: jax.Array, embeds: jax.Array, text_mask: jax.Array
+                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns what a language model reads: an image's prefix, then a text padded on the right.
 
   Args:
-    prompt: [B, P, D].
+    image_prefix: [B, P, D].
     embeds: [B, T, D], embedded tokens of the text.
     text_mask: bool [B, T], True where the text is.
 
@@ -57,12 +58,13 @@ def prefix_inputs(prompt: jax.Array, embeds: jax.Array, text_mask: jax.Array) ->
   Raises:
     ValueError: shapes that do not fit together, or a mask that is not bool.
   """
-  if prompt.ndim != 3 or embeds.ndim != 3 or (prompt.shape[0], prompt.shape[2]) != (embeds.shape[0], embeds.shape[2]):
-    raise ValueError(f"expected prompt [B, P, D] and embeds [B, T, D], got {prompt.shape} and {embeds.shape}")
+  if image_prefix.ndim != 3 or embeds.ndim != 3 or image_prefix.shape[::2] != embeds.shape[::2]:
+    raise ValueError(f"expected image_prefix [B, P, D] and embeds [B, T, D], got {image_prefix.shape} and "
+                     f"{embeds.shape}")
   if text_mask.shape != embeds.shape[:2] or text_mask.dtype != jnp.bool_:
     raise ValueError(f"text_mask: expected bool {embeds.shape[:2]}, got {text_mask.dtype} {text_mask.shape}")
-  B, P, _ = prompt.shape
-  x = jnp.concatenate([prompt.astype(embeds.dtype), embeds], axis=1)
+  B, P, _ = image_prefix.shape
+  x = jnp.concatenate([image_prefix.astype(embeds.dtype), embeds], axis=1)
   positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
   return x, positions, jnp.concatenate([jnp.ones((B, P), bool), text_mask], axis=1)
 

@@ -69,10 +69,10 @@ class Captioning:
     if c.encoder == "train" and config.data.features:
       raise UserError("config.data.features holds what the encoder gives as at test; config.captions.encoder='train' "
                       "needs the images")
-    longest = max(map(model.prompt_length, model.maps))
+    longest = max(map(model.prefix_length, model.maps))
     if longest + config.data.length > config.model.lm.context:
-      raise UserError(f"a prompt of {longest} and config.data.length={config.data.length} tokens are more than the "
-                      f"language model's context of {config.model.lm.context}")
+      raise UserError(f"an image prefix of {longest} and config.data.length={config.data.length} tokens are more than "
+                      f"the language model's context of {config.model.lm.context}")
     task = cls(model, config.trainable, k, c, config.decoding, config.data.length)
     if config.data.features:
       task.feature_specs(config.data)
@@ -157,13 +157,13 @@ class Captioning:
     def of_microbatch(trained, batch, rng):
       params = frozen | trained
       total, metrics = 0.0, {}
-      prompts = self._prompts(params, stats, batch, rng)
-      for name, prompt in prompts.items():
-        hidden = self.model.hidden(params, prompt, batch["tokens"], batch["mask"])
+      image_prefixes = self._image_prefixes(params, stats, batch, rng)
+      for name, image_prefix in image_prefixes.items():
+        hidden = self.model.hidden(params, image_prefix, batch["tokens"], batch["mask"])
         logits = self.model.logits(params, hidden)
         loss, found = losses.caption_loss(logits, batch["tokens"], batch["weights"], total=1.0)
         total += loss
-        if len(prompts) > 1:
+        if len(image_prefixes) > 1:
           found = found | {"nats": loss}
         metrics |= {part(key, name): value for key, value in found.items()}
       return total, metrics
@@ -190,8 +190,8 @@ class Captioning:
     images = {self.pixels_of(name) for name in self.model.encoders}
     return {k: v for k, v in batch.items() if k not in images or k in wanted}, stats
 
-  def _prompts(self, params, stats, batch, rng=None) -> dict[str, jax.Array]:
-    """Returns the prompt [B, P, D] of every map; with dropout if there is an rng."""
+  def _image_prefixes(self, params, stats, batch, rng=None) -> dict[str, jax.Array]:
+    """Returns the image prefix [B, P, D] of every map; with dropout if there is an rng."""
     features, out = {}, {}
     train = rng is not None and self.captions.encoder == "train"
     for i, name in enumerate(self.model.maps):
@@ -199,7 +199,7 @@ class Captioning:
       if encoder not in features:
         features[encoder] = self._features(params, stats, batch, encoder, train, rng)[0]
       key = None if rng is None else jax.random.fold_in(rng, i)
-      out[name] = self.model.prompt(params, features[encoder], name, rng=key)
+      out[name] = self.model.image_prefix(params, features[encoder], name, rng=key)
     return out
 
   def _features(self, params, stats, batch, name, train=False, rng=None):
@@ -226,23 +226,24 @@ class Captioning:
     out: dict[str, Callable[..., Any]] = {"generate_blind": partial(self._generate, None), "read": self._read}
     for name in self.model.maps:
       out |= {part("nll", name): partial(self._nll, name), part("generate", name): partial(self._generate, name),
-              part("features", name): partial(self._encoded, name), part("prompt", name): partial(self._prompted, name)}
+              part("features", name): partial(self._encoded, name),
+              part("prompt", name): partial(self._image_prefix, name)}
     return out
 
   def _encoded(self, name, params, stats, batch):
     return self._features(params, stats, batch, self.model.encoder_of(name))[0]
 
-  def _prompted(self, name, params, stats, batch):
+  def _image_prefix(self, name, params, stats, batch):
     if (known := part("prompt", name)) in batch:
       return batch[known]
-    return self.model.prompt(params, self._encoded(name, params, stats, batch), name)
+    return self.model.image_prefix(params, self._encoded(name, params, stats, batch), name)
 
   def _read(self, params, stats, batch):
     return interleaved.prefill(self.model, params, batch, batch["shared"])
 
   def _nll(self, name, params, stats, batch):
-    prompt = self._prompted(name, params, stats, batch)
-    logits = self.model.logits(params, self.model.hidden(params, prompt, batch["tokens"], batch["mask"]))
+    image_prefix = self._image_prefix(name, params, stats, batch)
+    logits = self.model.logits(params, self.model.hidden(params, image_prefix, batch["tokens"], batch["mask"]))
 
     def one(*row):
       return losses.caption_loss(*(x[None] for x in row), total=1.0)[0]
@@ -252,8 +253,8 @@ class Captioning:
   def _generate(self, name, params, stats, batch, eos, prefix=None):
     variables = self.model.lm_params(params)
     embeds = self.model.lm.apply(variables, batch["tokens"], method="embed")
-    prompt = embeds[:, :0] if name is None else self._prompted(name, params, stats, batch)
-    x, _, mask = prefix_inputs(prompt, embeds, batch["mask"])
+    image_prefix = embeds[:, :0] if name is None else self._image_prefix(name, params, stats, batch)
+    x, _, mask = prefix_inputs(image_prefix, embeds, batch["mask"])
     return generate(self.model.lm, variables["params"], x, interleaved.position_ids(mask, prefix), mask, eos=eos,
                     settings=self.decoding, max_new_tokens=self.decoding.max_new_tokens, keys=batch.get("key"),
                     prefix=prefix)
