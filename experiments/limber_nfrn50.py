@@ -1,7 +1,8 @@
 """LiMBeR from NF-ResNet50 (ImageNet-1k): one prompt token an image. arXiv 2209.15162, table 1.
 
 Pixels are normalised as timm trained it. The authors fed it others: encoder "nf_resnet50_reference" does as they did.
-The released projection has one token an image; set `model={"prompt": PromptSize(per_feature=2)}` for the paper's two.
+The released projection has one token an image; set `model={"prompt": ProjectorConfig(per_feature=2)}` for
+the paper's two.
 """
 
 from limber_jax import recipes

@@ -9,13 +9,13 @@ import dataclasses
 from limber_jax import recipes
 from limber_jax.config import Config
 from limber_jax.models.adapters import AdapterSize
-from limber_jax.models.limber import PromptSize
+from limber_jax.models.limber import ProjectorConfig
 
 
 def get_config() -> Config:
   return recipes.limber(
     "magma", "clip_rn50x16", "data/weights/clip-rn50x16",
-    model={"prompt": PromptSize(layer_norm=True), "adapters": AdapterSize(attention="normal", downsample=4)},
+    model={"prompt": ProjectorConfig(layer_norm=True), "adapters": AdapterSize(attention="normal", downsample=4)},
     trainable=("image", "prompt", "adapters"),
     optim=dataclasses.replace(recipes.OPTIM, part_lr={"image": 2e-6}),
   )

@@ -12,13 +12,13 @@ from limber_jax.evals.class_mention import ClassMention
 from limber_jax.evals.prompt_probing import PromptProbing
 from limber_jax.evals.word_recall import WordRecall
 from limber_jax.models import encoders, gptj
-from limber_jax.models.limber import LimberConfig, Map, PromptSize
+from limber_jax.models.limber import LimberConfig, Projector, ProjectorConfig
 
 CLIP, LM = "runs/quickstart", "runs/quickstart_lm"
 # The embedding that CLIP was trained to give says more of so small a model's images than its patches do.
 ENCODER = dataclasses.replace(encoders.encoder_size("clip_vit_digits"), features="pooled")
 HELD_OUT = Source(name="digits", split="test")
-PROMPT = PromptSize(per_feature=8, dropout=0.0)
+PROMPT = ProjectorConfig(per_feature=8, dropout=0.0)
 
 
 def get_config() -> Config:
@@ -30,7 +30,7 @@ def get_config() -> Config:
       image=ENCODER,
       prompt=PROMPT,
       lm=gptj.SIZES["gptj_digits"](),
-      others={"random": Map(image=ENCODER, prompt=PROMPT)},
+      extra_projectors={"random": Projector(image=ENCODER, prompt=PROMPT)},
     ),
     prerequisites={CLIP: "experiments/quickstart.py", LM: "experiments/quickstart_lm.py"},
     init=Init(image=CLIP, lm=LM),

@@ -220,12 +220,12 @@ class Init:
   text: str = ""
   prompt: str = ""
   lm: str = ""
-  others: dict[str, str] = field(default_factory=dict)  # of further maps: {"image@name": …}
+  extra_projectors: dict[str, str] = field(default_factory=dict)  # by part: {"image@name": …}
   resample_positions: bool = False  # of a CLIP at another image size or context length, as open_clip does
 
   def path_of(self, part: str) -> str:
     """Returns where the weights of a part come from, "" for random ones."""
-    return self.others.get(part, getattr(self, part, "") if part != "others" else "")
+    return self.extra_projectors.get(part, getattr(self, part, "") if part != "extra_projectors" else "")
 
 
 @dataclass

@@ -13,7 +13,8 @@ from limber_jax import registry
 
 # Fields that are called otherwise now, outside of evaluations; of a command's flags too.
 RENAMED = {"data.damaged": "data.max_bad_fraction", "data.draft": "data.jpeg_fast_decode", "first": "prerequisites",
-           "loss.accumulate": "loss.num_microbatches"}
+           "init.others": "init.extra_projectors", "loss.accumulate": "loss.num_microbatches",
+           "model.others": "model.extra_projectors"}
 CROPS = {"own": "encoder"}  # values of data.crop
 # Evaluations that are called otherwise now. What an experiment calls its own stays, but for flags: `named`.
 EVALUATIONS = {"naming": "class_mention", "overlap": "contamination", "probing": "prompt_probing",

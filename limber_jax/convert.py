@@ -22,7 +22,7 @@ if __name__ == "__main__":
   _model = cli.define_model()
   _checkpoint = flags.DEFINE_string("checkpoint", "", "Of a projection: latest, best, or a step; if empty, the best "
                                    "of those that there are, or the latest where nothing was measured.")
-  _map = flags.DEFINE_string("map", "", "Of a projection: the name of a further map; empty: the first.")
+  _map = flags.DEFINE_string("map", "", "Of a projection: the name of an extra projector; empty: the first.")
 
   def _main(argv: list[str]) -> None:
     if len(argv) != 2:

@@ -18,7 +18,7 @@ from limber_jax.config_json import from_json, to_json
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.models import clip, encoders
 from limber_jax.models.gptj import GPTJSize
-from limber_jax.models.limber import LimberConfig, Map, PromptSize
+from limber_jax.models.limber import LimberConfig, Projector, ProjectorConfig
 from limber_jax.runtime import parallel
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training import optimizer
@@ -40,7 +40,7 @@ def tiny_limber(**changes: Any) -> Config:
   """Returns an experiment of captioning, three steps between random frozen models; `changes` replace fields of it."""
   image = encoders.encoder_size("clip_vit_b32_mu")
   model = LimberConfig(image=image, lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16),
-                     others={"other": Map(image, PromptSize(per_feature=2))})
+                     extra_projectors={"other": Projector(image, ProjectorConfig(per_feature=2))})
   defaults = {
     "name": "tiny_limber", "task": "captioning", "model": model, "trainable": ("prompt", "prompt@other"), "steps": 3,
     "mesh": (-1, 1, 1), "data": Data(source=Source(name="digits"), tokenizer=Tokenizer(name="bytes"), threads=2),

@@ -17,7 +17,7 @@ from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
 from limber_jax.inference.classifier import Classifier
 from limber_jax.models import clip, encoders, spec
-from limber_jax.models.limber import LimberConfig, Map
+from limber_jax.models.limber import LimberConfig, Projector
 from limber_jax.models.text import TextSize
 from limber_jax.models.vit import ViTSize
 from limber_jax.tasks.captioning import Captioning
@@ -141,18 +141,18 @@ def test_a_run_has_the_preprocessing_of_its_weights_for_good(tmp_path, squash):
 
 def limber_size(**changes):
   image = spec.EncoderConfig(SIZE.image, embed_dim=SIZE.embed_dim, activation=SIZE.activation, **changes)
-  other = Map(dataclasses.replace(image, tower=dataclasses.replace(SIZE.image)))
-  return LimberConfig(image=image, lm=tiny_limber().model.lm, others={"x": other, "y": Map()})
+  other = Projector(dataclasses.replace(image, tower=dataclasses.replace(SIZE.image)))
+  return LimberConfig(image=image, lm=tiny_limber().model.lm, extra_projectors={"x": other, "y": Projector()})
 
 
 def test_every_encoder_of_a_limber_takes_what_its_own_weights_come_with(tmp_path, squash):
   longest = write(tmp_path / "longest", "open_clip", resize="longest", fill_color=9)
-  config = tiny_limber(model=limber_size(), init=Init(image=squash, others={"image@x": longest}),
+  config = tiny_limber(model=limber_size(), init=Init(image=squash, extra_projectors={"image@x": longest}),
                        trainable=("prompt", "prompt@x", "prompt@y"))
   said = []
   model = adopt(config, log=said.append)
   assert (model.image.resize, model.image.resample, model.image.mean) == ("squash", "bilinear", (0.5, 0.4, 0.3))
-  assert (model.others["x"].image.resize, model.others["x"].image.fill_color) == ("longest", 9)
+  assert (model.extra_projectors["x"].image.resize, model.extra_projectors["x"].image.fill_color) == ("longest", 9)
   assert len(said) == 2 and said[1] == f"image@x: preprocessing as {longest} has it: resize='longest', fill_color=9"
   config.model = model
   task = Captioning.from_config(config)
@@ -219,8 +219,8 @@ def test_a_projection_is_used_on_the_pixels_that_it_learnt_from(tmp_path, squash
   config = tiny_limber(model=limber_size(), init=Init(image=squash))
   assert adopt(config, weights=path).image.resample == "hamming"
   assert adopt(config, weights=str(tmp_path / "proj.ckpt"), log=lambda _: None).image.resample == "bilinear"
-  # That of a further map goes into the place of the first.
-  learnt.model.others["x"].image.resample = "box"
+  # That of an extra projector goes into the place of the first.
+  learnt.model.extra_projectors["x"].image.resample = "box"
   projection.save(path, {"kernel": np.zeros((2, 2))}, card | {"config": config_json.flatten(learnt), "map": "x"})
   assert adopt(config, weights=path).image.resample == "box"
 

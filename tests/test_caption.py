@@ -160,7 +160,7 @@ def test_a_projection_is_refused_between_other_frozen_models(run, tmp_path):
   shutil.copytree(run, moved, ignore=shutil.ignore_patterns("frozen"))
   with pytest.raises(UserError, match=rf"^{moved} was trained on other weights of 'image': its checkpoint 3 has the"):
     open_run(moved, to_use(dataclasses.replace(config, seed=1)))
-  del config.model.others["other"]
+  del config.model.extra_projectors["other"]
   config.trainable = ("prompt", "lm")
   (tmp_path / "config.json").write_text(config_json.to_json(config))
   with pytest.raises(UserError, match="a run that trained 'lm' too; a projection is all there is only where"):

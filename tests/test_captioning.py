@@ -27,7 +27,7 @@ from limber_jax.config import (
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
 from limber_jax.models.adapters import AdapterSize
-from limber_jax.models.limber import Limber, LimberConfig, Map, PromptSize
+from limber_jax.models.limber import Limber, LimberConfig, Projector, ProjectorConfig
 from limber_jax.runtime import parallel
 from limber_jax.tasks.captioning import Captioning, token_weights
 from limber_jax.tasks.language_modelling import LanguageModelling
@@ -40,7 +40,7 @@ RESNET = encoders.encoder_size("clip_rn50_mu")
 
 
 def size(image=VIT, dropout=0.0, **fields):
-  return LimberConfig(image=image, prompt=PromptSize(dropout=dropout), lm=gptj.SIZES["gptj_mu"](), **fields)
+  return LimberConfig(image=image, prompt=ProjectorConfig(dropout=dropout), lm=gptj.SIZES["gptj_mu"](), **fields)
 
 
 def tiny(model=None, **changes):
@@ -204,7 +204,7 @@ def test_adapters_and_a_tuned_encoder_train_at_their_own_rates():
 
 
 def test_a_further_map_trains_as_if_it_were_alone():
-  both = tiny(size(others={"other": Map(image=RESNET, prompt=PromptSize(dropout=0.0))}),
+  both = tiny(size(extra_projectors={"other": Projector(image=RESNET, prompt=ProjectorConfig(dropout=0.0))}),
               trainable=("prompt", "prompt@other"))
   data = batches(both, 3)
   side = RESNET.tower.image_size

@@ -38,7 +38,7 @@ def test_an_experiment_comes_back_from_its_json(path):
 
 def test_names_with_dots_come_back():
   config = cli.load_experiment(str(LIMBER))
-  config.prerequisites, config.init.others = {"runs/v1.0": "a.py", "b": "c"}, {"image@random": "runs/v1.5"}
+  config.prerequisites, config.init.extra_projectors = {"runs/v1.0": "a.py", "b": "c"}, {"image@random": "runs/v1.5"}
   config.optim.part_lr = {"prompt": 1.0}
   assert from_json(to_json(config), "x") == config
 
@@ -62,7 +62,7 @@ def test_every_task_has_its_model():
 @pytest.mark.parametrize("change,message", [
   ({"optim.lrr": 1.0}, "optim.lrr: no such field; did you mean 'optim.lr'"),
   ({"seeds": 1}, "seeds: no such field; did you mean 'seed'"),
-  ({"model.others.random.image": None}, "model.others.random.image.activation: no such field"),
+  ({"model.extra_projectors.random.image": None}, "model.extra_projectors.random.image.activation: no such field"),
   ({"evals.digits.nam": "x"}, "evals.digits.nam: no such field; did you mean 'evals.digits.name'"),
   ({"name": ...}, "name is missing"),
   ({"model.lm.width": ...}, "model.lm.width is missing"),
@@ -164,7 +164,7 @@ def test_a_range_says_what_it_allows():
 
 
 def test_every_number_of_every_configuration_has_a_range():
-  open_ended = {"model.mean", "model.image.mean", "model.others.NAME.image.mean"}  # any finite number
+  open_ended = {"model.mean", "model.image.mean", "model.extra_projectors.NAME.image.mean"}  # any finite number
   for name, field, hint, _ in help.fields():
     bare = field.metadata.get("range") is None
     assert not bare or hint in (str, bool) or str in getattr(hint, "__args__", ()) or "Source" in str(hint), name

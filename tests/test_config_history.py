@@ -25,6 +25,7 @@ from limber_jax.evals.similarity import Similarity
 from limber_jax.evals.vqa import Vqa
 from limber_jax.evals.word_recall import WordRecall
 from limber_jax.evals.zeroshot import ZeroShot
+from limber_jax.models import limber
 
 DATA = Path(__file__).parent / "data"
 DIGITS, TRAIN = Source(split="test"), Source(split="train")
@@ -138,6 +139,14 @@ def test_an_evaluation_is_found_by_its_earlier_name(old, new):
   assert from_json(json.dumps(values | own), "x").evals == {"a": evaluation_of(new)()}
   assert config_history.named(old, {new}) == new and config_history.named(old, {old, new}) == old
   assert config_history.named(old, {"x"}) == old and config_history.named("x", {new}) == "x"
+
+
+def test_projectors_of_an_earlier_release_are_read():
+  config = from_json(stored("captioning"), "x")
+  assert list(config.model.extra_projectors) == ["other"] and (limber.Map, limber.PromptSize) == (
+    limber.Projector, limber.ProjectorConfig)
+  values = json.loads(stored("captioning")) | {"init.others.image@other": "there"}
+  assert from_json(json.dumps(values), "x").init.extra_projectors["image@other"] == "there"
 
 
 def test_experiments_import_evaluations_by_their_earlier_names():

@@ -26,22 +26,24 @@ from limber_jax.errors import UserError
 from limber_jax.inference import encoding
 from limber_jax.inference.encoding import encode
 from limber_jax.models import encoders, gptj
-from limber_jax.models.limber import LimberConfig, Map
+from limber_jax.models.limber import LimberConfig, Projector
 from limber_jax.runtime import parallel
 from limber_jax.runtime.lock import Lock
 from limber_jax.training.loop import train
 from limber_jax.training.setup import feature_specs, setup
 
 
-def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", others=None, dtype="float32", crop="encoder", split="test", seed=0,
-           **changes):
+def limber(mesh=(1, 1, 1), *, encoder="beit_l16_mu", extra_projectors=None, dtype="float32", crop="encoder",
+           split="test", seed=0, **changes):
   """Returns a tiny experiment on 360 digits; the encoder is random, from `seed`."""
   lm = dataclasses.replace(gptj.SIZES["gptj_mu"](), vocab=260, context=64)
   data = Data(source=Source(name="digits", split=split), tokenizer=Tokenizer(name="bytes"), crop=crop, length=24,
               threads=2)
   defaults = {
-    "name": "tiny", "task": "captioning", "trainable": ("prompt", *(f"prompt@{name}" for name in others or {})),
-    "model": LimberConfig(image=encoders.encoder_size(encoder), lm=lm, others=others or {}),
+    "name": "tiny", "task": "captioning",
+    "trainable": ("prompt", *(f"prompt@{name}" for name in extra_projectors or {})),
+    "model": LimberConfig(image=encoders.encoder_size(encoder), lm=lm,
+                          extra_projectors=extra_projectors or {}),
     "batch_size": 16, "steps": 4, "data": data,
     "optim": Optim(lr=1e-2, warmup_steps=1), "compute": Compute(dtype=dtype), "mesh": Mesh(*mesh),
     "checkpoint": Checkpoint(every=100), "seed": seed, "log_every": 1}
@@ -156,7 +158,7 @@ class TestTraining:
 
   def test_bfloat16_features_of_several_encoders(self, tmp_path):
     clip = dataclasses.replace(encoders.encoder_size("clip_vit_b32_mu"), features="pooled")
-    config = limber(others={"pooled": Map(image=clip)}, dtype="bfloat16")
+    config = limber(extra_projectors={"pooled": Projector(image=clip)}, dtype="bfloat16")
     done, _ = quiet(config, tmp_path / "features")
     manifest = json.loads((tmp_path / "features" / "manifest.json").read_text())
     assert done and list(manifest["encoders"]) == ["image", "image@pooled"]
@@ -266,7 +268,8 @@ OTHER = [
   (lambda: limber(split="train"), r"source: got \w+, wanted \w+; records: got 360, wanted 1437"),
   (lambda: limber(crop="center"), r"\(image\.pixels\.crop: got squash, wanted center"),
   (lambda: limber(dtype="bfloat16"), r"\(image\.dtype: got float32, wanted bfloat16"),
-  (lambda: limber(others={"x": Map(image=encoders.encoder_size("beit_l16_mu"))}), r"not the same 'image@x'"),
+  (lambda: limber(extra_projectors={"x": Projector(image=encoders.encoder_size("beit_l16_mu"))}),
+   r"not the same 'image@x'"),
 ]
 
 

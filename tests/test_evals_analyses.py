@@ -34,7 +34,7 @@ from limber_jax.evals.word_recall import WordRecall
 from limber_jax.metrics.words import WordNet
 from limber_jax.models import encoders
 from limber_jax.models.gptj import GPTJSize
-from limber_jax.models.limber import LimberConfig, PromptSize
+from limber_jax.models.limber import LimberConfig, ProjectorConfig
 from limber_jax.registry import SOURCES
 from limber_jax.training.setup import evaluate, make_context, make_eval, setup
 from tests.made import Made, config, context, install
@@ -416,7 +416,7 @@ def tiny(tmp_path_factory):
   source = Source(name="awa2", path=written.path, split="all")
   evals = {name: evaluation_of(name)(source=source, batch_size=16, max_bad_fraction=0.1)
            for name in ("class_mention", "prompt_probing", "word_recall")}
-  size = LimberConfig(image=encoders.encoder_size("clip_vit_b32_mu"), prompt=PromptSize(per_feature=2),
+  size = LimberConfig(image=encoders.encoder_size("clip_vit_b32_mu"), prompt=ProjectorConfig(per_feature=2),
                     lm=GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16))
   s = setup(tiny_limber(evals=evals, model=size, trainable=("prompt",)))
   return s, s.init()

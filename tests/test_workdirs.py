@@ -24,7 +24,7 @@ def test_a_run_finds_its_weights_from_any_folder_and_wherever_both_were_moved(tm
   (home / "weights" / "lm").mkdir(parents=True)
   away.mkdir()
   config = runs.tiny_limber()
-  config.init.lm, config.init.others = "weights/lm", {"image@other": "not there"}
+  config.init.lm, config.init.extra_projectors = "weights/lm", {"image@other": "not there"}
   monkeypatch.chdir(home)
   claimed(home / "runs" / "a", config)
 
@@ -53,15 +53,15 @@ def test_a_workdir_without_a_checkpoint_is_nobodys(tmp_path):
 
 def test_frozen_weights_may_lie_elsewhere_and_nothing_else_may(tmp_path):
   config = runs.tiny_limber()
-  config.init.lm, config.init.prompt, config.init.others = "here/lm", "here/map", {"image@other": "here/x"}
+  config.init.lm, config.init.prompt, config.init.extra_projectors = "here/lm", "here/map", {"image@other": "here/x"}
   workdir = claimed(tmp_path / "run", config)
 
   def check(**init):
     workdirs.check(dataclasses.replace(config, init=dataclasses.replace(config.init, **init)), workdir)
 
-  check(lm="there/lm", others={"image@other": "there/x"})
+  check(lm="there/lm", extra_projectors={"image@other": "there/x"})
   for init, name in (({"prompt": "there/map"}, "prompt"), ({"lm": ""}, "lm"), ({"image": "new"}, "image"),
-                     ({"others": {}}, "others.image@other")):
+                     ({"extra_projectors": {}}, "extra_projectors.image@other")):
     with pytest.raises(UserError, match=rf"holds a run with init.{name}="):
       check(**init)
 

@@ -112,8 +112,10 @@ def resize(config: Config, name: str) -> None:
 
 def limber_mu(size: LimberConfig) -> LimberConfig:
   """Returns the smallest LiMBeR of the same build: its maps, between the smallest encoders and language model."""
-  others = {name: dataclasses.replace(m, image=m.image and encoders.mu(m.image)) for name, m in size.others.items()}
-  return dataclasses.replace(size, image=encoders.mu(size.image), lm=gptj.SIZES["gptj_mu"](), others=others)
+  extra = {name: dataclasses.replace(p, image=p.image and encoders.mu(p.image))
+           for name, p in size.extra_projectors.items()}
+  return dataclasses.replace(size, image=encoders.mu(size.image), lm=gptj.SIZES["gptj_mu"](),
+                             extra_projectors=extra)
 
 
 def text_room(config: Config) -> int:

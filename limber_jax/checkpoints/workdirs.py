@@ -70,8 +70,9 @@ def check_same(config: Config, workdir: str) -> None:
   for part in ("image", "text", "prompt", "lm"):
     if part not in config.trainable and getattr(init, part):
       setattr(init, part, getattr(was, part) or getattr(init, part))
-  for part in init.others.keys() - set(config.trainable):
-    init.others[part] = init.others[part] and (was.others.get(part) or init.others[part])
+  for part in init.extra_projectors.keys() - set(config.trainable):
+    path = init.extra_projectors[part]
+    init.extra_projectors[part] = path and (was.extra_projectors.get(part) or path)
   config_json.check_same(dataclasses.replace(config, init=init), saved, workdir)
 
 
@@ -98,7 +99,7 @@ def read_config(workdir: str) -> Config:
   config, here = config_json.from_json(text, path), finder(workdir)
   init = dataclasses.replace(
     config.init, **{part: here(getattr(config.init, part)) for part in ("image", "text", "prompt", "lm")},
-    others={part: here(path) for part, path in config.init.others.items()})
+    extra_projectors={part: here(path) for part, path in config.init.extra_projectors.items()})
   tokenizer = dataclasses.replace(config.data.tokenizer, path=here(config.data.tokenizer.path))
   vocabularies.check_stored(tokenizer, path)
   return dataclasses.replace(config, init=init, data=dataclasses.replace(config.data, tokenizer=tokenizer))

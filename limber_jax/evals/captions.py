@@ -42,7 +42,7 @@ class Captions(Evaluation):
 
   Returns "cider_d" (0 to 10: the papers print 100 times it), "bleu_1" to "bleu_4", "meteor", "rouge_l", "spice", with a
   scorer "clip_s" and "ref_clip_s" too, and "count", the number of images. What cannot be had here is left out, and
-  metadata say why. Metrics "@name" are of further maps, "@blind" of the language model without any image.
+  metadata say why. Metrics "@name" are of extra projectors, "@blind" of the language model without any image.
 
   Where records have domains (NoCaps), beside the metrics of all stand "cider_d/in", "/near" and "/out", with word
   frequencies from the references of that domain alone, and "clip_s/in", "ref_clip_s/in", "count/in" and so on.

@@ -29,8 +29,9 @@ class ClassMention(OfClasses):
   """Writes a caption for every image and saves captions_NAME.png, a sheet of the first 40, in the workdir.
 
   Returns "right", the share of captions that name the class of their image and no other class; "named", of those that
-  name it, whatever else they name; "right@name" of further maps; "blind", what is right without any image; and "count",
-  the number of images. A class is named where its words stand in the caption, in any case, in the singular or plural.
+  name it, whatever else they name; "right@name" of extra projectors; "blind", what is right without any image; and
+  "count", the number of images. A class is named where its words stand in the caption, in any case, in the singular or
+  plural.
 
   Where classes have attributes (source "awa2"), of the captions that name other classes only, their share being
   "wrong": "overlap_wrong", the share of the attributes of the class named that the image's class has too, and

@@ -27,8 +27,8 @@ METRICS = ("chair", "run_off")
 class Hallucination(Evaluation):
   """Writes a caption for every image of COCO, and counts the objects in it that the image does not have.
 
-  Metrics of whole captions, of their first sentence (with "_cut" behind), of further maps ("@name") and of the language
-  model without any image ("@blind"):
+  Metrics of whole captions, of their first sentence (with "_cut" behind), of extra projectors ("@name") and of the
+  language model without any image ("@blind"):
     chair_i: hallucinated mentions of objects / all mentions, 0 of none.
     chair_s: the share of captions with one at least.
     objects: mentions in a caption. Who names nothing hallucinates nothing, so read chair_i beside it.

@@ -55,7 +55,7 @@ class PromptProbing(Evaluation):
       4. The map was not trained for pooled prompts: it is a bound on what they hold.
     picture: NAME.pca.png, and NAME.umap.png where the package umap is installed: means of features and prompts, by
       class.
-  "count" is the number of images; "@name" metrics are of further maps.
+  "count" is the number of images; "@name" metrics are of extra projectors.
 
   train: None = the source itself, but for every fifth image of each class, which is tested on.
     Of "awa2" the splits train and test have no animal in common, which asks whether attributes carry over to other

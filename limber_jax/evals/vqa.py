@@ -41,7 +41,7 @@ class Vqa(Evaluation):
   over. A metric after examples is the mean over the seeds; "accuracy_4shot_sd" is the standard deviation between them,
   where there are several.
 
-  Beside them: "accuracy_4shot/number" and so on by type of answer; "…@name" of further maps; "…@blind_text" of the
+  Beside them: "accuracy_4shot/number" and so on by type of answer; "…@name" of extra projectors; "…@blind_text" of the
   language model that reads the texts alone; "…@blind_zeros" of the first map where all images are black, those of the
   examples too.
 

@@ -28,7 +28,7 @@ class WordRecall(Evaluation):
   A word is in an image if it is in one of its references at least; precision is the share of the captions with the word
   whose image has it (0 of no captions), recall the share of the images with it whose caption has it. "nouns_wup" is the
   Wu-Palmer similarity on WordNet between a noun of the references and the nearest noun of the caption, where WordNet is
-  at hand. "count" is the number of images, "@name" metrics are of further maps, "@blind" those without any image.
+  at hand. "count" is the number of images, "@name" metrics are of extra projectors, "@blind" those without any image.
 
   Words are told apart by NLTK's tagger where that is at hand, else by lists of words; metadata say by which.
 

@@ -47,7 +47,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
   """
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=out))
   for directory, file in config.prerequisites.items():
-    if directory in (config.init.image, *config.init.others.values()) and not os.path.exists(directory):
+    if directory in (config.init.image, *config.init.extra_projectors.values()) and not os.path.exists(directory):
       raise UserError(f"the encoder is trained first, in {directory}: python -m limber_jax.train --config={file} "
                       f"--workdir={directory}")
   held = lock.Lock(os.path.join(out, lock.NAME), what=f"--out={out}", otherwise="choose another directory",

@@ -56,7 +56,7 @@ class Flags:
     self._init = flags.DEFINE_multi_string("init", [], "PART=PATH of frozen weights that lie elsewhere than at "
                                            "training, such as lm=DIR or image=DIR; once for each.")
     self._checkpoint = flags.DEFINE_string("checkpoint", "", "Of the workdir: latest (if empty), best, or a step.")
-    self._map = flags.DEFINE_string("map", "", "Name of a further map of the model; empty: the first.")
+    self._map = flags.DEFINE_string("map", "", "Name of an extra projector of the model; empty: the first.")
     self._blind = flags.DEFINE_bool("blind", False, "Leave the images out of what the language model reads.")
     self._beams = flags.DEFINE_integer("beams", None, "Search with so many beams.", lower_bound=1)
     self._temperature = flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 takes the likeliest "

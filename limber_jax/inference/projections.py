@@ -155,9 +155,9 @@ def _setup(config: Config, workdir: str = "") -> Setup:
 
 def check_map(config: Config, name: str) -> None:
   """Raises UserError if the model has no map of this name."""
-  others = config.model.others
-  if name and name not in others:
-    raise UserError(f"--map: no map {name!r}{did_you_mean(name, others)}" if others else
+  extra = config.model.extra_projectors
+  if name and name not in extra:
+    raise UserError(f"--map: no map {name!r}{did_you_mean(name, extra)}" if extra else
                     f"--map={name}: the model has a single map, which has no name; leave it out")
 
 
@@ -176,14 +176,15 @@ def to_use(config: Config, *, decoding: Decoding | None = None, init: Sequence[s
     UserError: no such part.
   """
   count = jax.device_count()
-  frozen = [part("image", n) for n in ("", *(k for k, m in config.model.others.items() if m.image))] + ["lm"]
+  frozen = [part("image", n) for n in ("", *(k for k, m in config.model.extra_projectors.items() if m.image))] + ["lm"]
   frozen = [p for p in frozen if p not in config.trainable]
   weights = config.init
   for given in init:
     name, _, path = given.partition("=")
     if name not in frozen or not path:
       raise UserError(f"--init={given}: expected PART=PATH of a frozen part{did_you_mean(name, frozen)}")
-    changed: dict[str, Any] = {"others": {**weights.others, name: path}} if "@" in name else {name: path}
+    extra = {**weights.extra_projectors, name: path}
+    changed: dict[str, Any] = {"extra_projectors": extra} if "@" in name else {name: path}
     weights = dataclasses.replace(weights, **changed)
   return dataclasses.replace(
     config, decoding=decoding or config.decoding, init=weights, mesh=Mesh(fsdp=fsdp), evals={},

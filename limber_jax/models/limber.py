@@ -24,7 +24,7 @@ from limber_jax.runtime.parallel import Rules, within
 
 
 @dataclass
-class PromptSize:
+class ProjectorConfig:
   """What the linear map is, beside the widths it joins."""
 
   per_feature: int = ranged(1, at_least=1, at_most=10**6)  # k, prefix tokens that each feature becomes
@@ -33,11 +33,14 @@ class PromptSize:
 
 
 @dataclass
-class Map:
-  """A further linear map, trained beside the first on the same captions: parts "image@name" and "prompt@name"."""
+class Projector:
+  """An extra linear projector, trained beside the first on the same captions: parts "image@name" and "prompt@name"."""
 
   image: EncoderConfig | None = None  # None: on the features of the first map's encoder, from another seed
-  prompt: PromptSize = field(default_factory=PromptSize)
+  prompt: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+
+PromptSize, Map = ProjectorConfig, Projector  # their earlier names, which experiments of before import
 
 
 @dataclass
@@ -45,25 +48,27 @@ class LimberConfig:
   """Everything that defines a LiMBeR but its weights."""
 
   image: EncoderConfig = field(default_factory=EncoderConfig)
-  prompt: PromptSize = field(default_factory=PromptSize)
+  prompt: ProjectorConfig = field(default_factory=ProjectorConfig)
   lm: Any = ranged(factory=lambda: decoder_of("gptj").size(), registered="LANGUAGE_MODELS")
   adapters: AdapterSize = field(default_factory=AdapterSize)
-  others: dict[str, Map] = field(default_factory=dict)
+  extra_projectors: dict[str, Projector] = field(default_factory=dict)
 
   def encoders(self) -> dict[str, EncoderConfig]:
     """Returns the image encoders, by part."""
-    return {"image": self.image} | {part("image", name): m.image for name, m in self.others.items() if m.image}
+    extra = {part("image", name): p.image for name, p in self.extra_projectors.items() if p.image}
+    return {"image": self.image} | extra
 
   def with_encoder(self, part: str, size: EncoderConfig) -> "LimberConfig":
     """Returns this size with another of what `encoders` gives."""
     if part == "image":
       return dataclasses.replace(self, image=size)
     name = part.partition("@")[2]
-    return dataclasses.replace(self, others=self.others | {name: dataclasses.replace(self.others[name], image=size)})
+    changed = dataclasses.replace(self.extra_projectors[name], image=size)
+    return dataclasses.replace(self, extra_projectors=self.extra_projectors | {name: changed})
 
   def encoder_field(self, part: str) -> str:
     """Returns where that stands in config.model, with its dot."""
-    return "image." if part == "image" else f"others.{part.partition('@')[2]}.image."
+    return "image." if part == "image" else f"extra_projectors.{part.partition('@')[2]}.image."
 
 
 def part(kind: str, name: str) -> str:
@@ -89,7 +94,7 @@ class Limber:
     decoder = decoder_of(size.lm.kind)
     decoder.check(size.lm, adapted)
     lm = decoder.module(size.lm, compute, adapted)
-    maps = {"": Map(size.image, size.prompt), **size.others}
+    maps = {"": Projector(size.image, size.prompt), **size.extra_projectors}
     encoders = {name: Encoder.from_config(m.image, compute) for name, m in maps.items() if m.image is not None}
     projectors = {
       name: LinearPrompt(size.lm.width, m.prompt.per_feature, m.prompt.dropout, m.prompt.layer_norm, compute)

@@ -52,7 +52,7 @@ def found_of(kind: str, model: str | None, column: str, cited: dict) -> dict[str
 def panel_table(panel: Panel, runs: Sequence[Run], cited: dict) -> str:
   """Returns the table of a panel, "" if no run has any of its metrics."""
   book, kinds = published.load(), {kind for _, kind, _, _ in panel.columns}
-  ours: dict[str | None, list[tuple[str, list[str]]]] = {}  # model -> (label, cells) of its runs and of further maps
+  ours: dict[str | None, list[tuple[str, list[str]]]] = {}  # model -> (label, cells) of its runs and projectors
   for run in runs:
     maps = dict.fromkeys(m for kind, m in run.scores if kind in kinds)
     for map_ in sorted(maps, key=bool):

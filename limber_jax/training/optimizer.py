@@ -1,6 +1,6 @@
 """The optimizer and its schedules. Source: CLIP (arXiv 2103.00020), section 2.5 and Tables 18-20; LiMBeR (2209.15162).
 
-A part "prompt@name" belongs to a further map, which is trained as if it were alone: it is clipped apart.
+A part "prompt@name" belongs to an extra projector, which is trained as if it were alone: it is clipped apart.
 """
 
 import math

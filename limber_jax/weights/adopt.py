@@ -142,4 +142,4 @@ def _of_run(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _start(name: str) -> str:
   """Returns what the settings of an encoder's part begin with in a config.json of task "captioning"."""
-  return "model.image." if name == "image" else f"model.others.{name.partition('@')[2]}.image."
+  return "model.image." if name == "image" else f"model.extra_projectors.{name.partition('@')[2]}.image."
