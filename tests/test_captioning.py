@@ -26,7 +26,7 @@ from limber_jax.config import (
 )
 from limber_jax.errors import UserError
 from limber_jax.models import encoders, gptj
-from limber_jax.models.adapters import AdapterSize
+from limber_jax.models.adapters import AdapterConfig
 from limber_jax.models.limber import Limber, LimberConfig, Projector, ProjectorConfig
 from limber_jax.runtime import parallel
 from limber_jax.tasks.captioning import Captioning, token_weights
@@ -190,7 +190,7 @@ def test_50_steps_leave_frozen_bytes_unchanged_and_out_of_checkpoints(tmp_path):
 
 
 def test_adapters_and_a_tuned_encoder_train_at_their_own_rates():
-  config = tiny(size(adapters=AdapterSize(attention="normal", mlp="parallel")),
+  config = tiny(size(adapters=AdapterConfig(attention="normal", mlp="parallel")),
                 trainable=("image", "prompt", "adapters"),
                 optim=Optim(lr=1e-3, part_lr={"image": 1e-5}, schedule="linear", warmup_steps=0, weight_decay=0.0))
   task = Captioning.from_config(config)

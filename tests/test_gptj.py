@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from limber_jax.config import Compute
 from limber_jax.errors import UserError
 from limber_jax.models import adapters, gptj
-from limber_jax.models.adapters import AdapterSize
+from limber_jax.models.adapters import AdapterConfig
 from limber_jax.models.cache import CACHE_SHARDING, empty_cache
 from limber_jax.models.gptj import GPTJ, GPTJSize
 from limber_jax.runtime import parallel
@@ -223,7 +223,7 @@ def test_a_size_has_the_parameters_that_its_name_says(name, parameters):
 ])
 def test_sharding_rows_fit_every_parameter_and_the_cache(name, meshes):
   size = gptj.SIZES[name]()
-  like = shapes(size, AdapterSize("normal", "scaled_parallel", layer_norm=True))
+  like = shapes(size, AdapterConfig("normal", "scaled_parallel", layer_norm=True))
   cache = jax.eval_shape(lambda: empty_cache(size, 64, size.context, "bfloat16"))
   for sizes in meshes:
     mesh = jax.sharding.AbstractMesh(sizes, parallel.AXES)
@@ -235,7 +235,7 @@ def test_sharding_rows_fit_every_parameter_and_the_cache(name, meshes):
 
 
 def test_every_sharding_row_is_used():
-  like = shapes(gptj.SIZES["gptj_mu"](), AdapterSize("normal", "normal"))
+  like = shapes(gptj.SIZES["gptj_mu"](), AdapterConfig("normal", "normal"))
   names = ["/".join(p) for p in flax.traverse_util.flatten_dict(like)]
   rows = (*gptj.SHARDING, *adapters.SHARDING)
   first = [next(i for i, (pattern, _) in enumerate(rows) if re.search(pattern, name)) for name in names]
@@ -311,8 +311,9 @@ class TorchAdapter:
 
 
 @pytest.mark.parametrize("size", [
-  AdapterSize("normal", ""), AdapterSize("parallel", "", layer_norm=True), AdapterSize("scaled_parallel", ""),
-  AdapterSize("", "normal", 8), AdapterSize("", "parallel"), AdapterSize("normal", "scaled_parallel", layer_norm=True)],
+  AdapterConfig("normal", ""), AdapterConfig("parallel", "", layer_norm=True), AdapterConfig("scaled_parallel", ""),
+  AdapterConfig("", "normal", 8), AdapterConfig("", "parallel"),
+  AdapterConfig("normal", "scaled_parallel", layer_norm=True)],
   ids=lambda s: f"mlp={s.mlp},attention={s.attention}")
 def test_adapters_are_those_of_magma(transformers, size):
   import torch
@@ -335,7 +336,7 @@ def test_adapters_are_those_of_magma(transformers, size):
 
 
 def test_adapters_come_off_and_go_back_on():
-  params = random_params(SIZE, AdapterSize("normal", "parallel"))
+  params = random_params(SIZE, AdapterConfig("normal", "parallel"))
   lm, parts = adapters.split_adapters(params)
   assert jax.tree.structure(lm) == jax.tree.structure(shapes(SIZE))
   assert set(parts) == {"blocks"}
@@ -345,7 +346,7 @@ def test_adapters_come_off_and_go_back_on():
 
 
 def test_new_adapters_hardly_change_the_model():
-  size = AdapterSize("normal", "scaled_parallel", 4, True)
+  size = AdapterConfig("normal", "scaled_parallel", 4, True)
   params = jax.jit(lambda key: gptj.init_params(GPTJ(SIZE, FP32, size), key))(jax.random.key(0, impl="rbg"))
   parts = flax.traverse_util.flatten_dict(adapters.split_adapters(params)[1]["blocks"], sep="/")
   for name, x in parts.items():
@@ -355,15 +356,15 @@ def test_new_adapters_hardly_change_the_model():
       assert abs(x).max() <= np.float32(2e-3), name
       if x.size > 1000:  # clamped at two sigma: 4.6 % of the numbers lie there
         assert abs(np.mean(abs(x) == np.float32(2e-3)) - 0.0455) < 5 * (0.0455 / x.size) ** 0.5, name
-  count = sum(x.size for x in jax.tree.leaves(adapters.split_adapters(shapes(GPTJSize(), AdapterSize("normal")))[1]))
+  count = sum(x.size for x in jax.tree.leaves(adapters.split_adapters(shapes(GPTJSize(), AdapterConfig("normal")))[1]))
   assert round(count / 1e6, 1) == 235.0
 
 
 @pytest.mark.parametrize("size,adapter_size,message", [
   (dataclasses.replace(SIZE, heads=5), None, "5 heads do not divide a width of 64"),
   (dataclasses.replace(SIZE, rotary=18), None, "rotary=18: expected an even number up to .* 16"),
-  (SIZE, AdapterSize("serial"), "adapters.mlp='serial': choose one of"),
-  (SIZE, AdapterSize("normal", downsample=5), "downsample=5 does not divide a width of 64"),
+  (SIZE, AdapterConfig("serial"), "adapters.mlp='serial': choose one of"),
+  (SIZE, AdapterConfig("normal", downsample=5), "downsample=5 does not divide a width of 64"),
 ])
 def test_sizes_that_do_not_fit_together_are_refused(size, adapter_size, message):
   with pytest.raises(UserError, match=message):

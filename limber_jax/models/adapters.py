@@ -19,7 +19,7 @@ NAMES = ("adapter_attn", "adapter_mlp")  # of the modules in a block, by which t
 
 
 @dataclass(unsafe_hash=True)  # an attribute of linen modules, which are hashed; not to be changed once built
-class AdapterSize:
+class AdapterConfig:
   """Where a block gets adapters, and which.
 
   Each place is one of "" (none), "normal" (after the module, with a residual connection), "parallel" (beside the
@@ -33,6 +33,9 @@ class AdapterSize:
   layer_norm: bool = False  # before the bottleneck
 
 
+AdapterSize = AdapterConfig  # its earlier name, which experiments of before import
+
+
 def _clipped_normal(key, shape, dtype=jnp.float32):
   # Clamped, not truncated: 4.6 % of the numbers lie exactly on the bounds.
   return jnp.clip(1e-3 * jax.random.normal(key, shape, dtype), -2e-3, 2e-3)
@@ -42,7 +45,7 @@ class Adapter(nn.Module):
   """What an adapter adds to its module's output. y [B, T, D] = module(x [B, T, D]) -> [B, T, D]."""
 
   kind: str
-  size: AdapterSize
+  size: AdapterConfig
   compute: Compute
 
   @nn.compact
@@ -59,7 +62,7 @@ class Adapter(nn.Module):
     return y + z
 
 
-def adapted(size: AdapterSize | None, place: str, compute: Compute) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def adapted(size: AdapterConfig | None, place: str, compute: Compute) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Returns f(x, module(x)) -> the module's output with its adapter, if it has one; call it inside a block.
 
   Args:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from limber_jax import ranges
 from limber_jax.config import Compute
 from limber_jax.errors import UserError
-from limber_jax.models.adapters import AdapterSize, adapted
+from limber_jax.models.adapters import AdapterConfig, adapted
 from limber_jax.models.cache import Cache, constrain_cache
 from limber_jax.models.layers import BLOCK_SHARDING, REMAT, LayerNorm, Rows, under
 from limber_jax.models.linear import Dense, broadcast, matmul
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
   size: GPTJSize
   compute: Compute
-  adapters: AdapterSize | None
+  adapters: AdapterConfig | None
   keep: bool
 
   @nn.compact
@@ -139,7 +139,7 @@ class GPTJ(nn.Module):
 
   size: GPTJSize
   compute: Compute
-  adapters: AdapterSize | None = None
+  adapters: AdapterConfig | None = None
 
   def setup(self):
     size = self.size
@@ -213,7 +213,7 @@ def _scan(length: int, compute: Compute) -> Callable[..., nn.Module]:
                  unroll=min(compute.unroll, length))
 
 
-def check(size: GPTJSize, adapters: AdapterSize | None = None) -> None:
+def check(size: GPTJSize, adapters: AdapterConfig | None = None) -> None:
   """Raises UserError if the sizes cannot be, or do not fit together."""
   ranges.check(size, "model.")
   if adapters is not None:

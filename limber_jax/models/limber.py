@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from limber_jax import ranges
 from limber_jax.config import Compute
 from limber_jax.models import adapters, prompt
-from limber_jax.models.adapters import AdapterSize
+from limber_jax.models.adapters import AdapterConfig
 from limber_jax.models.encoders import Encoder
 from limber_jax.models.prompt import LinearPrompt, prefix_inputs
 from limber_jax.models.spec import EncoderConfig, decoder_of
@@ -50,7 +50,7 @@ class LimberConfig:
   image: EncoderConfig = field(default_factory=EncoderConfig)
   prompt: ProjectorConfig = field(default_factory=ProjectorConfig)
   lm: Any = ranged(factory=lambda: decoder_of("gptj").size(), registered="LANGUAGE_MODELS")
-  adapters: AdapterSize = field(default_factory=AdapterSize)
+  adapters: AdapterConfig = field(default_factory=AdapterConfig)
   extra_projectors: dict[str, Projector] = field(default_factory=dict)
 
   def encoders(self) -> dict[str, EncoderConfig]:
