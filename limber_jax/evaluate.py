@@ -2,9 +2,9 @@
 
 Runs the evaluations of the experiment on a checkpoint of the workdir, or with --weights on weights from elsewhere, and
 writes into the workdir, or into --out, results.json, report.md with the published numbers beside, and pictures. What is
-found out about each item is kept below evaluation/: the same command resumes where it was stopped. Results of another
-run or of other weights are never replaced. An evaluation whose data are missing or damaged is named, and the others go
-on; the exit code is then 1.
+found out about each example is kept below evaluation/: the same command resumes where it was stopped. Results of
+another run or of other weights are never replaced. An evaluation whose data are missing or damaged is named, and the
+others go on; the exit code is then 1.
 """
 
 import os

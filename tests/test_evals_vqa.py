@@ -205,7 +205,7 @@ def run(model, config, **fields):
 
 
 def lines(path):
-  """Returns what is kept of each item."""
+  """Returns what is kept of each example."""
   with open(path, encoding="utf-8") as file:
     return [json.loads(line) for line in file][1:]
 
