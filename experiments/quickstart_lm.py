@@ -16,7 +16,7 @@ def get_config() -> Config:
     model=gptj.SIZES["gptj_digits"](),
     batch_size=64,
     steps=300,
-    data=Data(source=Source(name="digits", split="train", text_key="pair"), tokenizer=Tokenizer(name="bytes"),
+    data=Data(source=Source(name="digits", split="train", pairs=True), tokenizer=Tokenizer(name="bytes"),
               length=60),
     optim=Optim(lr=2e-3, warmup_steps=30, weight_decay=0.1, b2=0.95, eps=1e-8, clip_norm=1.0),
     compute=Compute(dtype="float32"),  # CPUs have no fast bfloat16

@@ -25,11 +25,12 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
 
 from limber_jax import config as config_lib
 from limber_jax import config_history, ranges
 from limber_jax import help as help_lib
-from limber_jax.config import Config
+from limber_jax.config import Config, Source
 from limber_jax.config_json import flatten
 from limber_jax.errors import UserError
 from limber_jax.runtime import peers, streams, surroundings
@@ -37,7 +38,12 @@ from limber_jax.runtime import peers, streams, surroundings
 
 def define_config() -> Any:
   """Defines --config=experiments/x.py (with --config.field=value) and returns its holder; see `get_config`."""
-  return config_flags.DEFINE_config_file("config", None, "Experiment file, such as experiments/quickstart.py.")
+  holder = config_flags.DEFINE_config_file("config", None, "Experiment file, such as experiments/quickstart.py.")
+  parser = flags.FLAGS["config"].parser
+  read = parser.parse
+  # Before other flags set fields that only the sources have which these name.
+  parser.parse = lambda path: _choose_sources(read(path), sys.argv)
+  return holder
 
 
 def define_model() -> Any:
@@ -185,7 +191,9 @@ def _parse(argv: Sequence[str], module: str = "__main__") -> list[str]:
   try:
     if path is not None:
       _check_file(path, "--config: ")
-    return flags.FLAGS(argv)
+    # Of "--config.X=build --config.X.name=NAME" the first would put the default in place of what the second did.
+    built = {f"config.{field}=build" for field, _ in _named(argv) if field.startswith(("data.source", "evals."))}
+    return flags.FLAGS([argument for argument in argv if argument.lstrip("-") not in built])
   except UserError as error:
     message = str(error)
   except (Exception, SystemExit) as error:
@@ -204,6 +212,41 @@ def _current(argument: str, path: str | None) -> str:
     with contextlib.suppress(UserError):  # of a broken experiment, which the parser has a line for
       name = f"evals.{config_history.named(key[1], _read_experiment(path).evals)}{name[key.end():]}"
   return f"{m[1]}{name}{m[3]}"
+
+
+def _choose_sources(config: Any, argv: Sequence[str]) -> Any:
+  """Returns an experiment with the sources that --config.….name=NAME says, wherever such flags stand.
+
+  Of those that were there they keep the fields that they have too. Raises UserError if there is no source of a name.
+  """
+  for field, name in _named(argv):
+    holder, there = _at(config, field.rpartition(".")[0]), _at(config, field)
+    optional = dataclasses.is_dataclass(holder) and ranges.hints_of(type(holder)).get(field.rpartition(".")[2])
+    try:
+      if isinstance(there, Source) and name != there.name:
+        config_path.set_value(field, config, there.of_name(name))
+      elif there is None and optional == Source | None:
+        config_path.set_value(field, config, Source(name))
+    except UserError as error:
+      raise UserError(f"--config.{field}.name: {error}") from error
+  return config
+
+
+def _at(config: Any, field: str) -> Any:
+  """Returns what an experiment has at "data.source", None where there is nothing."""
+  try:
+    return config_path.get_value(field, config)
+  except (AttributeError, LookupError, OSError, TypeError, ValueError):
+    return None
+
+
+def _named(argv: Sequence[str]) -> list[tuple[str, str]]:
+  """Returns (X, NAME) of each --config.X.name=NAME, also of two arguments, in their order."""
+  out = []
+  for i, argument in enumerate(argv):
+    if m := re.fullmatch(r"--?config\.(.+)\.name(?:=(.*))?", argument, re.DOTALL):
+      out.append((m[1], m[2] if m[2] is not None else argv[i + 1] if i + 1 < len(argv) else ""))
+  return out
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
@@ -231,7 +274,8 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
   given = [m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))]
   if path is not None:
     try:
-      known = flatten(_read_experiment(path))
+      config = _choose_sources(_read_experiment(path), argv)
+      known = flatten(config)
     except UserError as broken:
       return str(broken)
     for name in given:
@@ -242,6 +286,11 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
         if name in groups:
           return _group(name, [k for k in known if k.startswith(f"{name}.")])
         group = f"{name.rpartition('.')[0]}."
+        if isinstance(source := _at(config, group[:-1]), Source):
+          try:
+            config_lib.check_field(type(source), name.removeprefix(group))
+          except UserError as wrong:
+            return f"--config.{name}: {wrong}"
         near = [k for k in known if group != "." and k.startswith(group)] or list(known)
         close = difflib.get_close_matches(name, near, n=1, cutoff=0.7)
         guess = f"; did you mean --config.{close[0]}?" if close else f"; there are {_some(near)}"

@@ -6,11 +6,13 @@ An experiment is a Python file whose `get_config()` returns a `Config`; any fiel
 model.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from limber_jax import config_history, ranges, registry
-from limber_jax.errors import UserError
+from limber_jax.errors import UserError, did_you_mean
 from limber_jax.ranges import COUNT, SEEDS, ranged
 
 
@@ -18,24 +20,68 @@ class Unnamed(str):
   """A split that nobody named, which is a default: of data to train on. Evaluations never take it for granted."""
 
 
-@dataclass
+@dataclass(init=False)
 class Source:
-  """Where records {id, image, text} come from. Each field means what the named source's docstring says."""
+  """Where records {id, image, text} come from: `Source("jsonl", "data/pairs.jsonl", text_key="caption")`.
 
-  name: str = "digits"      # a name in registry.SOURCES
-  path: str = ""            # file or directory
-  split: str = Unnamed("train")  # in evaluations none is the default: the only one there is, or it is asked for
-  images: str = ""          # directory that relative image paths start from; "" = the directory of `path`
-  image_key: str = ""       # column or feature that holds the image or its path; "" = the source's own guess
-  text_key: str = ""        # column or feature that holds the text
-  label_key: str = ""       # column or feature that holds the class number
-  separator: str = ""       # of the columns of a table; "" = by file name and first line: tab, comma, ; or |
-  # of the fields of a table: csv | none; "" = csv unless tabs separate them
-  quoting: str = ranged("", choices=("", "none", "csv"))
-  # of tars: the dot of a name where its key ends, last | first, as webdataset has it
-  key_dot: str = ranged("last", choices=("last", "first"))
-  # a tar that is cut off: refuse | keep what is whole in it, and name the rest
-  incomplete: str = ranged("refuse", choices=("refuse", "keep"))
+  Each source is a dataclass that derives from this, in a file of its own in `limber_jax.data.sources`: its name, the
+  fields that it reads, what each of them means there. It adds a line in registry.SOURCES, and opens itself: `open`.
+  Called as above, this gives the one of that name, as pathlib.Path gives the path of the system.
+  """
+
+  paths: ClassVar[tuple[str, ...]] = ("path",)  # those of its fields that hold the path of a file or a directory
+
+  name: str = "digits"  # its own in registry.SOURCES
+
+  # What is read of a source that has no such field.
+  path = ""
+  split = ""
+
+  def __new__(cls, name: str = "digits", *values: Any, **fields: Any) -> "Source":
+    """Returns the source of a name, whose `__init__` Python then calls; raises UserError for one or a field unknown."""
+    if cls is not Source:
+      return super().__new__(cls)
+    own = source_of(name)
+    known = [f.name for f in dataclasses.fields(own)]
+    for given in fields:
+      check_field(own, given)
+    if len(values) >= len(known):
+      raise UserError(f"data source {name!r} takes {', '.join(known)}, got {len(values) + 1} values")
+    return super().__new__(own)
+
+  @property
+  def where(self) -> str:
+    """Its path, or the name of a source that has none."""
+    return self.path or self.name
+
+  def open(self) -> Any:
+    """Returns the `data.sources.Source` of these settings; raises UserError if its data are missing or unfit."""
+    raise NotImplementedError  # what all sources share is none: each has an `open` of its own
+
+  def splits(self) -> tuple[str, ...]:
+    """Returns the values of `split` that are there.
+
+    They are ("",) where the data are not divided and only "" reads them, () where any of "" and "train" does.
+    """
+    return ()
+
+  def of_name(self, name: str) -> "Source":
+    """Returns a source of another name: what both have is as here, and the rest as by default."""
+    known = {f.name for f in dataclasses.fields(source_of(name))}
+    return Source(**{f: v for f, v in vars(self).items() if f in known} | {"name": name})
+
+
+def source_of(name: str) -> type[Source]:
+  """Returns the dataclass of a source by its name in the registry; raises UserError with the nearest one."""
+  return registry.lookup("data source", registry.SOURCES, name)
+
+
+def check_field(source: type[Source], name: str) -> None:
+  """Raises UserError if a source has no field of this name; the message has the nearest one, and all that it has."""
+  known = [f.name for f in dataclasses.fields(source)]
+  if name not in known:
+    now = config_history.SOURCE_FIELDS.get(source.name, {}).get(name, name)
+    raise UserError(f"data source {source.name!r} has no field {name!r}{did_you_mean(now, known)}")
 
 
 @dataclass
@@ -212,6 +258,10 @@ def evaluation_of(name: str) -> type[Evaluation]:
   return registry.lookup("evaluation", registry.EVALS, name)
 
 
+# What stands for any of many dataclasses, and gives that of a name: what `name` in a configuration says.
+NAMED: dict[type, Callable[[str], type]] = {Evaluation: evaluation_of, Source: source_of}
+
+
 @dataclass
 class Init:
   """Weights to start from, by part; "" starts from random."""
@@ -272,14 +322,24 @@ def check(config: Config, start: str = "config.") -> None:
   """
   ranges.check(config, start)
   check_model(config)
+  _check_sources(config.data, f"{start}data.")
   for name, evaluation in config.evals.items():
     where, cls = f"{start}evals.{name}", type(evaluation)
+    _check_sources(evaluation, f"{where}.")
     if evaluation.name != cls.name:
       raise UserError(f"{where}.name={evaluation.name!r}: what an evaluation is stands in the experiment's file; this "
                       f"is {cls.name!r}")
     if cls.name not in registry.EVALS:
       raise UserError(f"{where}: expected an evaluation of the registry, such as "
                       f"limber_jax.evals.zeroshot.ZeroShot(), got {cls.__name__}")
+
+
+def _check_sources(holder: Data | Evaluation, start: str) -> None:
+  """Raises UserError if a source was renamed, which leaves it the fields of the other."""
+  for field_, source in vars(holder).items():
+    if isinstance(source, Source) and source.name != type(source).name:
+      raise UserError(f"{start}{field_}.name={source.name!r}: this is {type(source).name!r}; wanted "
+                      f"Source({source.name!r}, …) in its place")
 
 
 def check_model(config: Config) -> None:

@@ -6,7 +6,7 @@ whoever reads the configuration, as any field that is not there.
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from limber_jax import registry
@@ -36,18 +36,45 @@ FIELDS = {
 # evaluation -> field, as it is called now -> value -> what it meant. Templates of classes were once the default of all.
 VALUES = {"retrieval": {"prompt": {"imagenet7": ""}}}
 
+# Until 0.1 all sources of data were one dataclass, too: these fields and defaults stood in the JSON of each. Most
+# sources read a few of them; the fields that one has now are those that it read.
+SOURCE_UNION = {"path": "", "split": "train", "images": "", "image_key": "", "text_key": "", "label_key": "",
+                "separator": "", "quoting": "", "key_dot": "last", "incomplete": "refuse"}
+# Which of them the first release wrote. A source that has all of them is taken for one of then; of a source that reads
+# all of them now, as captions does, it comes to the same.
+SOURCE_FIRST = {"path", "split", "images", "image_key", "text_key", "label_key", "separator"}
+# source -> field -> its name now
+SOURCE_FIELDS = {"digits": {"text_key": "pairs"}, "folder": {"text_key": "class_list"}}
+# source -> field, as it is called now -> value -> what it meant
+SOURCE_VALUES: dict[str, dict[str, dict[str, Any]]] = {"digits": {"pairs": {"": False, "pair": True}}}
+
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of a configuration, by their dotted names, from those of this or an earlier release."""
-  out, evals = {}, {}
+  groups: dict[str, dict[str, Any]] = {}
   for name, value in values.items():
-    if name.startswith("evals.") and name.count(".") > 1:
-      key, _, field = name.removeprefix("evals.").partition(".")
-      evals.setdefault(key, {})[field] = value
+    name = name if name.startswith("evals.") else renamed(name)  # `evaluation` knows how each one's were called
+    start = re.match(r"(data\.|evals\.[^.]+\.|)", name)[0]
+    groups.setdefault(start, {})[name.removeprefix(start)] = value
+  out = {}
+  for start, fields in groups.items():
+    fields = sources(fields, source) if start == "data." else evaluation(fields) if start else fields
+    out |= {f"{start}{field}": value for field, value in fields.items()}
+  return out
+
+
+def sources(values: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+  """Returns {"source.path": …, …}, where the fields of each group with a name are what `change` makes of them."""
+  out: dict[str, Any] = {}
+  groups: dict[str, dict[str, Any]] = {}
+  for name, value in values.items():
+    group, _, field = name.partition(".")
+    if f"{group}.name" in values:
+      groups.setdefault(group, {})[field] = value
     else:
-      out[renamed(name)] = value
-  for key, fields in evals.items():
-    out |= {f"evals.{key}.{field}": value for field, value in evaluation(fields).items()}
+      out[name] = value
+  for group, fields in groups.items():
+    out |= {f"{group}.{field}": value for field, value in change(fields).items()}
   return out
 
 
@@ -64,8 +91,43 @@ def named(name: str, known: Collection[str]) -> str:
   return EVALUATIONS[name] if name not in known and EVALUATIONS.get(name) in known else name
 
 
+def source(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a source, {"name": …, "path": …}, from those of this or an earlier release."""
+  name = values.get("name")
+  if not isinstance(name, str) or name not in registry.SOURCES or not values.keys() >= SOURCE_FIRST:
+    return values
+  known = {f.name for f in dataclasses.fields(registry.lookup("data source", registry.SOURCES, name))}
+  out = {}
+  for field, value in values.items():
+    field = SOURCE_FIELDS.get(name, {}).get(field, field)
+    # Dropped, whatever it was set to: a field that the source has not now it did not read then.
+    if field in known or field not in SOURCE_UNION:
+      meant = SOURCE_VALUES.get(name, {}).get(field, {})
+      out[field] = meant.get(value, value) if isinstance(value, str) else value
+  return out
+
+
+def ignored(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns those fields of a source of an earlier release that it did not read, {} of one of this release.
+
+  What the data are was once written down of them too, so the fingerprints of runs of then are of their values.
+  """
+  kept, renamed = source(values), SOURCE_FIELDS.get(values.get("name", ""), {})
+  return {field: value for field, value in values.items() if renamed.get(field, field) not in kept}
+
+
+def source_before(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a source as they were until 0.1: what fingerprints are of, those of runs of then included."""
+  name = values["name"]
+  old = {now: then for then, now in SOURCE_FIELDS.get(name, {}).items()}
+  meant = {field: {now: then for then, now in v.items()} for field, v in SOURCE_VALUES.get(name, {}).items()}
+  return {"name": name} | SOURCE_UNION | {
+    old.get(field, field): meant[field][value] if field in meant else value for field, value in values.items()}
+
+
 def evaluation(values: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of an evaluation, {"name": …, "source.path": …}, from those of this or an earlier release."""
+  values = sources(values, source)
   name = values.get("name")
   if isinstance(name, str) and name in EVALUATIONS:
     name = EVALUATIONS[name]

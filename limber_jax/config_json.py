@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 from limber_jax import config_history, ranges
-from limber_jax.config import Config, Evaluation, check, evaluation_of, models_of
+from limber_jax.config import NAMED, Config, Evaluation, check, models_of
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.ranges import LATER
 
@@ -107,10 +107,10 @@ def unflatten(cls: type, values: dict[str, Any]) -> Any:
       if (kind := read(str, f"{start}kind")) not in kinds:
         raise UserError(f"{start}kind: expected one of {', '.join(kinds)}, got {kind!r}")
       cls = kinds[kind]
-    if cls is Evaluation:
+    if of_name := NAMED.get(cls):
       name = read(str, f"{start}name")
       try:
-        cls = evaluation_of(name)
+        cls = of_name(name)
       except UserError as error:
         raise UserError(f"{start}name: {error}") from error
     hints = ranges.hints_of(cls)

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from limber_jax import ranges, registry
-from limber_jax.config import Config, Evaluation, evaluation_of, models_of
+from limber_jax.config import Config, Evaluation, Source, evaluation_of, models_of, source_of
 
 WIDTH = 100
 
@@ -98,6 +98,9 @@ def _fields(cls: type, start: str) -> list[tuple[str, dataclasses.Field, Any, st
       out.append((name, f, hint, comments[f.name]))
       continue
     name += ".NAME" if inner is not hint else ""
+    if Source in groups:
+      out += _source_fields(f"{name}.")
+      continue
     for group in groups:
       found = _fields(group, f"{name}.")
       out += [(n, x, h, f"[{group.__name__}] {c}".strip() if len(groups) > 1 else c) for n, x, h, c in found]
@@ -106,6 +109,20 @@ def _fields(cls: type, start: str) -> list[tuple[str, dataclasses.Field, Any, st
         out += [(n, x, h, f"[{own.name}] {c}".strip()) for n, x, h, c in _fields(own, f"{name}.")
                 if n.split(".")[3] not in Evaluation.__dataclass_fields__]
   return out
+
+
+def _source_fields(start: str) -> list[tuple[str, dataclasses.Field, Any, str]]:
+  """Returns the fields of all sources, those that are the same in several of them once; comments begin with whose."""
+  found: dict[Any, tuple[list[str], tuple[str, dataclasses.Field, Any, str]]] = {}
+  for source in registry.SOURCES:
+    for name, f, hint, comment in _fields(source_of(source), start):
+      if f.name != "name":
+        key = name, hint, f.default, ranges.range_of(f), comment
+        found.setdefault(key, ([], (name, f, hint, comment)))[0].append(source)
+  name = dataclasses.fields(Source)[0]
+  out = [(f"{start}name", name, str, comments_of(Source)["name"])]
+  of = [(n, f, h, f"[{' '.join(whose)}] {c}") for whose, (n, f, h, c) in found.values()]
+  return out + sorted(of, key=lambda x: [x[0] for x in of].index(x[0]))
 
 
 def comments_of(cls: type) -> dict[str, str]:

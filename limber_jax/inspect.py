@@ -10,7 +10,7 @@ import json
 
 from absl import flags
 
-from limber_jax import cli, registry
+from limber_jax import cli
 from limber_jax.data.guess import SourceFlags
 from limber_jax.data.images import ImageFlags
 from limber_jax.data.inspection import SAMPLE, contact_sheet, inspect, lines
@@ -30,8 +30,7 @@ if __name__ == "__main__":
     config = _source.source(argv[0])
     if _out.value:
       destination.file(_out.value, what=f"--out={_out.value}", reads=destination.data(config))
-    told, looks = inspect(registry.lookup("data source", registry.SOURCES, config.name)(config), _sample.value,
-                          _images.options())
+    told, looks = inspect(config.open(), _sample.value, _images.options())
     print(json.dumps(told) if _json.value else
           "\n".join(lines(told, f"{config.name} {config.path}")), flush=True)
     if _out.value and looks:

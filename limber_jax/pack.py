@@ -1,7 +1,7 @@
 """Packs any data source into ArrayRecord shards: `python -m limber_jax.pack SRC DST --shrink=256`.
 
 SRC is what --source reads: tars, Parquet, a table, JSON lines, COCO's JSON, class folders … Which of them is seen from
-SRC, unless --source=NAME says so; --split, --images and the other fields of a Source are flags too. DST is a directory,
+SRC, unless --source=NAME says so; --split, --images and the other fields of a source are flags too. DST is a directory,
 read with source.name=packed.
 
 Every image is decoded once. With --shrink=256 those whose shorter side is longer are scaled down to it (bicubic, as

@@ -28,21 +28,21 @@ LANGUAGE_MODELS = {
 }
 
 SOURCES = {
-  "awa2": "limber_jax.data.sources.awa2:Awa2",
-  "captions": "limber_jax.data.sources.captions:Captions",
-  "clip_benchmark": "limber_jax.data.sources.clip_benchmark:ClipBenchmark",
-  "coco": "limber_jax.data.sources.coco:Coco",
-  "digits": "limber_jax.data.sources.digits:Digits",
-  "folder": "limber_jax.data.sources.folder:Folder",
-  "frames": "limber_jax.data.sources.frames:Frames",
-  "huggingface": "limber_jax.data.sources.huggingface:Huggingface",
-  "jsonl": "limber_jax.data.sources.jsonl:Jsonl",
-  "mixture": "limber_jax.data.sources.mixture:Mixture",
-  "packed": "limber_jax.data.sources.packed:Packed",
-  "parquet": "limber_jax.data.sources.parquet:Parquet",
-  "tfds": "limber_jax.data.sources.tfds:Tfds",
-  "vqa": "limber_jax.data.sources.vqa:Vqa",
-  "webdataset": "limber_jax.data.sources.webdataset:Webdataset",
+  "awa2": "limber_jax.data.sources.awa2:Awa2Config",
+  "captions": "limber_jax.data.sources.captions:CaptionsConfig",
+  "clip_benchmark": "limber_jax.data.sources.clip_benchmark:ClipBenchmarkConfig",
+  "coco": "limber_jax.data.sources.coco:CocoConfig",
+  "digits": "limber_jax.data.sources.digits:DigitsConfig",
+  "folder": "limber_jax.data.sources.folder:FolderConfig",
+  "frames": "limber_jax.data.sources.frames:FramesConfig",
+  "huggingface": "limber_jax.data.sources.huggingface:HuggingfaceConfig",
+  "jsonl": "limber_jax.data.sources.jsonl:JsonlConfig",
+  "mixture": "limber_jax.data.sources.mixture:MixtureConfig",
+  "packed": "limber_jax.data.sources.packed:PackedConfig",
+  "parquet": "limber_jax.data.sources.parquet:ParquetConfig",
+  "tfds": "limber_jax.data.sources.tfds:TfdsConfig",
+  "vqa": "limber_jax.data.sources.vqa:VqaConfig",
+  "webdataset": "limber_jax.data.sources.webdataset:WebdatasetConfig",
 }
 
 TOKENIZERS = {

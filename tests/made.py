@@ -1,5 +1,6 @@
 """A data source, a context and a model made by hand, whose metrics can be counted by hand."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -7,13 +8,25 @@ import jax
 import numpy as np
 
 from limber_jax import registry
-from limber_jax.config import Decoding, Evaluation, Source
+from limber_jax.config import Decoding, Evaluation, Source, Unnamed
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.runtime import parallel
+
+
+@dataclasses.dataclass
+class MadeConfig(Source):
+  """Of the data source "made"."""
+
+  name: str = "made"
+  path: str = ""
+  split: str = Unnamed("train")  # neither makes a difference
+
+  def open(self):
+    return Made(self)
 
 
 class Made:
@@ -47,7 +60,7 @@ class Made:
 
 def install(monkeypatch: Any) -> Any:
   """Registers the data source "made" for a test; returns (records, classes) -> None, which sets what it holds."""
-  monkeypatch.setitem(registry.SOURCES, "made", f"{__name__}:Made")
+  monkeypatch.setitem(registry.SOURCES, "made", f"{__name__}:MadeConfig")
 
   def set_(records, classes=None):
     monkeypatch.setattr(Made, "records", records)
@@ -59,7 +72,8 @@ def install(monkeypatch: Any) -> Any:
 def config(cls: type[Evaluation] = ZeroShot, **fields: Any) -> Any:
   """Returns an evaluation of what is installed; where it has classes in sentences, these are the classes alone."""
   own = {"templates": "{}"} if hasattr(cls, "templates") else {}
-  return cls(**{"source": Source(name="made"), "batch_size": 8, **own, **fields})
+  source = fields.pop("source") if "source" in fields else Source(name="made")  # which is registered now
+  return cls(**{"source": source, "batch_size": 8, **own, **fields})
 
 
 def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):

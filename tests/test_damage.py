@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax import registry
 from limber_jax.config import Checkpoint, Data, Source, Tokenizer
 from limber_jax.data import bad_records, images, transforms
 from limber_jax.data.order import shuffled_index
@@ -152,7 +151,7 @@ def test_a_source_that_raises_what_it_may_not_ends_the_run_in_one_line(workers):
 def tracker(folder, records=1000, allowed=0.01, found=(), batch_size=10):
   source = Numbers(records)
   source.damage = list(found)
-  data = Data(source=Source(path="x/data.tsv"), max_bad_fraction=allowed)
+  data = Data(source=Source("captions", "x/data.tsv"), max_bad_fraction=allowed)
   return bad_records.BadRecords(str(folder), source, data, batch_size)
 
 
@@ -411,8 +410,7 @@ def read_mutated(name, folder, seeds):
   """Trains on a data set of 8 records with one file mutated by each seed; returns what became of it, by kind."""
   kind, write = FORMATS[name]
   path, file = write(folder / name)
-  source = registry.lookup("data source", registry.SOURCES, kind)
-  open_, whole, counts = (lambda: source(Source(kind, str(path), split=""))), file.read_bytes(), Counter()
+  open_, whole, counts = Source(kind, str(path), split="").open, file.read_bytes(), Counter()
   wanted = [open_()[i] for i in range(8)]
   for seed in seeds:
     data, start = mutated(whole, np.random.default_rng(seed)), time.monotonic()

@@ -124,7 +124,7 @@ def stock(name):
 def opened(key, root, **fields):
   s = datasets.CLIP[key].source
   path = os.path.join(root, s.path.removeprefix("data/tfds/").split("/")[0])
-  return registry.lookup("data source", registry.SOURCES, "tfds")(Source(**{**vars(s), "path": path, **fields}))
+  return Source(**{**vars(s), "path": path, **fields}).open()
 
 
 def by_value(source):

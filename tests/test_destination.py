@@ -73,8 +73,8 @@ def test_no_file_that_a_command_reads_is_replaced_under_any_name(tmp_path):
   for name in ("model.safetensors", "labels.jsonl"):
     (tmp_path / "model" / name).write_text("x")
   assert [os.path.basename(f) for f in destination.weights(str(tmp_path / "model"))] == ["model.safetensors"]
-  assert destination.data(Source(path=str(tmp_path / "{a,b}.png")))[:-1] == []  # the source tells that b is missing
-  assert destination.data(Source(path=str(tmp_path / "[ab].png")))[:-1] == [str(photo)]
+  assert destination.data(Source("captions", str(tmp_path / "{a,b}.png")))[:-1] == []  # b is missing
+  assert destination.data(Source("captions", str(tmp_path / "[ab].png")))[:-1] == [str(photo)]
   with pytest.raises(UserError, match=r"rows that are not all there go to .*x.partial, which is something else"):
     (tmp_path / "x.partial").write_text("my notes\n")
     Output(path=str(tmp_path / "x"))

@@ -37,7 +37,7 @@ from limber_jax.models.gptj import GPTJSize
 from limber_jax.models.limber import LimberConfig, ProjectorConfig
 from limber_jax.registry import SOURCES
 from limber_jax.training.setup import evaluate, make_context, make_eval, setup
-from tests.made import Made, config, context, install
+from tests.made import Made, MadeConfig, config, context, install
 from tests.runs import tiny_limber
 from tests.standins import write_awa2
 
@@ -112,6 +112,14 @@ def test_naming_another_class_too_is_not_right_but_names_it(made, tmp_path):
   assert (found["right"], found["named"]) == (1 / 2, 1)
 
 
+@dataclasses.dataclass
+class AnimalsConfig(MadeConfig):
+  """Of the data source "made", where it is of animals."""
+
+  def open(self):
+    return Animals(self)
+
+
 class Animals(Made):
   """Four animals with three attributes; see `test_mistakes_…`."""
 
@@ -121,7 +129,7 @@ class Animals(Made):
 
 def test_mistakes_are_measured_by_common_attributes_and_on_wordnet(monkeypatch, made, tmp_path):
   made([{"label": label} for label in (0, 0, 1, 2, 0, 3)], classes=("cat", "dog", "bird", "fish"))
-  monkeypatch.setitem(SOURCES, "made", f"{__name__}:Animals")
+  monkeypatch.setitem(SOURCES, "made", f"{__name__}:AnimalsConfig")
   kinship = {("cat", "dog"): 0.8, ("bird", "cat"): 0.6}
 
   class Small(WordNet):
@@ -381,7 +389,7 @@ def test_probes_nearest_words_and_shorter_prompts_are_those_counted_by_hand(made
 
 
 def test_attributes_are_probed_on_other_images_and_maps_apart(monkeypatch, made, tmp_path):
-  monkeypatch.setitem(SOURCES, "made", f"{__name__}:Animals")
+  monkeypatch.setitem(SOURCES, "made", f"{__name__}:AnimalsConfig")
   monkeypatch.setattr(prompt_probing, "chosen_strength", lambda x, labels: 1.0)
   made([{"label": i % 2, "text": "?"} for i in range(20)], classes=("cat", "dog", "bird", "fish"))
   predict, params, where = probed(tmp_path)

@@ -14,9 +14,26 @@ from limber_jax.errors import UserError
 from limber_jax.evals import contamination
 from limber_jax.evals.base import Stopped
 from limber_jax.evals.contamination import NOTHING, Contamination, Nearest, measure, shown, summary
-from tests.made import PREDICT, Made, context, tables, unit
+from tests.made import PREDICT, Made, MadeConfig, context, tables, unit
 
 CLASSES = ("a", "b", "c")
+
+
+@dataclasses.dataclass
+class EvaluatedConfig(MadeConfig):
+  """Of the data source "evaluated"."""
+
+  name: str = "evaluated"
+
+
+@dataclasses.dataclass
+class TrainedConfig(MadeConfig):
+  """Of the data source "trained"."""
+
+  name: str = "trained"
+
+  def open(self):
+    return Trained(self)
 
 
 class Trained(Made):
@@ -36,8 +53,8 @@ class Trained(Made):
 @pytest.fixture
 def data(monkeypatch):
   """Sets the records of the data sources "evaluated" and "trained"."""
-  monkeypatch.setitem(registry.SOURCES, "evaluated", f"{__name__}:Made")
-  monkeypatch.setitem(registry.SOURCES, "trained", f"{__name__}:Trained")
+  monkeypatch.setitem(registry.SOURCES, "evaluated", f"{__name__}:EvaluatedConfig")
+  monkeypatch.setitem(registry.SOURCES, "trained", f"{__name__}:TrainedConfig")
 
   def set_(evaluated, trained):
     monkeypatch.setattr(Made, "records", evaluated)

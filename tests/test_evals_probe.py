@@ -1,5 +1,7 @@
 """Linear probes: on made features against scikit-learn, few-shot and zero-shot beside them, and bad settings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
@@ -11,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from limber_jax import registry
-from limber_jax.config import Compute, Source
+from limber_jax.config import Compute, Source, Unnamed
 from limber_jax.errors import UserError
 from limber_jax.evals import linear_probe
 from limber_jax.evals.linear_probe import LinearProbe, draw_shots, figure, held_out
@@ -24,6 +26,17 @@ from tests.made import config, context, install
 NAMES = ("a", "b", "c", "d")
 SPLITS = ("train", "validation", "test")
 SIZES = (200, 60, 100)
+
+
+@dataclasses.dataclass
+class SplitConfig(Source):
+  """Of the data source "split"."""
+
+  name: str = "split"
+  split: str = Unnamed("train")
+
+  def open(self):
+    return Split(self)
 
 
 class Split:
@@ -79,7 +92,7 @@ def part(split):
 
 @pytest.fixture(autouse=True)
 def source(monkeypatch):
-  monkeypatch.setitem(registry.SOURCES, "split", f"{__name__}:Split")
+  monkeypatch.setitem(registry.SOURCES, "split", f"{__name__}:SplitConfig")
 
 
 def split(name):
@@ -248,6 +261,16 @@ def test_penultimate_features_are_what_the_projection_gets(size):
   np.testing.assert_allclose(unit, predict["embed_image"](params, stats, images), atol=1e-5)
 
 
+@dataclasses.dataclass
+class SeveralConfig(SplitConfig):
+  """Of the data source "several"."""
+
+  name: str = "several"
+
+  def open(self):
+    return Several(self)
+
+
 class Several(Split):
   """The same images with several classes each, those of TRUTH."""
 
@@ -276,8 +299,8 @@ def eleven_points(scores, truth):
   return sum(max((p for n, p in points if 10 * n >= level * found), default=0) for level in range(11)) / 11
 
 
-def test_of_several_classes_an_image_each_is_reported_from_the_rest(tmp_path, monkeypatch):
-  monkeypatch.setitem(registry.SOURCES, "several", f"{__name__}:Several")
+def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkeypatch):
+  monkeypatch.setitem(registry.SOURCES, "several", f"{__name__}:SeveralConfig")
   test, train, validation = (Source(name="several", split=s) for s in ("test", "train", "validation"))
   evaluation = config(LinearProbe, source=test, train=train, validation=validation).open(context(workdir=tmp_path))
   metrics = evaluation(PREDICT, {}, {})

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.errors import UserError
 from limber_jax.evals import base
@@ -258,7 +257,7 @@ def test_a_perfect_model_has_a_recall_of_1_on_data_with_a_record_a_caption(tmp_p
   config = Retrieval(Source(name, str(several(tmp_path, name))), batch_size=8)
   runs = config.open(context(image_size=32))
   vectors = np.eye(12, dtype=np.float32)
-  pixels = [registry.lookup("data source", registry.SOURCES, "digits")(Source())[i]["image"].sum() for i in range(12)]
+  pixels = [Source().open()[i]["image"].sum() for i in range(12)]
   assert len(set(pixels)) == 12
   predict = {  # an image is known by the sum of its pixels, a caption by its two digits
     "embed_image": lambda params, stats, images: params["v"][jnp.argmax(
@@ -273,7 +272,7 @@ def test_a_perfect_model_has_a_recall_of_1_on_data_with_a_record_a_caption(tmp_p
 def test_a_row_that_cannot_be_read_is_named_and_the_others_of_its_image_count(tmp_path):
   path = several(tmp_path, "captions")
   path.write_text(path.read_text() + "0.png\t \nmissing.png\ta\nmissing.png\tb\n")
-  source = by_image(registry.lookup("data source", registry.SOURCES, "captions")(Source("captions", str(path))))
+  source = by_image(Source("captions", str(path)).open())
   assert len(source) == 13 and [len(source.annotation(i)["texts"]) for i in range(13)] == [5] * 12 + [2]
   assert [d["id"] for d in source.damage] == ["record 60"] and "empty caption" in source.damage[0]["reason"]
   with pytest.raises(UserError, match="No such file"):
@@ -281,8 +280,7 @@ def test_a_row_that_cannot_be_read_is_named_and_the_others_of_its_image_count(tm
 
 
 def test_data_without_such_records_stay_what_they_are(tmp_path):
-  digits = registry.lookup("data source", registry.SOURCES, "digits")(Source())
+  digits = Source().open()
   assert by_image(digits) is digits
-  table = registry.lookup("data source", registry.SOURCES, "captions")(
-    Source("captions", str(several(tmp_path, "captions")), "images"))
+  table = Source("captions", str(several(tmp_path, "captions")), "images").open()
   assert by_image(table) is table and len(table) == 24  # of two spellings of each path

@@ -156,4 +156,9 @@ def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recip
   said = []
   train(config, str(tmp_path / "run"), log=said.append)
   assert "64 examples" in said[0] and any("zeroshot/top1" in line for line in said), said
-  assert config_json.from_json((tmp_path / "run" / "config.json").read_text(), "x") is not None
+  text = (tmp_path / "run" / "config.json").read_text()
+  assert config_json.from_json(text, "x").data.source == Source("squares", size=32)
+  with pytest.raises(UserError, match=r"data\.source\.size=0: wanted 1 or more"):
+    config_json.from_json(text.replace('"data.source.size": 32', '"data.source.size": 0'), "x")
+  with pytest.raises(UserError, match=r"^data source 'squares' has no field 'pixels'; known: name, size, split$"):
+    Source("squares", pixels=3)

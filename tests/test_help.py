@@ -60,7 +60,8 @@ def test_every_field_is_listed_with_type_default_range_and_comment():
   for entry in ("--config.optim.clip_norm global gradient norm; 0 does not clip (float, default 0.0, 0 or more) --",
                 "--config.optim.b2 (float, default 0.98, 0 or more and less than 1) --",
                 "--config.optim.schedule cosine | linear: after a linear warm-up | deepspeed: a logarithmic",
-                "--config.evals.NAME.source.path file or directory (str, default '') --",
+                "--config.evals.NAME.source.path [jsonl] the file (str, default '') --",
+                "--config.data.source.split [jsonl packed] train or \"\": there are no parts (str,",
                 "--config.model.lm.layers [task captioning] (int, default 28, 1 to 10000) --"):
     assert entry in page, entry
   assert help.configuration("clip_norm").startswith("  --config.optim.clip_norm\n")

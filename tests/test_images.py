@@ -160,7 +160,7 @@ def test_the_settings_reach_what_is_trained_on_and_evaluated_and_cached(tmp_path
 
 
 def test_the_data_fingerprint_knows_them_and_is_what_it_was_without():
-  source, words = registry.lookup("data source", registry.SOURCES, "digits")(Source()), ByteTokenizer()
+  source, words = Source().open(), ByteTokenizer()
   found = [data_fingerprint(source, words, data, 8, 0) for data in (
     Data(), Data(exif=True), Data(formats=("gif",)), Data(formats=("gif", "bmp")))]
   assert found[0][:16] == "72194544d6fb6bb4" and len(set(found)) == 4  # as of 81b353f
@@ -179,7 +179,7 @@ def test_packed_images_are_upright_and_of_the_default_formats(tmp_path):
   path = layouts.write_tsv(tmp_path / "t", [{"key": k, "image": v, "text": k} for k, v in files.items()])
   options = ImageOptions(("gif", "bmp"), True)
   pack(Source("captions", str(path)), str(tmp_path / "out"), images=options, log=lambda _: None)
-  source = registry.lookup("data source", registry.SOURCES, "packed")(Source("packed", str(tmp_path / "out")))
+  source = Source("packed", str(tmp_path / "out")).open()
   assert [images.sniff(source[i]["image"])[0] for i in range(4)] == ["PNG", "JPEG", "JPEG", "PNG"]
   np.testing.assert_array_equal(decode(source[0]["image"]), pil(files["a"]))
   assert source[2]["image"] == files["c"] and decode(source[1]["image"]).shape == (20, 12, 3)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.data.inspection import _kind, contact_sheet, inspect, lines
 from limber_jax.data.packing import pack
@@ -26,7 +25,7 @@ def table(tmp_path):
 
 
 def opened(name, path):
-  return registry.lookup("data source", registry.SOURCES, name)(Source(name, str(path)))
+  return Source(name, str(path)).open()
 
 
 def test_figures_are_those_counted_by_hand(table):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.data.guess import guess
 from limber_jax.data.packing import pack
@@ -69,7 +68,7 @@ def test_images_stay_as_they_are_unless_they_are_shrunk(tmp_path, tars):
 
 def test_all_that_a_source_says_of_a_record_is_kept(tmp_path):
   pack(Source("digits", split="test"), str(tmp_path / "digits"), log=quiet)
-  source = registry.lookup("data source", registry.SOURCES, "digits")(Source(split="test"))
+  source = Source(split="test").open()
   copy = Packed(Source("packed", str(tmp_path / "digits")))
   assert copy.classes == source.classes and len(copy) == len(source)
   for i in range(0, 360, 7):

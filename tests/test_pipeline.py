@@ -1,5 +1,6 @@
 """The pipeline: each record once an epoch, the same stream whatever reads it, clear words for what cannot be read."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -319,10 +320,12 @@ class TestFingerprint:
     prints = [
       self.of(), self.of(source=Numbers(6)), self.of(batch_size=16), self.of(seed=1), self.of(data=Data(crop="center")),
       self.of(data=Data(crop_scale=(0.5, 1.0))), self.of(data=Data(source=Source(split="test"))),
-      self.of(data=Data(source=Source(text_key="t")))]
+      self.of(data=Data(source=Source(pairs=True))), self.of(data=Data(source=Source("jsonl"))),
+      self.of(data=Data(source=Source("jsonl", text_key="t")))]
     assert len(set(prints)) == len(prints) and all(len(p) == 64 for p in prints)
 
   def test_it_does_not_change_with_places_and_speed(self):
-    other = Data(source=Source(path="x", images="y"), tokenizer=TokenizerConfig(path="z"), workers=3, threads=1,
-                 prefetch=9)
-    assert self.of(data=other) == self.of()
+    table = Source("captions")
+    there = dataclasses.replace(table, path="x", images="y", quoting="csv")
+    other = Data(source=there, tokenizer=TokenizerConfig(path="z"), workers=3, threads=1, prefetch=9)
+    assert self.of(data=other) == self.of(data=Data(source=table))

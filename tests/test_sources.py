@@ -169,7 +169,7 @@ class TestCaptions:
 
   def test_a_missing_table_is_reported_with_the_layout_and_the_way_to_point_elsewhere(self):
     with pytest.raises(UserError, match=r"no such file; wanted .*filepath.*--config\.data\.source\.path="):
-      Captions(Source(path="/nowhere/cc3m.tsv"))
+      Captions(Source("captions", "/nowhere/cc3m.tsv"))
 
   def test_the_index_takes_eight_bytes_a_row(self, folder):
     source = table(folder, "t\ta.png\n" * 10_000)
@@ -219,7 +219,7 @@ def prepared(tmp_path_factory):
 
 
 def tfds_source(path, **fields):
-  return registry.lookup("data source", registry.SOURCES, "tfds")(Source(name="tfds", path=path, **fields))
+  return Source(name="tfds", path=path, **fields).open()
 
 
 class TestTfds:
@@ -266,22 +266,22 @@ class TestTfds:
 
 
 def test_a_pair_of_captions_speaks_of_one_digit_in_two_ways():
-  one, pair = Digits(Source()), Digits(Source(text_key="pair"))
+  one, pair = Digits(Source()), Digits(Source(pairs=True))
   for i in range(0, len(one), 7):
     first, second = pair.annotation(i)["text"].split("; ")
     name = CLASSES[one.annotation(i)["label"]]
     assert first == one.annotation(i)["text"] and first != second and name in second.split()
   assert one.fingerprint() != pair.fingerprint()
-  with pytest.raises(UserError, match="'digits' has only 'pair'"):
-    Digits(Source(text_key="title"))
+  with pytest.raises(UserError, match="'digits' has no field 'text_key'; did you mean 'pairs'"):
+    Source(text_key="pair")
 
 
 def opened(name, written, split):
-  return registry.lookup("data source", registry.SOURCES, name)(Source(name, written.path, split, written.images))
+  return Source(name, written.path, split, **{"images": written.images} if written.images else {}).open()
 
 
 def read_as(name, path):
-  return registry.lookup("data source", registry.SOURCES, name)(Source(name, str(path)))
+  return Source(name, str(path)).open()
 
 
 @pytest.fixture(params=sorted(registry.SOURCES))
@@ -302,7 +302,7 @@ def source(request, folder):
     case "frames":
       (folder / "labels.json").write_text('{"a.png": [1], "b.png": [2, 0]}')
       (folder / "pmsets.json").write_text('{"a.png": ["b.png"]}')
-      return registry.lookup("data source", registry.SOURCES, "frames")(Source("frames", str(folder)))
+      return Source("frames", str(folder)).open()
     case "digits":
       return Digits(Source())
     case "webdataset":
@@ -389,7 +389,7 @@ def test_what_a_file_holds_shows_in_its_state_however_it_is_put_there(folder):
 def test_of_a_source_that_names_no_files_all_that_lies_there_counts(tmp_path):
   (tmp_path / "deep" / "er").mkdir(parents=True)
   (tmp_path / "deep" / "er" / "x").write_text("1")
-  config = Source("made", str(tmp_path / "deep"))
+  config = Source("packed", str(tmp_path / "deep"))
   before = contents(object(), config)
   assert contents(object(), config) == before
   (tmp_path / "deep" / "er" / "x").write_text("2")

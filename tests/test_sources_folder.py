@@ -96,7 +96,7 @@ def test_class_folders_with_numbers_are_in_the_order_of_the_numbers(tmp_path):
 
 def test_a_file_of_class_names_says_which_count_and_in_which_order(tmp_path):
   root = write(tmp_path, CLASSES | {"n03/d.png": 4, "order.txt": "n02\nn01\nn09\n"})
-  source = opened(root, text_key="order.txt")
+  source = opened(root, class_list="order.txt")
   assert source.classes == ("n02", "n01", "n09") and set(found(source).values()) == {("n01", 3), ("n02", 1), ("n02", 2)}
   assert damage(source) == {"n03": "a folder of no class in order.txt", "n09": "a class without a folder"}
 
@@ -152,7 +152,7 @@ def test_tables_and_json_lines_are_lists_too(form, tmp_path):
   source = opened(root, "GT.csv", images="Images")
   assert source.classes is None and source.annotation(0)["text"] == "14"
   assert found(source) == {f"{at}Images/0.ppm": (14, 10), f"{at}Images/1.ppm": (2, 20)}
-  assert opened(root, "GT.csv", images="Images", text_key="signs.txt").annotation(0)["text"] == "sign 14"
+  assert opened(root, "GT.csv", images="Images", class_list="signs.txt").annotation(0)["text"] == "sign 14"
   assert found(opened(root, "dev.jsonl")) == {f"{at}img/1.png": (1, 30), f"{at}img/2.png": (0, 40)}
 
 
@@ -169,7 +169,7 @@ def test_lines_that_cannot_be_used_are_named_and_the_others_are_read(tmp_path):
     "x.txt, line 4": "'../secret.png' lies outside of the data",
     "x.txt, line 5": "'/etc/hostname' lies outside of the data",
     "x.txt, line 6": "no image 'missing.png' there", "x.txt, line 7": "'b' is listed twice, and the first counts"}
-  source = opened(root, "x.csv", text_key="names.txt")
+  source = opened(root, "x.csv", class_list="names.txt")
   assert found(source) == {"a.png": ("zero", 1)}
   assert damage(source) == {"x.csv, line 3": "wanted 2 columns, got 1", "b.png": "its class '7' is not in names.txt"}
   source = opened(root, "x.jsonl")
@@ -253,7 +253,7 @@ def test_a_ppm_image_that_is_damaged_or_a_bomb_is_one_line(tmp_path):
   ({"test/a/x.png": 1, "train/a/x.png": 1}, "tset", {},
    "no folder 'tset' with class folders in it; wanted .*did you mean 'test'"),
   ({"a/x.png": 1, "list.txt": "x"}, "lits.txt", {}, "no file 'lits.txt' there; did you mean 'list.txt'"),
-  ({"a/x.png": 1, "names.txt": "a\na"}, "", {"text_key": "names.txt"}, "class 'a' stands there twice"),
+  ({"a/x.png": 1, "names.txt": "a\na"}, "", {"class_list": "names.txt"}, "class 'a' stands there twice"),
   ({"a.png": 1, "t.csv": "fille,label\na.png,1"}, "t.csv", {}, "none of the columns fille, label .* source.image_key"),
   ({"a.png": 1, "t.csv": "path,label\na.png,1"}, "t.csv", {"label_key": "lable"}, "did you mean 'label'"),
   ({"a.png": 1, "t.csv": "path,label\na.png,1"}, "t.csv", {"separator": "ab"}, "separator 'ab'"),

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from limber_jax import registry
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import pipeline, transforms
 from limber_jax.data.guess import guess
@@ -41,7 +40,7 @@ RECORDS = layouts.digits(120)
 
 
 def opened(name, path, **fields):
-  return registry.lookup("data source", registry.SOURCES, name)(Source(name, str(path), **fields))
+  return Source(name, str(path), **fields).open()
 
 
 def texts(source):
@@ -527,7 +526,9 @@ def test_a_mixture_has_classes_where_all_members_have_the_same(tmp_path, lines):
   ({"name": "jsnl", "weight": 1}, "did you mean 'jsonl'"), ({"name": "mixture", "weight": 1}, "a mixture in a mixture"),
   ({"name": "jsonl", "weight": 1, "pth": "x"}, "did you mean 'path'"), ({"name": "jsonl", "weight": True}, "'weight'"),
   ({"name": "jsonl", "weight": 1, "path": "none.jsonl"}, "source 0: .*no such file"),
-  ({"name": "digits", "weight": 1, "path": 3}, "wanted text in 'path'"),
+  ({"name": "jsonl", "weight": 1, "path": 3}, "path: expected str, got 3"),
+  ({"name": "digits", "weight": 1, "pairs": 1}, "pairs: expected bool, got 1"),
+  ({"name": "digits", "weight": 1, "path": "x"}, "'digits' has no field 'path'; known: name, pairs, split"),
 ])
 def test_a_mixture_that_does_not_fit_is_reported(tmp_path, entry, message):
   with pytest.raises(UserError, match=message):
@@ -623,13 +624,11 @@ def png_bomb(side):
 BOMBS = """if True:
   import os, resource, sys, time, warnings
   warnings.simplefilter("ignore")
-  from limber_jax import registry
   from limber_jax.runtime import parallel
   from limber_jax.config import Source
   from limber_jax.data.transforms import decode
   from limber_jax.errors import UserError
-  source = registry.lookup("data source", registry.SOURCES, sys.argv[1])
-  source = source(Source(sys.argv[1], sys.argv[2]))
+  source = Source(sys.argv[1], sys.argv[2]).open()
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
   for i in range(len(source)):
     before, start = peak(), time.perf_counter()

@@ -9,7 +9,7 @@ import types
 import pytest
 from PIL import Image
 
-from limber_jax import config_json, registry
+from limber_jax import config_json
 from limber_jax.config import Data, Source, Unnamed
 from limber_jax.errors import UserError
 from limber_jax.evals.linear_probe import LinearProbe
@@ -34,8 +34,7 @@ def folders(root, *parts):
 
 def split_of(name, path, **fields):
   config = named(ZeroShot(source=Source(name, str(path), **fields)), "pets")
-  source = registry.lookup("data source", registry.SOURCES, name)(config.source)
-  assert type(config.source.split) is str and len(source)
+  assert type(config.source.split) is str and len(config.source.open())
   return config.source.split
 
 
@@ -91,15 +90,14 @@ def test_what_probes_learn_from_is_the_training_part(tmp_path):
 
 
 def test_parts_of_the_data_are_never_taken_for_classes(tmp_path):
-  folder = registry.lookup("data source", registry.SOURCES, "folder")
   with pytest.raises(UserError, match=r"its folders train, val are no classes but parts of the data; name one"):
-    folder(Source("folder", str(folders(tmp_path / "a", "train", "val", "meta")), ""))
+    Source("folder", str(folders(tmp_path / "a", "train", "val", "meta")), "").open()
   vehicles = folders(tmp_path / "b", ".")
   os.rename(vehicles / "dog", vehicles / "train")  # which has no folders: a class
-  assert folder(Source("folder", str(vehicles), "")).classes == ("cat", "train")
+  assert Source("folder", str(vehicles), "").open().classes == ("cat", "train")
   os.makedirs(vehicles / "train" / "steam")
   Image.new("RGB", (4, 4)).save(vehicles / "train" / "steam" / "1.png")
-  assert folder(Source("folder", str(vehicles), "")).classes == ("cat", "train")
+  assert Source("folder", str(vehicles), "").open().classes == ("cat", "train")
 
 
 def test_the_documentations_own_example_reads_class_folders_and_asks_which_of_several_parts(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from limber_jax import config_json, registry
+from limber_jax import config_json
 from limber_jax.config import Data, Source, Tokenizer
 from limber_jax.data import checks
 from limber_jax.data import text as text_lib
@@ -220,8 +220,7 @@ SOURCES = ("captions", "webdataset", "parquet", "huggingface", "jsonl", "packed"
 
 
 def opened(name, path):
-  source = registry.lookup("data source", registry.SOURCES, name)
-  return source(Source(name, str(path), split="" if name == "coco" else "train"))
+  return Source(name, str(path), split="" if name == "coco" else "train").open()
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -337,7 +336,7 @@ def test_a_member_of_a_mixture_needs_its_share_of_a_batch(tmp_path):
   digits = {"name": "digits", "weight": 1}
   (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 7)
   (tmp_path / "mix.json").write_text(json.dumps({"sources": [digits, digits | {"name": "jsonl", "path": "a.jsonl"}]}))
-  mixture = registry.lookup("data source", registry.SOURCES, "mixture")(Source("mixture", str(tmp_path / "mix.json")))
+  mixture = Source("mixture", str(tmp_path / "mix.json")).open()
   checks.check_enough(mixture, tiny(batch_size=14))
   with pytest.raises(UserError, match="source 1 of the mixture has 7 records, of which a batch wants 8"):
     checks.check_enough(mixture, tiny(batch_size=16))

@@ -34,7 +34,6 @@ from absl import flags
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from limber_jax import registry
 from limber_jax.bench import measure
 from limber_jax.config import Checkpoint, Compute, Config, Data, Optim, Source, Tokenizer
 from limber_jax.data import pipeline, transforms
@@ -126,7 +125,7 @@ def rates(folder: str, images: list[str]) -> dict[str, Any]:
       return lambda count: [next(batches) for _ in range(count)] and None
 
     for layout, name in LAYOUTS.items():
-      source = registry.lookup("data source", registry.SOURCES, name)(Source(name, os.path.join(folder, layout)))
+      source = Source(name, os.path.join(folder, layout)).open()
       runs[layout] = reader(stack.enter_context(pipeline.train_batches(
         source, transform, batch_size=batch, rows=np.arange(batch), seed=0, workers=workers, threads=_THREADS.value)))
     if _PEER.value and (batches := webdataset(os.path.join(folder, "tars"), size, batch, workers)) is not None:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from limber_jax import config_json
+from limber_jax import config_history, config_json
 from limber_jax.checkpoints import manifest
 from limber_jax.config import Config
 from limber_jax.data import vocabularies
@@ -103,6 +103,16 @@ def read_config(workdir: str) -> Config:
   tokenizer = dataclasses.replace(config.data.tokenizer, path=here(config.data.tokenizer.path))
   vocabularies.check_stored(tokenizer, path)
   return dataclasses.replace(config, init=init, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+
+
+def ignored_of_source(workdir: str) -> dict[str, Any]:
+  """Returns what the config.json of a workdir says of its data beyond what the source reads; {} where there is none."""
+  path = os.path.join(workdir, CONFIG)
+  if not workdir or not os.path.isfile(path):
+    return {}
+  values = json.loads(inputs.text(path, inputs.CONFIG).removeprefix("\ufeff"))
+  return config_history.ignored({name.removeprefix("data.source."): value for name, value in values.items()
+                                 if name.startswith("data.source.")})
 
 
 def finder(workdir: str) -> Callable[[str], str]:

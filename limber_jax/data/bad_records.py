@@ -49,9 +49,8 @@ class BadRecords:
     Raises:
       UserError: that is too much already.
     """
-    where = data.source.path
     self._path = os.path.join(workdir, FILE)
-    self._file = os.path.basename(os.path.normpath(where)) if where else data.source.name
+    self._file = os.path.basename(os.path.normpath(data.source.where))
     self.found: list[Line] = [{"step": 0, "file": d["file"], "index": None, "id": d["id"], "reason": d["reason"]}
                               for d in getattr(source, "damage", ())]
     self._records, self._allowed, self._batch = len(source), data.max_bad_fraction, batch_size

@@ -57,7 +57,7 @@ def _state(path: str) -> str:
 
 
 def _below(config: Source) -> Iterator[str]:
-  for start in filter(None, (config.path, config.images)):
+  for start in filter(None, (getattr(config, name) for name in config.paths)):
     yield start
     for folder, inner, names in os.walk(start):
       inner.sort()

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterator
 
-from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.data import text
 from limber_jax.errors import UserError
@@ -12,7 +11,7 @@ from limber_jax.runtime import inputs
 
 def captions(settings: Source) -> Iterator[str]:
   """Yields every caption of a data source."""
-  source = registry.lookup("data source", registry.SOURCES, settings.name)(settings)
+  source = settings.open()
   for index in range(len(source)):
     record = source.annotation(index)
     yield from record.get("texts", (record["text"],))

@@ -7,7 +7,7 @@ import os
 from absl import flags
 
 from limber_jax import registry
-from limber_jax.config import Source
+from limber_jax.config import Source, source_of
 from limber_jax.data.sources import packed
 from limber_jax.errors import UserError
 from limber_jax.runtime import inputs
@@ -17,6 +17,8 @@ _SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".t
 _INSIDE = (("huggingface", ("state.json", "dataset_dict.json")), ("tfds", ("features.json", "*/features.json")),
            ("clip_benchmark", ("*/nshards.txt",)), ("webdataset", ("*.tar",)),
            ("parquet", ("*.parquet", "*/*.parquet")), ("folder", ("*/",)))
+
+_DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}  # others are words
 
 
 def guess(path: str) -> str:
@@ -44,14 +46,18 @@ class SourceFlags:
 
   def __init__(self):
     self._name = flags.DEFINE_enum("source", None, sorted(registry.SOURCES), "Data source; seen from SRC if left out.")
-    self._split = flags.DEFINE_string("split", None, "Part of the data; 'train' if left out, where there are parts.")
-    self._fields = {f.name: flags.DEFINE_string(f.name, f.default, f"As config.data.source.{f.name}.")
-                    for f in dataclasses.fields(Source) if f.name not in ("name", "path", "split")}
+    flags.DEFINE_string("split", None, "Part of the data; 'train' if left out, where there are parts.")
+    fields = {f.name: f for name in registry.SOURCES for f in dataclasses.fields(source_of(name))}
+    self._fields = fields.keys() - {"name", "path"}
+    for field in self._fields - {"split"}:
+      define = _DEFINE.get(fields[field].type, flags.DEFINE_string)
+      define(field, None, f"As config.data.source.{field}.")
 
   def source(self, path: str) -> Source:
-    """Returns the configuration of the source at `path`."""
+    """Returns the configuration of the source at `path`; raises UserError if a flag is of no field that it has."""
     name = self._name.value or guess(path)
-    split = self._split.value
-    if split is None:  # of these two "" means everything
-      split = "" if name in ("clip_benchmark", "coco", "folder") else Source().split
-    return Source(name, path, split, **{name: holder.value for name, holder in self._fields.items()})
+    given = {field: value for field in self._fields if (value := flags.FLAGS[field].value) is not None}
+    if name in ("clip_benchmark", "coco", "folder"):  # of which "" means everything
+      given.setdefault("split", "")
+    known = {f.name for f in dataclasses.fields(source_of(name))}
+    return Source(name, **given | ({"path": path} if "path" in known else {}))

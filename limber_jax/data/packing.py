@@ -15,7 +15,6 @@ from typing import Any
 
 from PIL import Image
 
-from limber_jax import registry
 from limber_jax.config import Source
 from limber_jax.data import checks, sources, text
 from limber_jax.data.features import ShardWriter
@@ -162,7 +161,7 @@ def pack(config: Source, out: str, *, shrink: int = 0, quality: int = QUALITY, p
     if not low <= value <= high:
       raise UserError(f"--{name}={value}: wanted {low} to {high:,}")
   with lock.Lock(f"{out}/{lock.NAME}", what=out, otherwise="choose another directory"), StopRequest() as stop:
-    source = registry.lookup("data source", registry.SOURCES, config.name)(config)
+    source = config.open()
     packing = Packing(out, len(source), per_shard, shrink, quality, int(damaged * len(source)), images)
     what = {"kind": packed.KIND, "version": packed.VERSION, "source": config.name, "fingerprint": source.fingerprint(),
             "records_of_source": len(source), "per_shard": per_shard, "shrink": shrink, "quality": quality,

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
+from limber_jax import config_history
 from limber_jax.config import Data
 from limber_jax.data import shared_memory
 from limber_jax.data.images import ImageOptions
@@ -138,11 +139,13 @@ def eval_batches(source: Source, transform: Transform, *, batch_size: int, rows:
 
 
 def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_size: int, seed: int,
-                     pixels: dict[str, Any] | None = None, *, earlier: bool = False) -> str:
+                     pixels: dict[str, Any] | None = None, *, earlier: bool = False,
+                     ignored: dict[str, Any] | None = None) -> str:
   """Returns 64 hex digits that change with anything that decides what the batch of a step holds.
 
   Where the data and the tokenizer are kept does not count, nor how they are read. With `earlier` they are those of the
-  first runs, all of CLIP, whose texts' length is the model's: there was no `data.length`.
+  first runs, all of CLIP, whose texts' length is the model's: there was no `data.length`. Runs of then also counted
+  what their source did not read, `ignored`.
   """
   settings = dataclasses.asdict(data)
   for name in ("workers", "threads", "prefetch", "features", "max_bad_fraction", "repeat"):
@@ -152,6 +155,7 @@ def data_fingerprint(source: Source, tokenizer: Tokenizer, data: Data, batch_siz
   # As earlier releases called them; runs of before there was a fast decoding had nothing for it.
   settings["crop"] = {"encoder": "own"}.get(data.crop, data.crop)
   settings |= {"draft": True} if settings.pop("jpeg_fast_decode") else {}
+  settings["source"] = config_history.source_before(settings["source"]) | (ignored or {})
   for name in ("path", "images", "key_dot", "incomplete", "quoting"):  # the last three show in the records, if anywhere
     del settings["source"][name]
   del settings["tokenizer"]["path"]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from limber_jax import config_history
 from limber_jax.config import Decoding, Evaluation
 from limber_jax.config_json import flatten
 from limber_jax.data import pipeline
@@ -27,7 +28,6 @@ from limber_jax.data.transforms import Transform
 from limber_jax.errors import UserError
 from limber_jax.evals.grouped import by_image
 from limber_jax.evals.result_store import Results, ResultStore
-from limber_jax.registry import SOURCES, lookup
 from limber_jax.runtime.parallel import (
   allgather_objects,
   broadcast_from_process_0,
@@ -90,7 +90,7 @@ class Runner:
     With `grouped` its records are by image, as `grouped.by_image` has them.
     """
     self.config, self.context = config, context
-    self.source: Source = lookup("data source", SOURCES, config.source.name)(config.source)
+    self.source: Source = config.source.open()
     # Looked at when the data are opened, and not when results are kept: what is changed in between shows next time.
     look = partial(contents_of, self.source, config.source)
     self.contents = broadcast_from_process_0(look) if context.results_dir else ""
@@ -231,7 +231,8 @@ class Runner:
 
   def _key(self, name: str, shared: bool) -> dict[str, Any]:
     """Returns all that results of the function depend on."""
-    settings = {k: v for k, v in flatten(self.config).items() if k not in _NOT_IN_KEY}
+    settings = config_history.sources(flatten(self.config), config_history.source_before)
+    settings = {k: v for k, v in settings.items() if k not in _NOT_IN_KEY}
     settings = {"batch_size": self.config.batch_size} if shared else settings | {"lists": self._lists}
     return {"function": name, "data": self.source.fingerprint(), "contents": self.contents, **settings,
             **self.context.key}

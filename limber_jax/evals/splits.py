@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from limber_jax.config import Evaluation, Source, Unnamed
 from limber_jax.errors import UserError
-from limber_jax.registry import SOURCES, lookup
 
 _FIELD = re.compile(r"(?<![\w.])(?:config\.data\.)?source\.(?=[a-z])")  # as sources speak of their fields
 
@@ -50,12 +49,11 @@ def own_fields(config: Evaluation, name: str) -> Iterator[None]:
 
 def _split(source: Source, where: str, train: bool) -> str:
   """Returns the split of a source that names none."""
-  cls = lookup("data source", SOURCES, source.name)
-  there = cls.splits(source) if hasattr(cls, "splits") else ()
+  there = source.splits()
   if (train and "train" in there) or not there:
     return "train"
   if len(there) == 1:
     return there[0]
   likely = next((name for name in ("test", "val", "validation") if name in there), there[-1])
-  raise UserError(f"config.{where}: {source.path or source.name} has the splits {', '.join(there)}; say which: "
+  raise UserError(f"config.{where}: {source.where} has the splits {', '.join(there)}; say which: "
                   f"--config.{where}.split={likely}")

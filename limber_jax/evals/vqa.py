@@ -24,7 +24,6 @@ from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.metrics import vqa
 from limber_jax.models.cache import Cache
 from limber_jax.models.limber import part
-from limber_jax.registry import SOURCES, lookup
 from limber_jax.runtime.parallel import broadcast_from_process_0, replicated
 
 METRICS = ("accuracy", "truncated", "blind_text", "blind_zeros")
@@ -86,7 +85,7 @@ class VqaEval:
       if config.train is None:
         raise UserError(f"{where}: shots={config.shots}, and no `train` to draw examples from; wanted a data source "
                         "such as VQA v2's train2014")
-      self._train = lookup("data source", SOURCES, config.train.name)(config.train)
+      self._train = config.train.open()
       key["train"] = self._train.fingerprint()
       if context.results_dir:
         key["train_contents"] = broadcast_from_process_0(lambda: contents(self._train, config.train))

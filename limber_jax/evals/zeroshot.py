@@ -68,7 +68,8 @@ class ZeroShotEval:
 
   def __init__(self, config: ZeroShot, context: Context):
     self._where = f"evaluation 'zeroshot' on data source {config.source.name!r}"
-    sources = [dataclasses.replace(config.source, split=split) for split in config.source.split.split(",")]
+    splits = config.source.split.split(",")
+    sources = [dataclasses.replace(config.source, split=s) for s in splits] if len(splits) > 1 else [config.source]
     self._runners = [datasets.open_runner(dataclasses.replace(config, source=s), context) for s in sources]
     source = self._runners[0].source
     self._several = "labels" in source.annotation(0)

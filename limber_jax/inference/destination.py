@@ -69,11 +69,12 @@ def weights(path: str) -> list[str]:
 
 def data(config: Source) -> list[str]:
   """Returns the files and directories that a data source reads, as far as its settings name them."""
+  others = [getattr(config, name) for name in config.paths if name != "path"]
   if os.path.isdir(config.path):
-    return [config.path, config.images]
+    return [config.path, *others]
   with contextlib.suppress(UserError):  # which the source itself will tell
-    return [*webdataset.shards(config.path, "", ""), config.images]
-  return [config.images]
+    return [*webdataset.shards(config.path, "", ""), *others]
+  return others
 
 
 def _check_replaced(path: str, what: str, reads: Iterable[str]) -> None:

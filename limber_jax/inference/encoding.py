@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from limber_jax import registry
 from limber_jax.config import Config
 from limber_jax.data import features, pipeline, transforms
 from limber_jax.data.images import ImageOptions
@@ -56,7 +55,7 @@ def encode(config: Config, out: str, *, batch_size: int = 0, shard_mb: float = S
     main = jax.process_index() == 0
     log = log if main else lambda _: None
     s = setup(dataclasses.replace(config, model=adopt(config, log=log)), only="image")
-    source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
+    source = config.data.source.open()
     what = features.describe(source, feature_specs(s))
     batch_size = batch_size or config.batch_size
     parallel.local_rows(batch_size, s.mesh)

@@ -108,7 +108,7 @@ def _data_of(name: str, evaluation: Mapping[str, Any]) -> str | None:
   """Returns what published.json calls the data set of an evaluation: by its name, its classes, or where it is read."""
   kind, protocol = evaluation["evaluation"], evaluation["protocol"]
   classes = str(protocol.get("dataset" if kind == "robustness" else "classes"))
-  file = os.path.splitext(os.path.basename(str(protocol.get("source.path"))))[0]
+  file = os.path.splitext(os.path.basename(str(protocol.get("source.path", ""))))[0]
   # ImageNet's classes are those of other sets, too.
   words = [classes] if kind == "robustness" else [name, file] if classes == "imagenet" else [name, classes, file]
   return next(filter(None, (published.load().data_of(word, kind) for word in words)), None)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from limber_jax import registry
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.checkpoints.scores import Scores
@@ -89,7 +88,7 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
   stopping = Stopping(request, tracker)
   evaluations = Evaluations(s, make_context(s, workdir, stopping.together, stopping.waiting))
   checkpoints = Checkpoints(workdir, config.checkpoint, write=True, log=log)
-  fingerprints = _fingerprints(s, source)
+  fingerprints = _fingerprints(s, source, workdirs.ignored_of_source(workdir))
   with tracker("restore"):
     state, meta = _restore(checkpoints, s, workdir, fingerprints)
   start = int(state.step)
@@ -107,21 +106,21 @@ def open_run(config: Config, workdir: str, held: Lock, request: StopRequest, unt
 
 def _open_data(config: Config) -> tuple[Source, list[str]]:
   """Returns (the training data, what there is to say of them)."""
-  source = registry.lookup("data source", registry.SOURCES, config.data.source.name)(config.data.source)
+  source = config.data.source.open()
   checks.check_enough(source, config)
   looked = checks.look(source) if jax.process_index() == 0 else ""
   return source, [*getattr(source, "notes", []), *filter(None, [looked])]
 
 
-def _fingerprints(s: Setup, source: Source) -> tuple[str, str]:
-  """Returns what identifies the data, as it is now and as earlier releases had it."""
+def _fingerprints(s: Setup, source: Source, ignored: dict[str, Any]) -> tuple[str, ...]:
+  """Returns what identifies the data, as it is now and then as earlier releases had it."""
   config = s.config
-  now, earlier = (pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed,
-                                            s.task.pixel_settings(config.data), earlier=e) for e in (False, True))
-  return now, earlier
+  return tuple(pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed,
+                                         s.task.pixel_settings(config.data), earlier=earlier, ignored=beside)
+               for beside in ({}, ignored) for earlier in (False, True))
 
 
-def _restore(checkpoints: Checkpoints, s: Setup, workdir: str, fingerprints: tuple[str, str]
+def _restore(checkpoints: Checkpoints, s: Setup, workdir: str, fingerprints: tuple[str, ...]
              ) -> tuple[TrainState, dict[str, Any]]:
   """Returns the state to resume from and its checkpoint's meta, {} where there is none."""
   latest = checkpoints.latest()

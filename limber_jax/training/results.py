@@ -189,7 +189,7 @@ def _moved(evaluation: Evaluation, data: str) -> Evaluation:
   def moved(path: str) -> str:
     return os.path.join(data, path.removeprefix(DATA)) if path.startswith(DATA) else path
 
-  sources = {name: dataclasses.replace(source, path=moved(source.path), images=moved(source.images))
+  sources = {name: dataclasses.replace(source, **{field: moved(getattr(source, field)) for field in source.paths})
              for name, source in sources_of(evaluation).items()}
   files = {name: moved(getattr(evaluation, name)) for name in evaluation.files}
   return dataclasses.replace(evaluation, **files, **sources)

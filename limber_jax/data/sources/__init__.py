@@ -1,4 +1,4 @@
-"""Data sources, one file a format. A source is what `Source` says; its class takes a `limber_jax.config.Source`.
+"""Data sources, one file a format: a dataclass of settings, a `limber_jax.config.Source`, and the `Source` it opens.
 
 A record is {"id": str, "image": encoded bytes | uint8 [h, w, 3], "text": str}, and may have
   "texts": tuple[str, ...]   every caption of the image, where a record has several; "text" is the first
@@ -14,12 +14,12 @@ otherwise. It may have `files()`, which yields the paths of all files that its r
 not change with where they lie: see `limber_jax.data.contents`. It may have `shuffled_index(seed, position)`, as a
 mixture does, which then decides the order in training. It may have `templates`, sentences with {} for the name of a
 class, and `metrics`, the metrics that its own tables give.
-
-A class of sources whose data may have several parts has a static method `splits(config)`: the values of config.split
-that are there; ("",) where its data are not divided and only "" reads them, () where any of "" and "train" does.
 """
 
 from typing import Any, Protocol
+
+from limber_jax import config as config_lib
+from limber_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -39,3 +39,9 @@ class Source(Protocol):
 
   def fingerprint(self) -> str:
     """Returns 16 hex digits that change with the data; the same wherever the data are kept."""
+
+
+def check_undivided(config: config_lib.Source, what: str) -> None:
+  """Raises UserError if a part is asked for of data that have none; `what` they are stands in the message."""
+  if config.split not in ("train", ""):
+    raise UserError(f"config.data.source.split={config.split!r}: {what} has no parts; leave it empty")

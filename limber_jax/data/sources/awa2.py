@@ -3,11 +3,12 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.runtime import inputs
@@ -25,7 +26,8 @@ ALSO = {
 }
 
 
-class Awa2:
+@dataclass
+class Awa2Config(Source):
   """A record a photograph: "label" and "text" say its animal.
 
   path: the directory Animals_with_Attributes2 as it is unpacked, or the one above.
@@ -37,7 +39,21 @@ class Awa2:
   without any image.
   """
 
-  def __init__(self, config: Source):
+  name: str = "awa2"
+  path: str = ""  # the directory Animals_with_Attributes2, or the one above it
+  split: str = Unnamed("train")  # all | train | test: of which animals
+
+  def open(self) -> "Awa2":
+    return Awa2(self)
+
+  def splits(self) -> tuple[str, ...]:
+    return tuple(SPLITS)
+
+
+class Awa2:
+  """A `Awa2Config` whose data are open."""
+
+  def __init__(self, config: Awa2Config):
     nested = os.path.join(config.path, "Animals_with_Attributes2")
     self._root = nested if os.path.isdir(nested) else config.path
     if config.split not in SPLITS:
@@ -63,11 +79,6 @@ class Awa2:
         if not images:
           self._damaged(name, "no images of it")
         self._files += [(label, f"{name}/{file}") for file in images]
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    del config
-    return tuple(SPLITS)
 
   def _damaged(self, name: str, reason: str) -> None:
     self.damage.append({"file": "JPEGImages", "id": name, "reason": reason})

@@ -3,15 +3,17 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data import text
 from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of, image_files, readable
 from limber_jax.errors import UserError
+from limber_jax.ranges import ranged
 from limber_jax.runtime import inputs
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")  # the likeliest first
@@ -21,7 +23,8 @@ LAYOUTS = ("a tab-separated table of caption and image path without a header (Co
            "header such as filepath and title, separated by tabs or commas (open_clip)")
 
 
-class Captions:
+@dataclass
+class CaptionsConfig(Source):
   """A text table in UTF-8 with one caption and the path of its image a row.
 
   With a header, columns have names, in any letter case. Without one, the columns are caption and path, separated by a
@@ -41,9 +44,29 @@ class Captions:
     none = quotes are letters. "" = csv where no tab separates; of tabs see `tables.quoting`.
   """
 
+  paths = ("path", "images")
+
+  name: str = "captions"
+  path: str = ""        # the table
+  split: str = Unnamed("train")  # train: a record a row | images: a record an image, with all its captions
+  images: str = ""      # the directory that paths of images start from; "" = that of the file
+  image_key: str = ""   # the column of paths; "" = the first known name
+  text_key: str = ""    # the column of captions; "" = the first known name
+  label_key: str = ""   # a column of class numbers; "" = no labels
+  separator: str = ""   # of columns; "" = by file name and first line: tab, comma, ; or |
+  # none: quotes are letters | csv: a field may stand in them; "" = csv unless tabs separate
+  quoting: str = ranged("", choices=("", "none", "csv"))
+
+  def open(self) -> "Captions":
+    return Captions(self)
+
+
+class Captions:
+  """A `CaptionsConfig` whose data are open."""
+
   classes = None
 
-  def __init__(self, config: Source):
+  def __init__(self, config: CaptionsConfig):
     self._path, self._name = config.path, os.path.basename(config.path)
     if what := inputs.what_is(config.path):
       raise UserError(f"config.data.source.path={config.path!r}: {what}; wanted {LAYOUTS}; point at yours with "
@@ -75,7 +98,7 @@ class Captions:
     self._open()
     self._table = tables.Table(self._map, self._path, *self._layout)
 
-  def _columns(self, config: Source) -> None:
+  def _columns(self, config: CaptionsConfig) -> None:
     """Finds out how the table is laid out, and where its rows start."""
     known = (*IMAGE_KEYS, *TEXT_KEYS, config.image_key.lower(), config.text_key.lower())
     table, header = tables.open_table(self._map, self._path, config.separator, known)

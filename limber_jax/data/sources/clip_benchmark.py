@@ -9,16 +9,18 @@ import os
 import re
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources.annotations import captions_of
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
 from limber_jax.data.sources.webdataset import MAX_SHARDS, MAX_TEXT
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.ranges import ranged
 from limber_jax.runtime import inputs
 
 COUNT, TYPE = "nshards.txt", "dataset_type.txt"
@@ -32,7 +34,8 @@ LIST = inputs.Kind("list", 2**20)  # a file beside the tars
 _QUESTION = re.compile(r"[a-z]+:")
 
 
-class ClipBenchmark:
+@dataclass
+class ClipBenchmarkConfig(Source):
   """A record an image, tar after tar as their programs stream them.
 
   path: the directory of one set.
@@ -50,7 +53,23 @@ class ClipBenchmark:
   does not count, and what a tar that is cut off lost.
   """
 
-  def __init__(self, config: Source):
+  name: str = "clip_benchmark"
+  path: str = ""  # the directory of one set
+  split: str = Unnamed("train")  # a folder below it; "" = the only one there is
+  # of a tar that is cut off: refuse it | keep what is whole in it, and name the rest
+  incomplete: str = ranged("refuse", choices=("refuse", "keep"))
+
+  def open(self) -> "ClipBenchmark":
+    return ClipBenchmark(self)
+
+  def splits(self) -> tuple[str, ...]:
+    return tuple(splits(self.path)) if os.path.isdir(self.path) else ()
+
+
+class ClipBenchmark:
+  """A `ClipBenchmarkConfig` whose data are open."""
+
+  def __init__(self, config: ClipBenchmarkConfig):
     self._root = config.path
     where = f"config.data.source.path={config.path!r}"
     if not os.path.isdir(config.path):
@@ -72,10 +91,6 @@ class ClipBenchmark:
       raise UserError(f"{where}: no image with {what} (.{self._suffix}) in {len(paths)} tars; {there}{first}")
 
     self._grouped = kind == "classification" and self._has_groups()
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    return tuple(splits(config.path)) if os.path.isdir(config.path) else ()
 
   def _has_groups(self) -> bool:
     """Returns whether the first record has a whole number at the start of a .npy."""
@@ -172,7 +187,7 @@ def splits(path: str) -> list[str]:
   return sorted(f.name for f in os.scandir(path) if f.is_dir() and os.path.isfile(os.path.join(f.path, COUNT)))
 
 
-def _split(config: Source, where: str) -> str:
+def _split(config: ClipBenchmarkConfig, where: str) -> str:
   """Returns the split that is meant; raises UserError if there is none, or several to choose from."""
   found = splits(config.path)
   if not found:

@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data import text
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
@@ -28,7 +29,8 @@ class Entry(NamedTuple):
   texts: tuple[str, ...]
 
 
-class Coco:
+@dataclass
+class CocoConfig(Source):
   """Captions of images, a record an image: "texts" holds all its captions, "text" the first, NoCaps' "domain" its own.
 
   path: the JSON file; which of the layouts it has is seen from what it holds.
@@ -45,9 +47,28 @@ class Coco:
   fields. A record's id is that of COCO or NoCaps, as a string, or of Flickr30k the name of its file.
   """
 
+  paths = ("path", "images")
+
+  name: str = "coco"
+  path: str = ""    # the JSON file
+  split: str = Unnamed("train")  # of Karpathy's: train, val, test or restval, several with + between; "" = every image
+  images: str = ""  # the directory that paths of images start from; "" = that of the file, or the one above it
+
+  def open(self) -> "Coco":
+    return Coco(self)
+
+  def splits(self) -> tuple[str, ...]:
+    images = annotations.entries(annotations.load(self.path, WANTED), "images", self.path)
+    return tuple(sorted({image["split"] for image in images if not annotations.flaw(image, split=str, sentences=list)}
+                        )) or ("",)
+
+
+class Coco:
+  """A `CocoConfig` whose data are open."""
+
   classes = None
 
-  def __init__(self, config: Source):
+  def __init__(self, config: CocoConfig):
     self._path = config.path
     self._root = annotations.image_root(config.path, config.images)
     self.damage: list[dict[str, str]] = []
@@ -70,12 +91,6 @@ class Coco:
     if not self._entries:
       first = "; the first flaw: {id}: {reason}".format(**self.damage[0])
       raise UserError(f"{config.path}: none of its images has a caption{first}; wanted {WANTED}")
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    images = annotations.entries(annotations.load(config.path, WANTED), "images", config.path)
-    return tuple(sorted({image["split"] for image in images if not annotations.flaw(image, split=str, sentences=list)}
-                        )) or ("",)
 
   def _damaged(self, id_: str, reason: str) -> None:
     self.damage.append({"file": os.path.basename(self._path), "id": id_, "reason": reason})

@@ -8,17 +8,19 @@ import json
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources import tars
 from limber_jax.data.sources.trees import Directory, Tar
 from limber_jax.data.text import decode
 from limber_jax.data.transforms import MAX_PIXELS
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.ranges import ranged
 from limber_jax.runtime import inputs
 
 # What counts as an image by its name. Some of these formats nobody decodes here: such files are named as damaged then.
@@ -34,7 +36,8 @@ LAYOUTS = "a directory or .tar with a folder of images for each class, or one wi
 Item = tuple[str, str]  # path and class of an image
 
 
-class Folder:
+@dataclass
+class FolderConfig(Source):
   """A record an image; "text" is the name of its class, its id the path below `path`.
 
   path: a directory, or a tar that is not compressed, which is read in place; of a name without .tar that is not there,
@@ -49,7 +52,7 @@ class Folder:
   images: of a list, the folder below path that its paths start from; "" = path.
   image_key, label_key: of a list, the columns; "" = the first known name: path, filename, image … and label, ClassId …
     label_key=folder is the folder that the image lies in, whatever the list says.
-  text_key: a file below path that names the classes, one a line, in the order of their numbers; "" = all there are.
+  class_list: a file below path that names the classes, one a line, in the order of their numbers; "" = all there are.
   separator: between path and class, or columns; "" = a space in .txt, a tab in .tsv, and in .csv the semicolon if the
     first line has one, else the comma.
   incomplete: of a tar that is cut off: "refuse"; "keep" = what is whole in it is read, and the rest is named.
@@ -58,7 +61,28 @@ class Folder:
   that are not there or are listed twice, and what in a tar is a link or has a name that leads out of it.
   """
 
-  def __init__(self, config: Source):
+  name: str = "folder"
+  path: str = ""        # the directory, or the tar
+  split: str = Unnamed("train")  # a folder below it, whose folders are the classes, or a list below it; "" = all of it
+  images: str = ""      # of a list: the folder below path that its paths start from; "" = path
+  image_key: str = ""   # of a list: the column of paths; "" = the first known name
+  label_key: str = ""   # of a list: the column of classes, or "folder", that of the image; "" = the first known name
+  class_list: str = ""  # a file below path that names the classes, one a line, by their numbers; "" = all there are
+  separator: str = ""   # of a list: between path and class, or columns; "" = by its name: a space, a tab, ; or a comma
+  # of a tar that is cut off: refuse it | keep what is whole in it, and name the rest
+  incomplete: str = ranged("refuse", choices=("refuse", "keep"))
+
+  def open(self) -> "Folder":
+    return Folder(self)
+
+  def splits(self) -> tuple[str, ...]:
+    return Folder.parts(self)
+
+
+class Folder:
+  """A `FolderConfig` whose data are open."""
+
+  def __init__(self, config: FolderConfig):
     self._config, self._where = config, f"config.data.source.path={config.path!r}"
     self._file = os.path.basename(os.path.normpath(config.path))
     self.damage: list[dict[str, str]] = []
@@ -68,7 +92,7 @@ class Folder:
     if not config.split and (parts := _parts(self._tree, self._start)):
       raise UserError(f"{self._where}: its folders {', '.join(parts)} are no classes but parts of the data; name one: "
                       f"source.split={parts[0]}")
-    given = self._class_list() if config.text_key else None
+    given = self._class_list() if config.class_list else None
     items, names = self._listed() if listed else self._in_folders(given)
     for name, reason in self._tree.refused.items():
       self._damaged(name, reason)
@@ -82,13 +106,14 @@ class Folder:
     self._labels = [number[word] for _, word in items if word in number]
     for path, word in items:
       if word not in number:
-        self._damaged(path, f"its class {word!r} is not in {config.text_key}")
+        self._damaged(path, f"its class {word!r} is not in {config.class_list}")
     if not self._paths:
       first = f"; of what cannot be used the first is {self.damage[0]['id']}: {self.damage[0]['reason']}"
       raise UserError(f"{self._where}, split={config.split!r}: no images; wanted {LAYOUTS}" + first * bool(self.damage))
 
   @classmethod
-  def splits(cls, config: Source) -> tuple[str, ...]:
+  def parts(cls, config: FolderConfig) -> tuple[str, ...]:
+    """Returns what `FolderConfig.splits` does."""
     self = cls.__new__(cls)
     self._config, self._where = dataclasses.replace(config, split=""), f"source.path={config.path!r}"
     self._tree = self._open(config.path)
@@ -117,7 +142,7 @@ class Folder:
     return inner if there(posixpath.join(inner, split) if split else inner) and not (split and there(split)) else ""
 
   def _class_list(self) -> tuple[str, ...]:
-    name = self._config.text_key
+    name = self._config.class_list
     words = [line.strip() for line in self._text(name).splitlines() if line.strip()]
     if len(words) > len(set(words)):
       twice = next(w for i, w in enumerate(words) if w in words[:i])
@@ -145,7 +170,7 @@ class Folder:
     for name in folders:
       found = [(path, name) for path in _images(tree, posixpath.join(start, name), DEPTH)]
       if given is not None and name not in given:
-        self._damaged(posixpath.join(start, name), f"a folder of no class in {self._config.text_key}")
+        self._damaged(posixpath.join(start, name), f"a folder of no class in {self._config.class_list}")
       elif found:
         items += found
       elif posixpath.join(start, name) not in tree.refused:
@@ -194,7 +219,7 @@ class Folder:
 
   def files(self) -> Iterator[str]:
     listed = (self._config.split,) * self._config.split.lower().endswith(LISTS)
-    names = (posixpath.join(self._start, name) for name in (*listed, self._config.text_key) if name)
+    names = (posixpath.join(self._start, name) for name in (*listed, self._config.class_list) if name)
     yield from self._tree.files([*names, *self._paths])
 
   def fingerprint(self) -> str:
@@ -266,7 +291,7 @@ def _ordered(names: Iterable[str]) -> list[str]:
   return sorted(names, key=(lambda n: (int(n), n)) if all(map(_whole, names)) else None)
 
 
-def _rows(text: str, config: Source) -> Iterator[tuple[str, str, str]]:
+def _rows(text: str, config: FolderConfig) -> Iterator[tuple[str, str, str]]:
   """Yields (where it stands, path, class or "") of the lines of a list; of a line that is none ("…", "", why)."""
   name, by_folder = posixpath.basename(config.split), config.label_key == "folder"
   kind, lines = posixpath.splitext(name)[1].lower(), text.split("\n")
@@ -310,7 +335,7 @@ def _column(header: list[str], name: str, field: str, wanted: str, known: tuple[
   return found[0] if found else -1
 
 
-def _object(line: str, config: Source) -> tuple[str, str]:
+def _object(line: str, config: FolderConfig) -> tuple[str, str]:
   """Returns the path and the class or "" of a line of JSON; of one that is none ("", why)."""
   try:
     entry = json.loads(line)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from limber_jax.config import Source
@@ -24,7 +25,8 @@ UNLIKE = ("dissimilar", "problematic", "incorrect", "dont know", "deformation", 
           "occlusion-increased", "blur-increase", "bad-anchor")  # what is said of a neighbour that is not to be used
 
 
-class Frames:
+@dataclass
+class FramesConfig(Source):
   """The frames of a set of neighbourhoods, a record a frame. A frame may have several labels; "label" is the lowest.
 
   path: the directory of annotations, JSON as published (pickles are not read).
@@ -33,12 +35,24 @@ class Frames:
       ytbb_robustness_test_anchors_full.csv with ytid, time_ms, label. Anchors that were judged good count, with the
       neighbours, up to 10 frames away, that were judged similar and nothing else; the classes are 23 names and "none".
   images: the directory that the names of frames start from; "" = that of the annotations.
-  split, and the other fields, are not used.
 
   What cannot be used is in `damage`: anchors and frames without a class.
   """
 
-  def __init__(self, config: Source):
+  paths = ("path", "images")
+
+  name: str = "frames"
+  path: str = ""    # the directory of annotations
+  images: str = ""  # the directory that names of frames start from; "" = that of the annotations
+
+  def open(self) -> "Frames":
+    return Frames(self)
+
+
+class Frames:
+  """A `FramesConfig` whose data are open."""
+
+  def __init__(self, config: FramesConfig):
     self._root = os.path.abspath(config.images or config.path)
     self._path = config.path
     self.damage: list[dict[str, str]] = []

@@ -3,12 +3,13 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources import annotations
 from limber_jax.data.sources.annotations import image_files
 from limber_jax.data.sources.parquet import Columns, image_of, names_of
@@ -20,7 +21,8 @@ WANTED = f"what Dataset.save_to_disk or DatasetDict.save_to_disk wrote: a direct
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
-class Huggingface:
+@dataclass
+class HuggingfaceConfig(Source):
   """A record a row. Files are mapped into memory: it holds no more than a few bytes for each 1,000 rows.
 
   path: the directory, of a Dataset or of a DatasetDict.
@@ -31,7 +33,27 @@ class Huggingface:
   A record's id is the split and its number. A file that was cut off is named when the source is opened.
   """
 
-  def __init__(self, config: Source):
+  paths = ("path", "images")
+
+  name: str = "huggingface"
+  path: str = ""        # the directory of a Dataset or a DatasetDict
+  split: str = Unnamed("train")  # of a DatasetDict; "" = the only one
+  images: str = ""      # the directory that paths of images start from; "" = path
+  image_key: str = ""   # the column of images, or of their paths; "" = the first that fits
+  text_key: str = ""    # the column of captions; "" = the first known name
+  label_key: str = ""   # the column of class numbers; "" = the first of named classes
+
+  def open(self) -> "Huggingface":
+    return Huggingface(self)
+
+  def splits(self) -> tuple[str, ...]:
+    return () if os.path.isfile(os.path.join(self.path, STATE)) else tuple(_names(self.path))
+
+
+class Huggingface:
+  """A `HuggingfaceConfig` whose data are open."""
+
+  def __init__(self, config: HuggingfaceConfig):
     self._directory = _split(config)
     self._root = os.path.abspath(config.images or config.path)
     state = annotations.load(os.path.join(self._directory, STATE), WANTED)
@@ -56,10 +78,6 @@ class Huggingface:
     sizes = [(f, os.path.getsize(os.path.join(self._directory, f))) for f in self._files]
     what = (sizes, self._starts.tolist(), self._columns, self._name)
     self._digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    return () if os.path.isfile(os.path.join(config.path, STATE)) else tuple(_names(config.path))
 
   def _open(self) -> None:
     """Maps the files; raises UserError for those that are missing, cut off or damaged."""
@@ -124,7 +142,7 @@ class Huggingface:
     return self._digest
 
 
-def _split(config: Source) -> str:
+def _split(config: HuggingfaceConfig) -> str:
   """Returns the directory with the rows."""
   path = os.path.normpath(config.path) if config.path else ""
   if path and os.path.isfile(os.path.join(path, STATE)):

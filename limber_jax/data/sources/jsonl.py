@@ -3,9 +3,11 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
+from limber_jax.data.sources import check_undivided
 from limber_jax.data.sources.annotations import (
   OBJECT,
   captions_of,
@@ -26,7 +28,8 @@ TEXT_KEYS = ("caption", "captions", "text", "texts", "title")  # the likeliest f
 LAYOUT = 'an object a line, {"image": path, "caption": …} or {"text": …}'
 
 
-class Jsonl:
+@dataclass
+class JsonlConfig(Source):
   """A record a line of a file in UTF-8; empty lines do not count. Memory holds 8 bytes a line.
 
   path: the file.
@@ -41,15 +44,31 @@ class Jsonl:
   number too, counted from 1 among lines that are not empty.
   """
 
+  paths = ("path", "images")
+
+  name: str = "jsonl"
+  path: str = ""        # the file
+  split: str = Unnamed("train")  # train or "": there are no parts
+  images: str = ""      # the directory that paths of images start from; "" = that of the file
+  image_key: str = ""   # the entry with the path; "" = the first known name
+  text_key: str = ""    # the entry with the caption, or a list of them; "" = the first known name
+  label_key: str = ""   # an entry with a class number; "" = no labels
+
+  def open(self) -> "Jsonl":
+    return Jsonl(self)
+
+
+class Jsonl:
+  """A `JsonlConfig` whose data are open."""
+
   classes = None
 
-  def __init__(self, config: Source):
+  def __init__(self, config: JsonlConfig):
     self._config, self._path = config, config.path
     where = f"config.data.source.path={config.path!r}"
     if what := inputs.what_is(config.path) or ("" if os.path.getsize(config.path) else "is empty"):
       raise UserError(f"{where}: {what}; wanted {LAYOUT}; point at yours with --config.data.source.path=FILE")
-    if config.split not in ("train", ""):
-      raise UserError(f"config.data.source.split={config.split!r}: a file of lines has no parts; leave it empty")
+    check_undivided(config, "a file of lines")
     self._name = os.path.basename(config.path)
     self._root = os.path.abspath(config.images or os.path.dirname(config.path) or ".")
     self._open()

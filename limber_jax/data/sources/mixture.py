@@ -5,28 +5,28 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from limber_jax import registry
+from limber_jax import ranges
 from limber_jax.config import Source
 from limber_jax.data.order import shuffled_index
 from limber_jax.data.sources import annotations
-from limber_jax.errors import UserError, did_you_mean
+from limber_jax.errors import UserError
 
 WANTED = '{"sources": [{"weight": 3, "name": "webdataset", "path": …}, {"weight": 1, …}]}'
-PATHS = ("path", "images")
 LABELS = ("label", "labels", "difficult", "group")
 MAX_ROUND = 1_000_000
 
 
-class Mixture:
+@dataclass
+class MixtureConfig(Source):
   """The records of all its members, one member after the other; in training they come in shares.
 
   path: a JSON file, {"sources": [{"weight": 3, "name": "webdataset", "path": …, "split": …}, …]}. Each member has a
-    weight, a whole number, and the fields of a Source; relative paths start at the file's directory. No other field of
-    the configuration is used.
+    weight, a whole number, and the fields of its source; relative paths start at the file's directory.
 
   `order` substitutes for the pipeline's own, which would draw from all records alike. It repeats a round of as many
   positions as all weights together (divided by what they have in common), in which each member has as many as its
@@ -37,10 +37,19 @@ class Mixture:
   A record's id begins with the number of its member. Records have "label" only if all members have the same classes.
   """
 
-  def __init__(self, config: Source):
+  name: str = "mixture"
+  path: str = ""  # the JSON file of members
+
+  def open(self) -> "Mixture":
+    return Mixture(self)
+
+
+class Mixture:
+  """A `MixtureConfig` whose data are open."""
+
+  def __init__(self, config: MixtureConfig):
     self._path = path = config.path
     entries = annotations.entries(annotations.load(path, WANTED), "sources", path)
-    known = {f for f in Source.__dataclass_fields__ if f != "name"}
     self.damage: list[dict[str, str]] = []
     self.notes: list[str] = []
     self._members, weights = [], []
@@ -49,20 +58,17 @@ class Mixture:
       if reason := annotations.flaw(entry, name=str, weight=int):
         raise UserError(f"{where}: {reason}; wanted {WANTED}")
       fields = {k: v for k, v in entry.items() if k not in ("name", "weight")}
-      for key, value in fields.items():
-        if key not in known:
-          raise UserError(f"{where}: no field {key!r} of a source{did_you_mean(key, known)}")
-        if not isinstance(value, str):
-          raise UserError(f"{where}: wanted text in {key!r}, got {value!r:.80}")
       if not 1 <= entry["weight"] <= MAX_ROUND:
         raise UserError(f"{where}: weight={entry['weight']}: wanted a whole number from 1 to {MAX_ROUND:,}")
       if entry["name"] == "mixture":
         raise UserError(f"{where}: a mixture in a mixture; name its sources here instead")
-      for key in PATHS:
-        if fields.get(key) and not os.path.isabs(fields[key]):
-          fields[key] = os.path.join(os.path.dirname(path), fields[key])
       try:
-        member = registry.lookup("data source", registry.SOURCES, entry["name"])(Source(entry["name"], **fields))
+        settings = Source(entry["name"], **fields)
+        ranges.check(settings, "")
+        for key in settings.paths:
+          if (own := getattr(settings, key)) and not os.path.isabs(own):
+            setattr(settings, key, os.path.join(os.path.dirname(path), own))
+        member = settings.open()
       except UserError as error:
         raise UserError(f"{where}: {error}") from error
       if not len(member):

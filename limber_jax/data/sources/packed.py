@@ -11,13 +11,14 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from limber_jax.config import Source
-from limber_jax.data.sources import annotations
+from limber_jax.config import Source, Unnamed
+from limber_jax.data.sources import annotations, check_undivided
 from limber_jax.errors import UserError
 from limber_jax.runtime import inputs
 
@@ -94,7 +95,8 @@ def digest(path: str) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Packed:
+@dataclass
+class PackedConfig(Source):
   """Records as they were packed, with all that the source had; their images are encoded files.
 
   path: the directory.
@@ -104,11 +106,21 @@ class Packed:
   record's checksum when it is read. `python -m limber_jax.inspect` compares the digests of shards too.
   """
 
-  def __init__(self, config: Source):
+  name: str = "packed"
+  path: str = ""  # the directory
+  split: str = Unnamed("train")  # train or "": there are no parts
+
+  def open(self) -> "Packed":
+    return Packed(self)
+
+
+class Packed:
+  """A `PackedConfig` whose data are open."""
+
+  def __init__(self, config: PackedConfig):
     self._directory = config.path
     manifest = load(config.path)
-    if config.split not in ("train", ""):
-      raise UserError(f"config.data.source.split={config.split!r}: a packed directory has no parts; leave it empty")
+    check_undivided(config, "a packed directory")
     self._shards = manifest["shards"]
     broken = []
     for shard in self._shards:

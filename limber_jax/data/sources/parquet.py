@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources import tables
 from limber_jax.data.sources.annotations import captions_of, image_files, label_of, read_image
 from limber_jax.data.sources.webdataset import shards
@@ -165,7 +165,8 @@ def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     return {}
 
 
-class Parquet:
+@dataclass
+class ParquetConfig(Source):
   """A record a row of Parquet files.
 
   path: a directory of them, or with folders of them as the hub has it; a file; or a pattern with *, ? or {0000..0099}.
@@ -183,7 +184,28 @@ class Parquet:
   same records faster to read.
   """
 
-  def __init__(self, config: Source):
+  paths = ("path", "images")
+
+  name: str = "parquet"
+  path: str = ""        # a directory, a file, or a pattern with *, ? or {0000..0099}
+  split: str = Unnamed("train")  # of the hub's names
+  images: str = ""      # the directory that paths of images start from; "" = path, or the directory it lies in
+  image_key: str = ""   # the column of images, or of their paths; "" = the first that fits
+  text_key: str = ""    # the column of captions; "" = the first known name
+  label_key: str = ""   # the column of class numbers; "" = the first of named classes
+
+  def open(self) -> "Parquet":
+    return Parquet(self)
+
+  def splits(self) -> tuple[str, ...]:
+    names = _splits(self.path) if os.path.isdir(self.path) else {}
+    return () if {"", "data"} & names.keys() else tuple(sorted(names))
+
+
+class Parquet:
+  """A `ParquetConfig` whose data are open."""
+
+  def __init__(self, config: ParquetConfig):
     self._config = config
     self._start = (config.path if os.path.isdir(config.path) else os.path.dirname(config.path)) or "."
     self._root = os.path.abspath(config.images or self._start)
@@ -238,11 +260,6 @@ class Parquet:
     digest.update(repr(self._columns).encode())
     self._digest = digest.hexdigest()[:16]
     self._reset()
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    names = _splits(config.path) if os.path.isdir(config.path) else {}
-    return () if {"", "data"} & names.keys() else tuple(sorted(names))
 
   def _layout(self, schema: pa.Schema, path: str) -> bool:
     """Returns whether images lie in folders beside; raises UserError for img2dataset's tables without any."""
@@ -351,7 +368,7 @@ class Parquet:
     return self._digest
 
 
-def _files(config: Source) -> list[str]:
+def _files(config: ParquetConfig) -> list[str]:
   """Returns the files of the split; raises UserError if there are none."""
   if not os.path.isdir(config.path):
     return shards(config.path, ".parquet", WANTED)

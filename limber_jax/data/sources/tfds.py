@@ -5,12 +5,12 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources.annotations import captions_of
 from limber_jax.errors import UserError, did_you_mean
 
@@ -19,7 +19,8 @@ CERTAIN = "_no_difficult"  # of a second sequence of labels
 TEXT_KEYS = ("caption", "captions", "text", "title", "sentence", "sentences", "description")  # the likeliest first
 
 
-class Tfds:
+@dataclass
+class TfdsConfig(Source):
   """A split of a dataset that TFDS has prepared with file_format="array_record".
 
   path: the dataset's directory (the one with dataset_info.json, or one above it that holds no other dataset), or its
@@ -34,9 +35,27 @@ class Tfds:
     vehicle: the classes "3" to "10", and "near", "nearby", "far" and "none".
   """
 
-  def __init__(self, config: Source):
+  name: str = "tfds"
+  path: str = ""        # the data set's directory, or its name below the TFDS data directory
+  split: str = Unnamed("train")  # as TFDS has it: train[:10%]
+  image_key: str = ""   # an image feature; "" = the first
+  text_key: str = ""    # a text feature; "" = the first known name
+  label_key: str = ""   # a class label, or a sequence of them; "" = the first
+
+  def open(self) -> "Tfds":
+    return Tfds(self)
+
+  def splits(self) -> tuple[str, ...]:
+    return tuple(_library().builder_from_directory(_directory(self.path)).info.splits)
+
+
+class Tfds:
+  """A `TfdsConfig` whose data are open."""
+
+  def __init__(self, config: TfdsConfig):
     self._config = config
     self._directory = _directory(config.path)
+    tfds = _library()
     builder = tfds.builder_from_directory(self._directory)
     features, self._name = builder.info.features, builder.info.full_name
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
@@ -70,10 +89,6 @@ class Tfds:
     for name, split in sorted(builder.info.splits.items()):
       digest.update(repr((name, split.shard_lengths, split.num_bytes)).encode())
     self._digest = digest.hexdigest()[:16]
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    return tuple(tfds.builder_from_directory(_directory(config.path)).info.splits)
 
   def _choose(self, field: str, fitting: list[str], likely: list[str]) -> str | None:
     """Returns the feature that a field of the configuration names; for "" the first likely one, None without any."""
@@ -119,6 +134,13 @@ class Tfds:
     return self._digest
 
 
+def _library() -> Any:
+  """Returns the module tensorflow_datasets."""
+  import tensorflow_datasets  # here: it takes a second, and who names this source may not open it
+
+  return tensorflow_datasets
+
+
 def _directory(path: str) -> str:
   """Returns the directory with dataset_info.json that `path` stands for."""
   root = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
@@ -138,7 +160,7 @@ def _directory(path: str) -> str:
 
 def _inner(feature: Any) -> Any:
   """Returns what a sequence holds; of any other feature itself."""
-  return feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+  return feature.feature if isinstance(feature, _library().features.Sequence) else feature
 
 
 def _count(record: dict[str, Any]) -> int:
@@ -169,7 +191,7 @@ DERIVED = (
 
 def _texts(features: Any, prefix: str = "") -> list[str]:
   """Returns the paths of all text features: "title", "captions/text"."""
-  out = []
+  tfds, out = _library(), []
   for name, feature in features.items():
     feature = getattr(feature, "feature", feature)  # what a sequence holds
     if isinstance(feature, tfds.features.FeaturesDict):

@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data import text
 from limber_jax.data.sources import annotations
 from limber_jax.data.sources.annotations import DUPLICATE_ID, flaw
@@ -30,7 +31,8 @@ class Entry(NamedTuple):
   question_type: str        # how it begins: "what color is the"
 
 
-class Vqa:
+@dataclass
+class VqaConfig(Source):
   """Questions, a record each: "text" is the question, "answers" what ten people said, "answer" what most of them said.
 
   There are "answer_type" and "question_type" too, as the files have them; the id is that of the question.
@@ -45,9 +47,27 @@ class Vqa:
   without answers, empty ones and those of 10,000 characters or more, entries without their fields.
   """
 
+  paths = ("path", "images")
+
+  name: str = "vqa"
+  path: str = ""    # the directory of both files, or the file of questions
+  split: str = Unnamed("train")  # train2014 | val2014
+  images: str = ""  # the directory that holds SPLIT/COCO_SPLIT_….jpg, or these files; "" = that of the JSON files
+
+  def open(self) -> "Vqa":
+    return Vqa(self)
+
+  def splits(self) -> tuple[str, ...]:
+    folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+    return tuple(s for s in SPLITS if os.path.isfile(os.path.join(folder, QUESTIONS.format(s)))) or SPLITS
+
+
+class Vqa:
+  """A `VqaConfig` whose data are open."""
+
   classes = None
 
-  def __init__(self, config: Source):
+  def __init__(self, config: VqaConfig):
     if config.split not in SPLITS:
       raise UserError(f"source.split={config.split!r}: VQA v2 has answers to {' and '.join(SPLITS)}"
                       f"{did_you_mean(config.split, SPLITS)}")
@@ -84,11 +104,6 @@ class Vqa:
     for entry in self._entries:
       digest.update(repr(tuple(entry)).encode())
     self._digest = digest.hexdigest()[:16]
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    folder = config.path if os.path.isdir(config.path) else os.path.dirname(config.path)
-    return tuple(s for s in SPLITS if os.path.isfile(os.path.join(folder, QUESTIONS.format(s)))) or SPLITS
 
   def _by_id(self, table: dict[str, Any], key: str, path: str, find_flaw: Callable[[dict[str, Any]], str]
              ) -> tuple[dict[int, dict[str, Any]], set[int]]:

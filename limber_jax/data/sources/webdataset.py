@@ -6,17 +6,19 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from limber_jax import ranges
-from limber_jax.config import Source
+from limber_jax.config import Source, Unnamed
 from limber_jax.data.sources.annotations import OBJECT, captions_of, label_of, missing, one_object
 from limber_jax.data.sources.tar_index import Rule, Shard, open_shards
 from limber_jax.data.sources.tars import keeps
 from limber_jax.data.text import decode
 from limber_jax.errors import UserError, did_you_mean
+from limber_jax.ranges import ranged
 from limber_jax.runtime import inputs
 
 WANTED = ("tars as img2dataset and webdataset write them (0000.jpg, 0000.txt, 0000.json …): a directory of them, one, "
@@ -83,7 +85,8 @@ def _braces(pattern: str) -> list[str]:
   return ["".join(names) for names in itertools.product(*options)]
 
 
-class Webdataset:
+@dataclass
+class WebdatasetConfig(Source):
   """A record for each key of tars, such as img2dataset downloads. A shard is a tar; all members of a key lie in one.
 
   path: a directory of tars, one tar, or a pattern with *, ? or {00000..00099}. Tars that are compressed as a whole have
@@ -107,9 +110,33 @@ class Webdataset:
   is cut off lost. What has a suffix of another kind, as 0.url or 0.mask.png beside 0.jpg and 0.txt, counts for nothing.
   """
 
+  name: str = "webdataset"
+  path: str = ""        # a directory of tars, one tar, or a pattern with *, ? or {00000..00099}
+  split: str = Unnamed("train")  # a folder below the directory
+  image_key: str = ""   # the suffix of images; "" = jpg, jpeg, png or webp
+  text_key: str = ""    # a suffix with a dot in it, txt, or an entry of .json; "" = what a key has
+  label_key: str = ""   # an entry of .json with a class number; "" = no labels
+  # the dot of a name where its key ends, last | first, as webdataset has it
+  key_dot: str = ranged("last", choices=("last", "first"))
+  # of a tar that is cut off: refuse it | keep what is whole in it, and name the rest
+  incomplete: str = ranged("refuse", choices=("refuse", "keep"))
+
+  def open(self) -> "Webdataset":
+    return Webdataset(self)
+
+  def splits(self) -> tuple[str, ...]:
+    if not os.path.isdir(self.path) or glob.glob(os.path.join(glob.escape(self.path), "*.tar")):
+      return ()
+    found = glob.glob(os.path.join(glob.escape(self.path), "*", "*.tar"))
+    return tuple(sorted({os.path.basename(os.path.dirname(path)) for path in found}))
+
+
+class Webdataset:
+  """A `WebdatasetConfig` whose data are open."""
+
   classes = None
 
-  def __init__(self, config: Source):
+  def __init__(self, config: WebdatasetConfig):
     self._config = config
     paths = shards(_split(config), ".tar", WANTED)
     self._shards, self.damage = open_shards(paths, _rule(config), keeps(config))
@@ -121,13 +148,6 @@ class Webdataset:
                 "source.path" if os.path.isfile(os.path.join(folder, "nshards.txt")) else f"; wanted {WANTED}")
       raise UserError(f"config.data.source.path={config.path!r}: no image with a caption in {len(paths)} tars{first}"
                       f"{layout}")
-
-  @staticmethod
-  def splits(config: Source) -> tuple[str, ...]:
-    if not os.path.isdir(config.path) or glob.glob(os.path.join(glob.escape(config.path), "*.tar")):
-      return ()
-    found = glob.glob(os.path.join(glob.escape(config.path), "*", "*.tar"))
-    return tuple(sorted({os.path.basename(os.path.dirname(path)) for path in found}))
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -189,7 +209,7 @@ class Webdataset:
     return digest.hexdigest()[:16]
 
 
-def _split(config: Source) -> str:
+def _split(config: WebdatasetConfig) -> str:
   """Returns the path with the split's folder, where there is one."""
   if not os.path.isdir(config.path) or not config.split:
     return config.path
@@ -203,7 +223,7 @@ def _split(config: Source) -> str:
   return config.path
 
 
-def _rule(config: Source) -> Rule:
+def _rule(config: WebdatasetConfig) -> Rule:
   """Returns how members become records; raises UserError of keys that no name can end in."""
   ranges.check(config, "config.data.source.")
   first = config.key_dot == "first"
