@@ -15,7 +15,8 @@ FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
 # their neighbours in the same layer.
 LAYERS = (
-  {"__init__", "losses", "losses_engine", "config", "config_history", "config_json", "ranges", "registry", "errors"},
+  {"__init__", "losses", "losses_engine", "config", "config_history", "config_json", "map_names", "ranges",
+   "registry", "errors"},
   {"runtime"},
   {"cli", "help", "models", "data", "metrics"},
   {"checkpoints"},
@@ -139,6 +140,40 @@ def test_a_file_says_what_it_is_and_imports_nothing_forbidden(path):
     if not path.is_relative_to(ROOT / "limber_jax/bench"):
       forbidden |= {"torch", "torchvision", "open_clip", "timm"}
   assert [f"{line}: {module}" for line, module in imports(path) if module.split(".")[0] in forbidden] == []
+
+
+AT = {  # "@" that has nothing to do with maps
+  "metrics/words.py": "the signs of WordNet's own files",
+  "metrics/ptb.py": "addresses in regular expressions",
+}
+
+
+def at_signs(code):
+  """Returns the lines of a module with a string, or a part of one, that begins or ends with the @ of a map's name.
+
+  That is what takes a name apart or joins one: "@", "@name", f"{what}@{name}". Docstrings do not count, and "R@" is of
+  recall.
+  """
+  tree = ast.parse(code)
+  docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+  found = [(node.lineno, node.value) for node in ast.walk(tree)
+           if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs]
+  return [line for line, text in found if text.strip().startswith("@")
+          or (text.endswith("@") and not text.endswith(("R@", "recall@")))]
+
+
+def test_map_names_alone_joins_and_splits_names_at_the_at_sign():
+  root = ROOT / "limber_jax"
+  found = {f.relative_to(root).as_posix(): lines for f in root.rglob("*.py") if (lines := at_signs(f.read_text()))}
+  assert found.pop("map_names.py")
+  assert found.keys() == AT.keys(), "join and split by limber_jax.map_names; lines: " + str(found)
+
+
+@pytest.mark.parametrize("code", (
+  'part.partition("@")', 'part.split("@", 1)[0]', '"@" in part', 'name.removeprefix("@")', 'kind == "@blind"',
+  'f"{kind}@{name}"', 'f"prompt@{name}"', 'kind + "@" + name', 'f"{label} @{name}"'))
+def test_names_that_are_joined_or_split_by_hand_are_found(code):
+  assert at_signs(code) == [1] and at_signs('def f():\n  """Returns "@name"."""\n  return f"R@{k}"') == []
 
 
 TABLES = {name: table for name, table in vars(registry).items() if name.isupper()}

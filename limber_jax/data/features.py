@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from limber_jax.config_json import flatten
 from limber_jax.data.sources import Source
 from limber_jax.errors import UserError
+from limber_jax.map_names import join, split
 from limber_jax.runtime import lock
 from limber_jax.runtime.atomic import SUFFIX as HALF
 from limber_jax.runtime.atomic import atomic_write, commit
@@ -46,7 +47,7 @@ def describe(source: Source, encoders: dict[str, Spec]) -> Spec:
 
 def key_of(part: str) -> str:
   """Returns "features" for the part "image", and "features@name" for "image@name"."""
-  return part.replace("image", "features", 1)
+  return join("features", split(part)[1])
 
 
 def record_bytes(what: Spec) -> int:

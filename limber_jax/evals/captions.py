@@ -17,9 +17,10 @@ from limber_jax.data import tokenizers, transforms
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.class_mention import SHEET, draw
-from limber_jax.evals.generation import CaptionGenerator
+from limber_jax.evals.generation import CaptionGenerator, map_of
 from limber_jax.evals.result_store import Results
 from limber_jax.evals.word_recall import references_of
+from limber_jax.map_names import join
 from limber_jax.metrics import captions as metric
 from limber_jax.metrics.clipscore import PREFIX, clip_score, ref_clip_score
 from limber_jax.models import clip, spec
@@ -99,7 +100,7 @@ class CaptionsEval:
       records = [self._runner.source.annotation(i) for i in found.index.tolist()]
       references = [list(references_of(r)) for r in records]
       domains = [DOMAINS[r["domain"]] if "domain" in r else "" for r in records]
-      map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
+      map_ = map_of(name)
       scored = broadcast_from_process_0(partial(self._score, captions, references, domains))
       scores = scored["per_image"]
       if self._scorer:
@@ -112,9 +113,9 @@ class CaptionsEval:
         if inside:
           own = scored["metrics"][part] | {m: math.fsum(i[m] for i in inside) / len(inside) for m in self._clip_metrics
                                            if self._scorer}
-          metrics |= {f"{key}{part}{map_}": value for key, value in own.items()}
+          metrics |= {join(f"{key}{part}", map_): value for key, value in own.items()}
           metrics[f"count{part}"] = float(len(inside))
-      self._metadata["empty"][map_ or "first"] = sum(not caption.strip() for caption in captions)
+      self._metadata["empty"][join("", map_) or "first"] = sum(not caption.strip() for caption in captions)
       self._metadata |= {"references": sum(map(len, references)), "tokenizer": scored["tokenizer"],
                          "skipped": scored["skipped"]}
       if jax.process_index() == 0:
@@ -151,7 +152,7 @@ class CaptionsEval:
     context = self._runner.context
     if context.results_dir:
       os.makedirs(context.results_dir, exist_ok=True)
-      path = os.path.join(context.results_dir, f"scores{map_}.jsonl")
+      path = os.path.join(context.results_dir, f"{join('scores', map_)}.jsonl")
       with atomic_write(path) as file:
         for record, one in zip(found.records, scores, strict=True):
           kept = {key: record[key] for key in ("index", "id", "caption")}

@@ -13,9 +13,10 @@ import numpy as np
 
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Runner
-from limber_jax.evals.generation import CaptionGenerator
+from limber_jax.evals.generation import CaptionGenerator, map_of
 from limber_jax.evals.prompts import OfClasses, check_labels, class_names
 from limber_jax.evals.result_store import Results
+from limber_jax.map_names import join
 from limber_jax.metrics.words import WORDNET_FROM, WordNet, singular
 from limber_jax.runtime.atomic import save_figure
 
@@ -81,8 +82,8 @@ class ClassMentionEval:
         if name == "generate_blind":
           out["blind"] = float(np.mean(right))
           continue
-        map_ = name.removeprefix("generate")
-        out |= {f"{key}{map_}": value for key, value in self._metrics(said, labels, right).items()}
+        map_ = map_of(name)
+        out |= {join(key, map_): value for key, value in self._metrics(said, labels, right).items()}
         if not map_ and jax.process_index() == 0:
           self._draw(found, right)
     return {**out, "count": float(len(labels))}

@@ -10,6 +10,12 @@ import numpy as np
 from limber_jax.decoding.generate import row_keys
 from limber_jax.evals.base import Runner
 from limber_jax.evals.result_store import Results
+from limber_jax.map_names import BLIND, split
+
+
+def map_of(name: str) -> str:
+  """Returns the name of the map that a function of task.predict() writes by: "generate@NAME" -> "NAME", or BLIND."""
+  return BLIND if name == "generate_blind" else split(name)[1]
 
 
 class CaptionGenerator:

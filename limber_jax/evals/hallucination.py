@@ -13,8 +13,9 @@ from limber_jax.config import Evaluation, choose
 from limber_jax.data.sources import annotations
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.evals.base import Context, Eval, Runner
-from limber_jax.evals.generation import CaptionGenerator
+from limber_jax.evals.generation import CaptionGenerator, map_of
 from limber_jax.evals.word_recall import references_of
+from limber_jax.map_names import join
 from limber_jax.metrics.chair import OBJECTS, Chair, chair, first_sentence, shown
 from limber_jax.metrics.words import tokens
 from limber_jax.runtime.atomic import atomic_write
@@ -86,7 +87,7 @@ class HallucinationEval:
         found = self._write(name, function, params, stats)
         captions = [r["caption"] for r in found.records]
         cut = [first_sentence(caption) for caption in captions]
-        map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
+        map_ = map_of(name)
         metrics = {}
         if "run_off" in self._metrics:
           longer = [len(tokens(a)) > len(tokens(b)) for a, b in zip(captions, cut, strict=True)]
@@ -98,7 +99,7 @@ class HallucinationEval:
           metrics |= _metrics(whole, "") | _metrics(chair(cut, truth), "_cut")
           if not map_ and jax.process_index() == 0:
             self._save(found.records, whole)
-        out |= {f"{key}{map_}": value for key, value in metrics.items()}
+        out |= {join(key, map_): value for key, value in metrics.items()}
     return {**out, "count": float(len(captions))}
 
   def metadata(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.result_store import Results
 from limber_jax.evals.word_recall import references_of
+from limber_jax.map_names import join, split
 from limber_jax.metrics import logistic
 from limber_jax.metrics.classification import roc_auc
 from limber_jax.metrics.words import FUNCTION_WORDS, tokens, word_list
@@ -97,19 +98,19 @@ class PromptProbingEval:
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     self._metadata = {}
     out, spread = {}, {}
-    for map_ in [name.removeprefix("prompt") for name in predict if name.startswith("prompt")]:
+    for map_ in [split(name)[1] for name in predict if split(name)[0] == "prompt"]:
       # What a prompt looks like, of any one record.
       record = self._runner.source.annotation(0) | {"image": np.zeros((1, 1, 3), np.uint8)}
       batch = {k: jax.ShapeDtypeStruct((1, *np.shape(v)), np.asarray(v).dtype)
                for k, v in self._runner.transform(record, None).items()}
-      _, P, D = jax.eval_shape(predict[f"prompt{map_}"], params, stats, batch).shape
+      _, P, D = jax.eval_shape(predict[join("prompt", map_)], params, stats, batch).shape
       shorter = tuple(k for k in LENGTHS if k < P)
       wide = tuple(k for k in shorter if 1 < k <= WIDEST // D)
       kept = ["features", "prompt", *(f"prompt_k{k}" for k in wide)]
-      parts = {name: predict[f"{name}{map_}"] for name in ("features", "prompt", "nll")}
+      parts = {name: predict[join(name, map_)] for name in ("features", "prompt", "nll")}
       length = shorter if "length" in self._metrics else None
       vocab = self._runner.context.tokenizer.vocab_size if "nearest" in self._metrics else 0
-      found = self._runner.collect(f"probe{map_}", _looker(parts, map_, wide, length, vocab), params, stats,
+      found = self._runner.collect(join("probe", map_), _looker(parts, map_, wide, length, vocab), params, stats,
                                    record=_record, keep=kept)
       metrics = {}
       if length is not None:
@@ -117,12 +118,12 @@ class PromptProbingEval:
       if vocab:
         metrics |= self._hits(found, map_)
       if {"category", "attributes"} & set(self._metrics):
-        learnt = self._train and self._train.collect(f"probe train{map_}", _looker(parts, map_, wide, None, 0), params,
-                                                     stats, record=_record, keep=kept)
+        look = _looker(parts, map_, wide, None, 0)
+        learnt = self._train and self._train.collect(join("probe train", map_), look, params, stats, record=_record,
+                                                     keep=kept)
         metrics |= broadcast_from_process_0(functools.partial(self._probes, found, learnt, kept))
-      name = map_.removeprefix("@")
-      spread |= {f"features {name}": found.arrays["features"], f"prompts {name}": found.arrays["prompt"]}
-      out |= {f"{key}{map_}": value for key, value in metrics.items()}
+      spread |= {f"features {map_}": found.arrays["features"], f"prompts {map_}": found.arrays["prompt"]}
+      out |= {join(key, map_): value for key, value in metrics.items()}
     if "picture" in self._metrics and jax.process_index() == 0:
       self._draw(spread, found)
     return {**out, "count": float(len(found.records))}
@@ -203,7 +204,7 @@ def _looker(parts: dict[str, Callable[..., Any]], map_: str, wide: Sequence[int]
 
   Args:
     parts: the functions features, prompt and nll of one map.
-    map_: "" or "@name".
+    map_: its name.
     wide: numbers of pooled tokens to keep side by side.
     length: numbers of pooled tokens under which captions are scored; None scores none, not even under whole prompts.
     vocab: size of the vocabulary of which the nearest tokens are; 0 looks for none. A language model may have more
@@ -221,7 +222,7 @@ def _looker(parts: dict[str, Callable[..., Any]], map_: str, wide: Sequence[int]
       out["nearest"] = nearest(prompt, params["lm"]["embedding"][:vocab], NEAREST)
     if length is not None:
       def nll(prompt):
-        return parts["nll"](params, stats, batch | {f"prompt{map_}": prompt})
+        return parts["nll"](params, stats, batch | {join("prompt", map_): prompt})
 
       out |= {"tokens": batch["mask"].sum(-1), "nll": nll(prompt)}
       out |= {f"nll_k{k}": nll(pool(prompt, k).astype(prompt.dtype)) for k in length}

@@ -21,9 +21,9 @@ from limber_jax.decoding.generate import row_keys
 from limber_jax.decoding.interleaved import SEPARATOR, Layout, example_text, question_text
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Runner
+from limber_jax.map_names import join, split
 from limber_jax.metrics import vqa
 from limber_jax.models.cache import Cache
-from limber_jax.models.limber import part
 from limber_jax.runtime.parallel import broadcast_from_process_0, replicated
 
 METRICS = ("accuracy", "truncated", "blind_text", "blind_zeros")
@@ -122,8 +122,8 @@ class VqaEval:
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     if self._read is None:
       self._read = jax.jit(predict["read"], out_shardings=replicated(self._runner.context.mesh))
-    kinds = [name.removeprefix("generate") for name in predict if name == "generate" or name.startswith("generate@")]
-    kinds += [f"@{name}" for name in ("blind_text", "blind_zeros") if name in self._metrics]
+    kinds = [split(name)[1] for name in predict if split(name)[0] == "generate"]
+    kinds += [name for name in ("blind_text", "blind_zeros") if name in self._metrics]
     out: dict[str, float] = {}
     for kind in kinds:
       prompts = self._prompts(predict, params, stats, kind)
@@ -135,9 +135,9 @@ class VqaEval:
         for name, kind_of_answer in found[0]:
           values = [scores[name, kind_of_answer] for scores in found]
           start = f"{name}_{shots}shot"
-          out[f"{start}{kind_of_answer and '/'}{kind_of_answer}{kind}"] = float(np.mean(values))
+          out[join(f"{start}{kind_of_answer and '/'}{kind_of_answer}", kind)] = float(np.mean(values))
           if len(values) > 1 and not kind_of_answer:
-            out[f"{start}_sd{kind}"] = float(np.std(values, ddof=1))
+            out[join(f"{start}_sd", kind)] = float(np.std(values, ddof=1))
     return out
 
   def metadata(self) -> dict[str, Any]:
@@ -153,24 +153,24 @@ class VqaEval:
 
   def _prompts(self, predict, params, stats, kind) -> dict[int, np.ndarray]:
     """Returns the prompts [most shots, P, D] of the examples by seed; nothing where none are read."""
-    if not self._seeds or kind == "@blind_text":
+    if not self._seeds or kind == "blind_text":
       return {}
-    name = "" if kind == "@blind_zeros" else kind.removeprefix("@")
-    function = predict[part("prompt", name)]
+    name = "" if kind == "blind_zeros" else kind
+    function = predict[join("prompt", name)]
     examples = [example["images"] for drawn in self._examples.values() for example in drawn]
-    key = part("image", name) if part("image", name) in examples[0] else "image"
+    key = join("image", name) if join("image", name) in examples[0] else "image"
     images = np.stack([images[key] for images in examples])
 
     def prompt(params, stats, images):
       return function(params, stats, {key: images})
 
-    rows = self._runner.embed_rows(part("prompt", name), prompt, params, stats,
-                                   np.zeros_like(images) if kind == "@blind_zeros" else images)
+    rows = self._runner.embed_rows(join("prompt", name), prompt, params, stats,
+                                   np.zeros_like(images) if kind == "blind_zeros" else images)
     return dict(zip(self._seeds, np.split(rows, len(self._seeds)), strict=True))
 
   def _prefix(self, params, stats, kind, prompts, shots, seed) -> Cache | None:
     """Returns the cache of what stands before every question, as long for all seeds; None if there is nothing."""
-    if not shots and kind != "@blind_text":
+    if not shots and kind != "blind_text":
       return None
     begins = {s: self._before(kind, prompts, shots, s) for s in (self._seeds if shots else (seed,))}
     length, shared = max(len(layout.ids) for layout in begins.values()), np.zeros((0, 1), np.float32)
@@ -184,7 +184,7 @@ class VqaEval:
     """Returns what stands before every question."""
     tokenizer = self._runner.context.tokenizer
     segments = [x for i in range(shots) for x in (i, self._examples[seed][i]["text"])]
-    if kind != "@blind_text":
+    if kind != "blind_text":
       return Layout.of(tuple(segments), tokenizer, prompts[seed].shape[1])
     # Texts without an image between them are read as one, and what comes between two of them, such as the space that a
     # tokenizer makes of a newline, is only seen with the next one there: so with what all questions begin with.
@@ -196,11 +196,11 @@ class VqaEval:
   def _answers(self, predict, params, stats, kind, shots, seed, prefix) -> list[dict[str, Any]]:
     """Returns {"index", "id", "answer", "raw"} of each question that can be put; "raw" is all that was written."""
     tokenizer, decoding = self._runner.context.tokenizer, self._runner.context.decoding
-    function = predict[{"@blind_text": "generate_blind", "@blind_zeros": "generate"}.get(kind, f"generate{kind}")]
+    function = predict[{"blind_text": "generate_blind", "blind_zeros": "generate"}.get(kind, join("generate", kind))]
 
     def write(params, stats, batch):
       batch = batch | {"tokens": batch["tokens"][:, : self._longest], "mask": batch["mask"][:, : self._longest]}
-      if kind == "@blind_zeros":
+      if kind == "blind_zeros":
         batch |= {k: jnp.zeros_like(v) for k, v in batch.items() if k.startswith("image")}
       if decoding.method == "sample":
         batch |= {"key": row_keys(jax.random.key(decoding.seed), batch["index"])}
@@ -211,8 +211,8 @@ class VqaEval:
       raw = tokenizer.decode(row["tokens"][: row["length"]].tolist())
       return {"answer": vqa.first_word(_line(raw)), "raw": raw}
 
-    program = f"{shots}shot{kind}"
-    return self._runner.collect(program if seed is None else f"{shots}shot_seed{seed}{kind}", write,
+    program = join(f"{shots}shot", kind)
+    return self._runner.collect(program if seed is None else join(f"{shots}shot_seed{seed}", kind), write,
                                 {"model": params, "prefix": prefix}, stats, record=record, program=program).records
 
   def _scores(self, records) -> dict[tuple[str, str], float]:

@@ -12,8 +12,9 @@ import jax
 from limber_jax.config import Evaluation
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval, Runner
-from limber_jax.evals.generation import CaptionGenerator
+from limber_jax.evals.generation import CaptionGenerator, map_of
 from limber_jax.evals.prompts import lines
+from limber_jax.map_names import join
 from limber_jax.metrics import words as metric
 from limber_jax.metrics.words import Word
 from limber_jax.runtime.atomic import atomic_write, save_figure
@@ -72,12 +73,12 @@ class WordRecallEval:
           return [dataclasses.asdict(row) for row in rows]
 
         words = [Word(**row) for row in broadcast_from_process_0(score)]
-        map_ = "@blind" if name == "generate_blind" else name.removeprefix("generate")
+        map_ = map_of(name)
         if not words:
           raise UserError(f"evaluation 'word_recall' on data source {self._runner.config.source.name!r}: its texts "
                           f"hold no word that {what} know; give some in a file as `nouns`")
         tables[map_] = words
-        out |= {f"{key}{map_}": value for key, value in metric.summary(words).items()}
+        out |= {join(key, map_): value for key, value in metric.summary(words).items()}
     if jax.process_index() == 0:
       self._save(tables)
     return {**out, "count": float(len(captions))}
@@ -93,7 +94,7 @@ class WordRecallEval:
       for map_, words in tables.items():
         for word in words:
           scores = {key: getattr(word, key) for key in ("precision", "recall", "f1")}
-          file.write(json.dumps({"map": map_.removeprefix("@"), **dataclasses.asdict(word), **scores}) + "\n")
+          file.write(json.dumps({"map": map_, **dataclasses.asdict(word), **scores}) + "\n")
     draw(tables, f"{path}.png")
 
 
@@ -111,7 +112,7 @@ def draw(tables: dict[str, Sequence[Word]], path: str) -> None:
     for number, (map_, words) in enumerate(tables.items()):
       mine = [w for w in words if w.category == category]
       axes.plot(range(len(mine)), [w.recall for w in mine], "o-", markersize=3, linewidth=1, color=f"C{number}",
-                label=map_.removeprefix("@") or "the first map")
+                label=map_ or "the first map")
     axes.set_xticks(range(len(mine)), [w.word for w in mine], rotation=90, size=8, parse_math=False)
     axes.set(ylim=(-0.02, 1.02), xlim=(-0.5, max(len(mine), 1) - 0.5), ylabel="recall", title=category)
     axes.spines[["top", "right"]].set_visible(False)

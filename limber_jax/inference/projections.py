@@ -11,15 +11,14 @@ import jax
 
 import limber_jax
 from limber_jax import config_json
-from limber_jax.checkpoints import workdirs
+from limber_jax.checkpoints import state, workdirs
 from limber_jax.checkpoints.manager import Checkpoints, abstract
-from limber_jax.checkpoints.state import split
 from limber_jax.config import Captions, Config, Decoding, Loss, Mesh
 from limber_jax.data import vocabularies
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.inference.captioner import Captioner
+from limber_jax.map_names import join, split
 from limber_jax.models import encoders
-from limber_jax.models.limber import part
 from limber_jax.models.spec import decoder_of
 from limber_jax.tasks.captioning import Captioning
 from limber_jax.training.setup import Setup, check_frozen, setup
@@ -89,9 +88,9 @@ def open_projection(path: str, config: Config, name: str, *, blind: bool = False
   """
   check_map(config, name)
   s = _setup(config)
-  digests = {"image": s.digests[part("image", cast(Captioning, s.task).model.encoder_of(name))], "lm": s.digests["lm"]}
+  digests = {"image": s.digests[join("image", cast(Captioning, s.task).model.encoder_of(name))], "lm": s.digests["lm"]}
   projection.check(projection.load(path)[1], digests, path)
-  here = part("prompt", name)
+  here = join("prompt", name)
   return Captioner(s, {here: parts.load_part(path, "prompt", None, s.like.params[here])[0]}, {}, name, blind=blind)
 
 
@@ -112,7 +111,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
   config = read_run(workdir)
   check_map(config, name)
   task = Captioning.from_config(to_use(config))
-  here, image = part("prompt", name), part("image", task.model.encoder_of(name))
+  here, image = join("prompt", name), join("image", task.model.encoder_of(name))
   params, stats = jax.eval_shape(task.init, jax.random.key(0))
   if here not in config.trainable:
     raise UserError(f"{workdir}: a run that trained no {here!r}; it trained {', '.join(config.trainable)}")
@@ -122,7 +121,7 @@ def export_projection(workdir: str, path: str, *, checkpoint: str = "", name: st
                       "else was trained")
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = [abstract(tree, jax.tree.map(lambda x: device, tree))
-          for tree in (split(params, config.trainable)[0], split(stats, config.trainable)[0])]
+          for tree in (state.split(params, config.trainable)[0], state.split(stats, config.trainable)[0])]
   checkpoints = Checkpoints(workdir, config.checkpoint)
   try:
     step, frozen, trained = checkpoints.read(checkpoint, lambda step: (
@@ -148,7 +147,7 @@ def _setup(config: Config, workdir: str = "") -> Setup:
   try:
     return setup(config, workdir)
   except UserError as error:
-    if told := re.match(r"--config\.(init\.([\w@]+): .*)", str(error)):
+    if told := re.match(r"--config\.(init\.([^:\s]+): .*)", str(error)):
       raise UserError(f"{told[1]}; if it lies elsewhere now, say where by --init={told[2]}=PATH") from error
     raise
 
@@ -176,7 +175,7 @@ def to_use(config: Config, *, decoding: Decoding | None = None, init: Sequence[s
     UserError: no such part.
   """
   count = jax.device_count()
-  frozen = [part("image", n) for n in ("", *(k for k, m in config.model.extra_projectors.items() if m.image))] + ["lm"]
+  frozen = [join("image", n) for n in ("", *(k for k, m in config.model.extra_projectors.items() if m.image))] + ["lm"]
   frozen = [p for p in frozen if p not in config.trainable]
   weights = config.init
   for given in init:
@@ -184,7 +183,7 @@ def to_use(config: Config, *, decoding: Decoding | None = None, init: Sequence[s
     if name not in frozen or not path:
       raise UserError(f"--init={given}: expected PART=PATH of a frozen part{did_you_mean(name, frozen)}")
     extra = {**weights.extra_projectors, name: path}
-    changed: dict[str, Any] = {"extra_projectors": extra} if "@" in name else {name: path}
+    changed: dict[str, Any] = {"extra_projectors": extra} if split(name)[1] else {name: path}
     weights = dataclasses.replace(weights, **changed)
   return dataclasses.replace(
     config, decoding=decoding or config.decoding, init=weights, mesh=Mesh(fsdp=fsdp), evals={},

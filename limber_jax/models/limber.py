@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from limber_jax import ranges
 from limber_jax.config import Compute
+from limber_jax.errors import UserError
+from limber_jax.map_names import BLIND, join, split
 from limber_jax.models import adapters, prompt
 from limber_jax.models.adapters import AdapterConfig
 from limber_jax.models.encoders import Encoder
@@ -55,25 +57,20 @@ class LimberConfig:
 
   def encoders(self) -> dict[str, EncoderConfig]:
     """Returns the image encoders, by part."""
-    extra = {part("image", name): p.image for name, p in self.extra_projectors.items() if p.image}
+    extra = {join("image", name): p.image for name, p in self.extra_projectors.items() if p.image}
     return {"image": self.image} | extra
 
   def with_encoder(self, part: str, size: EncoderConfig) -> "LimberConfig":
     """Returns this size with another of what `encoders` gives."""
     if part == "image":
       return dataclasses.replace(self, image=size)
-    name = part.partition("@")[2]
+    name = split(part)[1]
     changed = dataclasses.replace(self.extra_projectors[name], image=size)
     return dataclasses.replace(self, extra_projectors=self.extra_projectors | {name: changed})
 
   def encoder_field(self, part: str) -> str:
     """Returns where that stands in config.model, with its dot."""
-    return "image." if part == "image" else f"extra_projectors.{part.partition('@')[2]}.image."
-
-
-def part(kind: str, name: str) -> str:
-  """Returns the name of a part of a map: "image" or "prompt" of the first one (name ""), else "image@name"."""
-  return f"{kind}@{name}" if name else kind
+    return "image." if part == "image" else f"extra_projectors.{split(part)[1]}.image."
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,9 @@ class Limber:
   def from_config(cls, size: LimberConfig, compute: Compute) -> "Limber":
     """Returns the models of `size`, computing as `compute` says; raises UserError if the sizes do not fit together."""
     ranges.check(size, "config.model.")
+    if taken := sorted({BLIND, "blind_text", "blind_zeros"} & set(size.extra_projectors)):
+      raise UserError(f"config.model.extra_projectors: a projector called {taken[0]!r}, which metrics without any "
+                      "image are called; choose another name")
     has_adapters = size.adapters.mlp or size.adapters.attention
     adapted = size.adapters if has_adapters else None
     decoder = decoder_of(size.lm.kind)
@@ -121,9 +121,9 @@ class Limber:
     rows = [*within("lm", decoder.sharding),
             *within("adapters", (*decoder.adapter_sharding, *adapters.SHARDING))]
     for name in self.maps:
-      rows += within(part("prompt", name), prompt.SHARDING)
+      rows += within(join("prompt", name), prompt.SHARDING)
       if name in self.encoders:
-        rows += within(part("image", name), self.encoders[name].spec.sharding)
+        rows += within(join("image", name), self.encoders[name].spec.sharding)
     return tuple(rows)
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,17 +136,17 @@ class Limber:
     for name in self.maps:
       key = jax.random.fold_in(rng, 1 + zlib.crc32(name.encode()))
       if name in self.encoders:
-        params[part("image", name)], found = self.encoders[name].init(jax.random.fold_in(key, 0))
+        params[join("image", name)], found = self.encoders[name].init(jax.random.fold_in(key, 0))
         if found:
-          stats[part("image", name)] = found
+          stats[join("image", name)] = found
       features = jnp.zeros((1, 1, self.encoders[self.encoder_of(name)].feature_dim))
-      params[part("prompt", name)] = self.projectors[name].init(jax.random.fold_in(key, 1), features)["params"]
+      params[join("prompt", name)] = self.projectors[name].init(jax.random.fold_in(key, 1), features)["params"]
     return params, stats
 
   def encode(self, params: dict, stats: dict, images: jax.Array, name: str = "", *, train: bool = False,
              rng: jax.Array | None = None) -> tuple[jax.Array, dict]:
     """Returns (features [B, S, F] of images [B, H, W, 3] by the encoder of map `name`, its statistics)."""
-    here = part("image", name)
+    here = join("image", name)
     features, changed = self.encoders[name].encode(params[here], stats.get(here, {}), images, train, rng)
     return features.tokens, changed
 
@@ -154,7 +154,7 @@ class Limber:
                    ) -> jax.Array:
     """Returns the image prefix [B, P, D] of features [B, S, F] by map `name`; with dropout if there is an rng."""
     rngs = {} if rng is None else {"dropout": rng}
-    return self.projectors[name].apply({"params": params[part("prompt", name)]}, features, train=rng is not None,
+    return self.projectors[name].apply({"params": params[join("prompt", name)]}, features, train=rng is not None,
                                     rngs=rngs)
 
   def lm_params(self, params: dict) -> dict[str, Any]:

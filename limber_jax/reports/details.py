@@ -5,6 +5,7 @@ from typing import Any
 
 from limber_jax.config import evaluation_of
 from limber_jax.config_json import flatten
+from limber_jax.map_names import join, split
 from limber_jax.registry import EVALS
 from limber_jax.reports import published
 from limber_jax.reports.runs import Run, label_of
@@ -57,9 +58,9 @@ def details(run: Run) -> list[str]:
     damaged = metadata.get("damaged")
     blocks.append(f"Metrics of {_covered(metadata)} examples" + (f", {damaged} damaged" if damaged else "") + "."
                   + _other_counts(run.data[name], evaluation))
-    maps = dict.fromkeys(metric.partition("@")[2] for metric in evaluation["metrics"])
-    names = dict.fromkeys(metric.partition("@")[0] for metric in evaluation["metrics"])
-    rows = [(name_of(metric) or metric, *(shown(metric, evaluation["metrics"].get(metric + f"@{m}" * bool(m)))
+    maps = dict.fromkeys(split(metric)[1] for metric in evaluation["metrics"])
+    names = dict.fromkeys(split(metric)[0] for metric in evaluation["metrics"])
+    rows = [(name_of(metric) or metric, *(shown(metric, evaluation["metrics"].get(join(metric, m)))
                                       for m in maps)) for metric in names]
     if rows:
       blocks.append(markdown(("metric", *(m or "value" for m in maps)), rows, len(maps)))

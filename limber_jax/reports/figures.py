@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from limber_jax.map_names import BLIND
 from limber_jax.reports import published
 from limber_jax.reports.runs import (
-  BLIND,
   CAPTIONS,
   SCORES,
   Run,
@@ -76,7 +76,7 @@ def _draw_vqa(runs: Sequence[Run]) -> "Figure | None":
     colours.setdefault(run.model, COLOURS[i % len(COLOURS)])
     for (kind, map_), scores in run.scores.items():
       if kind == "vqa" and (points := _by_shots({c: _hundred(v) for c, v in scores.items()})):
-        label = label_of(run, runs) + (f" @{map_}" if map_ else "")
+        label = label_of(run, runs, map_)
         how = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.2 if map_ else 2.2, "marker": "s" if map_ else "o"}
         if map_ == BLIND:
           label, how = published.load().models[BLIND], how | {"color": colours[BLIND]}

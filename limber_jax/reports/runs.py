@@ -9,9 +9,9 @@ from typing import Any
 from limber_jax import config_history
 from limber_jax.errors import UserError
 from limber_jax.evals import datasets
+from limber_jax.map_names import BLIND, join, split
 from limber_jax.reports import published
 
-BLIND = "blind"  # what published.json calls a language model alone: metrics have @blind or @blind_text behind them
 LAYOUT = {"name": str, "task": str, "model": str, "step": int, "seed": int, "weights": dict, "versions": dict,
           "evaluations": dict, "failed": dict}  # of results.json
 LAYOUT_OF_EVALUATION = {"evaluation": str, "metrics": dict, "protocol": dict, "metadata": dict}
@@ -97,8 +97,8 @@ def of(results: Any, workdir: str) -> Run:
       if isinstance(value, bool) or not isinstance(value, int | float) or (
           isinstance(value, int) and value.bit_length() > 1000):
         raise UserError(f"{path}: evaluations.{name}.metrics.{metric}: expected a number, got {value!r:.60}")
-      metric, _, map_ = metric.partition("@")
-      map_ = BLIND if map_ == "blind_text" else map_
+      metric, map_ = split(metric)
+      map_ = BLIND if map_ == "blind_text" else map_  # as published.json calls it
       scores.setdefault((kind, map_), {})[f"{data[name]}/{metric}"] = float(value)
   model = book.model_of(results["model"]) or book.model_of(results["name"])
   return Run(workdir, results, model, data, scores)
@@ -135,9 +135,10 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
   return sorted(runs, key=lambda run: place.get(run.model, len(place)))
 
 
-def label_of(run: Run, runs: Sequence[Run]) -> str:
-  """Returns the title of a run, with its workdir where another has the same."""
-  return run.title if sum(run.title == other.title for other in runs) == 1 else f"{run.title} ({run.where})"
+def label_of(run: Run, runs: Sequence[Run], map_: str = "") -> str:
+  """Returns the title of a run, with its workdir where another has the same, and the name of an extra projector."""
+  label = run.title if sum(run.title == other.title for other in runs) == 1 else f"{run.title} ({run.where})"
+  return f"{label} {join('', map_)}".rstrip()
 
 
 def by_source(found: Sequence[tuple[published.Table, float]]) -> dict[str, float]:

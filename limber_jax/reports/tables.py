@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from limber_jax.errors import UserError
 from limber_jax.evals import contamination, effective_robustness, robustness
+from limber_jax.map_names import BLIND
 from limber_jax.reports import published
-from limber_jax.reports.runs import BLIND, CAPTIONS, SCORES, Run, by_source, data_title, label_of, zeroshot_columns
+from limber_jax.reports.runs import CAPTIONS, SCORES, Run, by_source, data_title, label_of, zeroshot_columns
 from limber_jax.reports.text import NONE, markdown, number, percent
 
 CONTAMINATION = "clip_overlap"  # what published.json calls the model of CLIP's analysis of overlap
@@ -61,7 +62,7 @@ def panel_table(panel: Panel, runs: Sequence[Run], cited: dict) -> str:
         continue
       cells = [number(v, digits) for v, (_, _, _, digits) in zip(values, panel.columns, strict=True)]
       if map_ != BLIND:
-        ours.setdefault(run.model, []).append((label_of(run, runs) + (f" @{map_}" if map_ else ""), cells))
+        ours.setdefault(run.model, []).append((label_of(run, runs, map_), cells))
       elif cells not in [c for _, c in ours.get(BLIND, [])]:  # runs on one language model are equally blind
         ours.setdefault(BLIND, []).append((book.models[BLIND], cells))
   if not ours:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
+from limber_jax.map_names import join, split
 from limber_jax.reports.runs import SCORES, printable
 
 NONE = "–"  # a metric that there is not
@@ -49,7 +50,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: int 
 
 def name_of(metric: str) -> str:
   """Returns a metric's name as the papers have it: "cider_d/in" -> "CIDEr-D in"; "" of a metric that they have not."""
-  whole, at, map_ = metric.partition("@")
+  whole, map_ = split(metric)
   parts = whole.split("/")
   for i, part in enumerate(parts):
     if m := re.fullmatch(r"(accuracy|truncated)_(\d+)shot(_sd)?", part):  # of evaluation "vqa"
@@ -58,7 +59,7 @@ def name_of(metric: str) -> str:
       parts[i] = SCORES[part]
     else:
       continue
-    return " ".join(parts) + at + map_
+    return join(" ".join(parts), map_)
   return ""
 
 

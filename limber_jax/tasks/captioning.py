@@ -21,7 +21,8 @@ from limber_jax.decoding import interleaved
 from limber_jax.decoding.generate import check as check_decoding
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
-from limber_jax.models.limber import Limber, LimberConfig, part
+from limber_jax.map_names import join, split
+from limber_jax.models.limber import Limber, LimberConfig
 from limber_jax.models.prompt import prefix_inputs
 from limber_jax.runtime.parallel import WHOLE, Rules, within
 from limber_jax.tasks import microbatches
@@ -62,7 +63,7 @@ class Captioning:
     model = Limber.from_config(config.model, config.compute)
     if any(p.startswith("image") for p in config.trainable) and config.data.features:
       raise UserError("config.data.features holds what a frozen encoder saw; a trained one needs the images")
-    batch_norm = [part("image", n) for n, e in model.encoders.items() if e.spec.batch_norm]
+    batch_norm = [join("image", n) for n, e in model.encoders.items() if e.spec.batch_norm]
     if c.encoder == "train" and k > 1 and set(batch_norm) & set(config.trainable):
       raise UserError(f"config.loss.num_microbatches={k}: config.captions.encoder='train' takes BatchNorm's statistics "
                       "from the whole batch, which microbatches cannot give; use num_microbatches=1")
@@ -82,8 +83,8 @@ class Captioning:
   def sharding(self) -> Rules:
     rows: Rules = ()
     for name, encoder in self.model.encoders.items():
-      if encoder.spec.convolutional and part("image", name) not in self.trainable:
-        rows += within(part("image", name), WHOLE)
+      if encoder.spec.convolutional and join("image", name) not in self.trainable:
+        rows += within(join("image", name), WHOLE)
     return rows + self.model.sharding
 
   @property
@@ -92,7 +93,7 @@ class Captioning:
 
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> transforms.Transform:
     if data.features and train:
-      kept = (*(part("features", name) for name in self.model.encoders), "tokens", "mask", "label")
+      kept = (*(join("features", name) for name in self.model.encoders), "tokens", "mask", "label")
       return transforms.Compose((transforms.TokenizeCaption(tokenizer, self.length), transforms.Select(kept)))
     rules = self._rules(data, data.crop if train else "encoder")
     return transforms.captioning(rules, tokenizer, self.length, jpeg_fast_decode=train and data.jpeg_fast_decode)
@@ -118,7 +119,7 @@ class Captioning:
       if rule.crop in ("random", "resized"):
         raise UserError(f"config.data.crop={data.crop!r} shows an encoder another crop in every epoch, which "
                         "config.data.features cannot hold; set --config.data.crop=encoder, or center")
-      out[part("image", name)] = {
+      out[join("image", name)] = {
         "shape": [encoder.num_tokens, encoder.feature_dim], "dtype": self.model.lm.compute.dtype,
         "pixels": {"size": rule.size, "crop": rule.crop, "resample": rule.resample} | rule.changes() | fast,
         "encoder": flatten(encoder.size, known=True)}
@@ -126,7 +127,7 @@ class Captioning:
 
   def pixel_settings(self, data: Data) -> dict[str, Any]:
     found = {name: self.rule(name, data.crop, data.crop_scale) for name in self.model.encoders}
-    return {part("image", name): changes for name, rule in found.items() if (changes := rule.changes())}
+    return {join("image", name): changes for name, rule in found.items() if (changes := rule.changes())}
 
   def rule(self, name: str = "", crop: str = "encoder", scale: tuple[float, ...] = (0.9, 1.0)) -> transforms.ResizeCrop:
     """Returns what becomes of an image for the encoder of map `name`; crop "encoder" is the encoder's preprocessing."""
@@ -137,14 +138,14 @@ class Captioning:
 
   def pixels_of(self, name: str) -> str:
     """Returns the key of a batch that holds the images for the encoder of map `name`."""
-    return part("image", name) if self.rule(name) != self.rule("") else "image"
+    return join("image", name) if self.rule(name) != self.rule("") else "image"
 
   def init(self, rng: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
     return self.model.init(rng)
 
   def load(self, path: str, part: str, like: dict, stats: dict, resample: bool = False
            ) -> tuple[dict[str, Any], dict[str, Any]]:
-    kind, _, name = part.partition("@")
+    kind, name = split(part)
     size = {"image": lambda: self.model.encoders[name].size, "lm": lambda: self.model.size.lm}.get(kind, lambda: None)()
     return parts.load_part(path, kind, size, like, stats, resample)
 
@@ -165,7 +166,7 @@ class Captioning:
         total += loss
         if len(image_prefixes) > 1:
           found = found | {"nats": loss}
-        metrics |= {part(key, name): value for key, value in found.items()}
+        metrics |= {join(key, name): value for key, value in found.items()}
       return total, metrics
 
     loss, metrics = microbatches.accumulate_gradients(of_microbatch, trained, batch, rng, self.num_microbatches)
@@ -178,14 +179,14 @@ class Captioning:
     """
     train, wanted = self.captions.encoder == "train", set()
     for name in self.model.encoders:
-      here = part("image", name)
+      here = join("image", name)
       if here in self.trainable:
         wanted.add(self.pixels_of(name))
         if train and here in stats:
           stats = stats | {here: self._features(params, stats, batch, name, True, rng)[1]}
-      elif part("features", name) not in batch:
+      elif join("features", name) not in batch:
         features, changed = self._features(params, stats, batch, name, train, rng)
-        batch = batch | {part("features", name): features}
+        batch = batch | {join("features", name): features}
         stats = stats | ({here: changed} if changed else {})
     images = {self.pixels_of(name) for name in self.model.encoders}
     return {k: v for k, v in batch.items() if k not in images or k in wanted}, stats
@@ -203,7 +204,7 @@ class Captioning:
     return out
 
   def _features(self, params, stats, batch, name, train=False, rng=None):
-    if (known := part("features", name)) in batch:
+    if (known := join("features", name)) in batch:
       return batch[known], {}
     return self.model.encode(params, stats, batch[self.pixels_of(name)], name, train=train, rng=rng if train else None)
 
@@ -225,16 +226,16 @@ class Captioning:
     """
     out: dict[str, Callable[..., Any]] = {"generate_blind": partial(self._generate, None), "read": self._read}
     for name in self.model.maps:
-      out |= {part("nll", name): partial(self._nll, name), part("generate", name): partial(self._generate, name),
-              part("features", name): partial(self._encoded, name),
-              part("prompt", name): partial(self._image_prefix, name)}
+      out |= {join("nll", name): partial(self._nll, name), join("generate", name): partial(self._generate, name),
+              join("features", name): partial(self._encoded, name),
+              join("prompt", name): partial(self._image_prefix, name)}
     return out
 
   def _encoded(self, name, params, stats, batch):
     return self._features(params, stats, batch, self.model.encoder_of(name))[0]
 
   def _image_prefix(self, name, params, stats, batch):
-    if (known := part("prompt", name)) in batch:
+    if (known := join("prompt", name)) in batch:
       return batch[known]
     return self.model.image_prefix(params, self._encoded(name, params, stats, batch), name)
 

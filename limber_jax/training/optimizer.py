@@ -13,6 +13,7 @@ import optax
 from limber_jax import ranges
 from limber_jax.config import Optim
 from limber_jax.errors import UserError
+from limber_jax.map_names import by_map, join
 from limber_jax.runtime.parallel import path_name
 
 DECAYED = ("kernel", "embedding", "position")  # the last word of a parameter's path; the rest are gains and biases
@@ -97,12 +98,9 @@ def _clip(norm: float) -> optax.GradientTransformation:
   one = optax.clip_by_global_norm(norm)
 
   def update(grads, state, params=None):
-    maps: dict[str, dict] = {}
-    for part, leaves in grads.items():
-      maps.setdefault(part.partition("@")[2], {})[part] = leaves
     clipped = {}
-    for parts in maps.values():
-      clipped |= one.update(parts, state)[0]
+    for name, parts in by_map(grads).items():
+      clipped |= {join(kind, name): leaves for kind, leaves in one.update(parts, state)[0].items()}
     return {part: clipped[part] for part in grads}, state
 
   return optax.GradientTransformation(one.init, update)

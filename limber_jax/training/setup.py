@@ -20,6 +20,7 @@ from limber_jax.data.images import ImageOptions
 from limber_jax.errors import UserError
 from limber_jax.evals.base import Context, Eval
 from limber_jax.evals.splits import named, own_fields
+from limber_jax.map_names import split as split_name
 from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
 from limber_jax.training import optimizer
@@ -128,7 +129,7 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   tx = optimizer.make(config.optim, config.steps)
   start = _Start.of(config, task, mesh)
   trained, fixed = split(start.params, config.trainable)
-  loaded = [part for part in fixed if only in ("", part.partition("@")[0])]
+  loaded = [part for part in fixed if only in ("", split_name(part)[0])]
   random = [part for part in loaded if not config.init.path_of(part)]
   parallel.check_fits([trained, [start.params[part] for part in loaded]], mesh, "config.model")
   kept = {part: tree for part in random if workdir and (tree := kept_frozen(

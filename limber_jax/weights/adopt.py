@@ -13,10 +13,10 @@ from typing import Any
 from limber_jax.checkpoints import workdirs
 from limber_jax.config import Config
 from limber_jax.errors import UserError
+from limber_jax.map_names import join, split
 from limber_jax.models import spec
 from limber_jax.models.clip import ClipConfig
 from limber_jax.models.encoders import as_clip
-from limber_jax.models.limber import part
 from limber_jax.models.spec import EncoderConfig, spec_of
 from limber_jax.weights import configs, load, names, preprocessing, projection
 from limber_jax.weights.configs import naming, read_json
@@ -126,7 +126,7 @@ def _of_projection(path: str) -> tuple[dict[str, Any], str]:
   except UserError:
     return {}, ""  # the authors' proj.ckpt, or nothing at all: what reads it will say
   values = json.loads(json.dumps(metadata["config"]))
-  name = part("image", str(metadata.get("map", "")))
+  name = join("image", str(metadata.get("map", "")))
   return values, name if f"{_start(name)}mean" in values else "image"
 
 
@@ -142,4 +142,4 @@ def _of_run(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _start(name: str) -> str:
   """Returns what the settings of an encoder's part begin with in a config.json of task "captioning"."""
-  return "model.image." if name == "image" else f"model.extra_projectors.{name.partition('@')[2]}.image."
+  return "model.image." if name == "image" else f"model.extra_projectors.{split(name)[1]}.image."
