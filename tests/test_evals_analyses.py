@@ -20,15 +20,10 @@ from limber_jax.evals import class_mention, prompt_probing, word_recall
 from limber_jax.evals.class_mention import ClassMention, named, names_of, overlap
 from limber_jax.evals.hallucination import Hallucination
 from limber_jax.evals.prompt_probing import (
-  STRENGTHS,
   PromptProbing,
-  chosen_strength,
-  held_out,
   nearest,
   plane,
   pool,
-  predicted,
-  standardised,
 )
 from limber_jax.evals.word_recall import WordRecall
 from limber_jax.metrics.words import WordNet
@@ -297,29 +292,6 @@ def test_the_plane_of_a_picture_is_scikit_learns_up_to_signs():
   assert plane(np.arange(3.0)[:, None]).tolist() == [[-1, 0], [0, 0], [1, 0]]
 
 
-def test_every_fifth_of_a_class_is_held_out_and_columns_are_scaled_by_the_training_set():
-  labels = np.array([0] * 6 + [1] * 4 + [0])
-  assert np.flatnonzero(held_out(labels)).tolist() == [0, 5, 6]
-  train, test = standardised(np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 6.0], [5.0, 5.0]]))
-  np.testing.assert_allclose(train, [[-1, 0], [1, 0]])
-  np.testing.assert_allclose(test, [[0, 1], [3, 0]])
-
-
-def test_the_strength_that_does_best_on_held_out_items_is_chosen_and_the_probe_is_scikit_learns():
-  from sklearn.linear_model import LogisticRegression
-
-  rng = np.random.default_rng(0)
-  labels = np.repeat([3, 5, 9], 20)
-  x = np.eye(10)[labels] @ rng.normal(size=(10, 6)) + rng.normal(size=(60, 6))
-  test = held_out(labels)
-  theirs = {c: LogisticRegression(C=1 / c, max_iter=5000, tol=1e-8).fit(x[~test], labels[~test]) for c in STRENGTHS}
-  right = [theirs[c].score(x[test], labels[test]) for c in STRENGTHS]
-  strength = chosen_strength(x, labels)
-  assert strength == STRENGTHS[int(np.argmax(right))] and min(right) < max(right)
-  np.testing.assert_array_equal(predicted(x[~test], labels[~test], x, strength), theirs[strength].predict(x))
-  assert chosen_strength(x[:5], np.zeros(5, int)) == STRENGTHS[0]  # one class tells nothing
-
-
 # A prompt of 6 tokens of width 4 whose direction says the class of the image, and features that say nothing. Of five
 # vocabulary words, "cat" points where the prompts of class 0 do.
 LETTERS = {"a": 0, "dog": 1, "cat": 2, "of": 3, "zebra": 4}
@@ -390,7 +362,6 @@ def test_probes_nearest_words_and_shorter_prompts_are_those_counted_by_hand(made
 
 def test_attributes_are_probed_on_other_images_and_maps_apart(monkeypatch, made, tmp_path):
   monkeypatch.setitem(SOURCES, "made", f"{__name__}:AnimalsConfig")
-  monkeypatch.setattr(prompt_probing, "chosen_strength", lambda x, labels: 1.0)
   made([{"label": i % 2, "text": "?"} for i in range(20)], classes=("cat", "dog", "bird", "fish"))
   predict, params, where = probed(tmp_path)
   predict |= {"prompt@b": lambda params, stats, batch: jnp.zeros((len(batch["tokens"]), 1, 3)),
@@ -431,7 +402,6 @@ def tiny(tmp_path_factory):
 
 
 def test_a_tiny_model_is_analysed_on_awa2s_files_and_resumes_where_it_was_killed(tiny, tmp_path, monkeypatch):
-  monkeypatch.setattr(prompt_probing, "chosen_strength", lambda x, labels: 1.0)  # each shape compiles for seconds
   s, state = tiny
 
   def run(names):

@@ -16,9 +16,10 @@ from limber_jax import registry
 from limber_jax.config import Compute, Source, Unnamed
 from limber_jax.errors import UserError
 from limber_jax.evals import linear_probe
-from limber_jax.evals.linear_probe import LinearProbe, draw_shots, figure, held_out
+from limber_jax.evals.linear_probe import LinearProbe, draw_shots, figure
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.metrics.logistic import fit
+from limber_jax.metrics.probe import held_out
 from limber_jax.models import clip
 from limber_jax.tasks.contrastive import Contrastive
 from tests.made import config, context, install
@@ -173,13 +174,6 @@ def test_the_picture_has_a_place_for_each_number_of_shots(monkeypatch, tmp_path)
   assert [t.get_text() for t in without.get_xticklabels()] == ["2"]
   bars = with_zero.containers[0].lines[0]
   assert (bars.get_xdata().tolist(), bars.get_ydata().tolist()) == ([1, 2, 3], [30, 50, 70])
-
-
-def test_held_out_is_a_fifth_of_each_class_and_another_by_seed():
-  labels = np.repeat([0, 2, 5], [10, 25, 2])
-  held = held_out(labels, 0)
-  assert [int(held[labels == c].sum()) for c in (0, 2, 5)] == [2, 5, 0]
-  assert (held_out(labels, 0) == held).all() and (held_out(labels, 1) != held).any()
 
 
 def test_more_shots_add_to_fewer():

@@ -25,13 +25,12 @@ from limber_jax.evals.prompts import (
 )
 from limber_jax.evals.result_store import Results
 from limber_jax.evals.zeroshot import OF_SEVERAL, labels_of, truth_of
-from limber_jax.metrics import classification
-from limber_jax.metrics.logistic import GRID, Fits, fit, fit_each, search
+from limber_jax.metrics import classification, probe
+from limber_jax.metrics.logistic import GRID, fit
 from limber_jax.runtime.atomic import save_figure
 from limber_jax.runtime.parallel import broadcast_from_process_0
 
 METRICS = ("accuracy", "mean_per_class", "mean_top1_top5", "roc_auc")
-FIFTH = 5  # of the training set, where there is no validation set
 
 
 @dataclasses.dataclass
@@ -56,7 +55,7 @@ class LinearProbe(OfPrompts):
   classes, templates: of zero-shot, as there.
 
   "strength" is λ, what multiplies half the squared norm beside the sum of losses: 1 / C of scikit-learn. It is searched
-  for as `logistic.search` says, and the probe fitted again on train and validation together. "count", "train" and
+  for as `metrics.probe` says, and the probe fitted again on train and validation together. "count", "train" and
   "validation" are the numbers of images. NAME.png in the workdir shows accuracy against shots, as the paper's Figure 6.
 
   The mean over folds of STL10 and splits of UCF101 is that of several such evaluations.
@@ -135,16 +134,13 @@ class LinearProbeEval:
       return labels_of(source, int(row["index"]), self._count, f"{self._where}, {part}")
     return {"label": int(row["label"])}
 
-  def _fit(self, x: np.ndarray, y: np.ndarray, classes: int, strengths: Any) -> Fits:
-    return fit_each(x, y, strengths) if self._several else fit(x, y, classes, strengths)
-
   def metadata(self) -> dict[str, Any]:
     """Returns `Runner.metadata` of the test set and, by their names, of the others; "searched": the strengths tried."""
     others = {part: runner.metadata() for part, runner in self._runners.items() if part != "test"}
     return {**self._runners["test"].metadata(), **others, "metrics": list(self._metrics), **self._metadata}
 
   def _probe(self, found: dict[str, Results], weights: np.ndarray | None) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns (figures, metadata)."""
+    """Returns (metrics, metadata)."""
     x = {part: f.arrays["feature"] for part, f in found.items()}
     if self._several:
       classes = self._count
@@ -160,50 +156,36 @@ class LinearProbeEval:
       if not np.isfinite(x[part]).all():
         raise UserError(f"{self._where}, {part}: the features of record "
                         f"{found[part].index[~np.isfinite(x[part]).all(axis=1)][0]} are no numbers")
-    whole = x["train"], y["train"]
-    if "validation" in x:
-      whole = tuple(np.concatenate([v["train"], v["validation"]]) for v in (x, y))
-    else:
-      held = held_out(np.zeros(len(y["train"]), int) if self._several else y["train"], self._config.seeds[0])
+    count = len(y["train"])
+    if "validation" not in x:
+      held = probe.held_out(np.zeros(count, int) if self._several else y["train"], self._config.seeds[0])
       for v in (x, y):
         v["train"], v["validation"] = v["train"][~held], v["train"][held]
     if not len(y["train"]) or not len(y["validation"]):
-      raise UserError(f"{self._where}: {len(whole[1])} images are too few to hold a fifth of each class out; "
+      raise UserError(f"{self._where}: {count} images are too few to hold a fifth of each class out; "
                       "set `validation`")
 
-    def measured(part, weights, bias, metric=self._metrics[0]):
-      return figure(metric, x[part] @ weights + bias[None], y[part])
-
-    def at(strength, weights, bias):
-      i = np.searchsorted(GRID, strength)
-      return weights[i], bias[i]
-
-    def chosen(*fits):  # [97, d, C], [97, C]
-      return search(lambda strength: measured("validation", *at(strength, *fits)))
-
-    # Neighbours on the path are so close to each other that all of it takes less than the few that are looked at would,
-    # each from the beginning.
-    path = self._fit(x["train"], y["train"], classes, GRID)
-    strength, looked = chosen(path.weights, path.bias)
-    last = self._fit(*whole, classes, [strength])
-    out = {name: measured("test", last.weights[0], last.bias[0], name) for name in self._metrics}
-    metadata = {"searched": looked, "iterations": int(path.iterations.sum() + last.iterations.sum()),
-             "largest_gap": float(max(path.gap.max(), last.gap.max()))}
+    score = partial(figure, self._metrics[0])
+    validation = x["validation"], y["validation"]
+    learnt = probe.learn((x["train"], y["train"]), validation, classes, score)
+    out = {name: figure(name, learnt.scores(x["test"]), y["test"]) for name in self._metrics}
     if weights is not None:
-      out["zeroshot"] = figure(self._metrics[0], found["test"].arrays["embedding"] @ weights.T, y["test"])
+      out["zeroshot"] = score(found["test"].arrays["embedding"] @ weights.T, y["test"])
     few = {}
     for shots in sorted({k for k in self._config.shots if k}):
       subsets = np.stack([draw_shots(y["train"], shots, seed, self._where) for seed in self._config.seeds])  # [S, m]
       fits = fit(x["train"], y["train"], classes, GRID, subsets=subsets)
       each, strengths = [], []
       for w, b in zip(fits.weights, fits.bias, strict=True):
-        strengths.append(chosen(w, b)[0])
-        each.append(measured("test", *at(strengths[-1], w, b)))
+        strengths.append(probe.choose(w, b, validation, score)[0])
+        i = np.searchsorted(GRID, strengths[-1])
+        each.append(score(x["test"] @ w[i] + b[i][None], y["test"]))
       out[f"few_shot_{shots}"] = float(np.mean(each))
       few[str(shots)] = {"each": each, "deviation": float(np.std(each)), "strengths": strengths}
     counts = {"count": "test", "train": "train", "validation": "validation"}
-    return {**out, "strength": strength, **{k: float(len(y[part])) for k, part in counts.items()}}, {
-      **metadata, "classes": classes, "shots": few}
+    return {**out, "strength": learnt.strength, **{k: float(len(y[part])) for k, part in counts.items()}}, {
+      "searched": learnt.searched, "iterations": learnt.iterations, "largest_gap": learnt.gap, "classes": classes,
+      "shots": few}
 
   def _draw(self, figures: dict[str, float]) -> None:
     os.makedirs(self._context.workdir, exist_ok=True)
@@ -261,14 +243,6 @@ def figure(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
   return classification.top(ranks, 1)
 
 
-def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-  """Returns bool [n]: a fifth of the examples of each class, to the nearest, drawn by a seed."""
-  held = np.zeros(len(labels), bool)
-  for rows in _shuffled(labels, seed):
-    held[rows[: round(len(rows) / FIFTH)]] = True
-  return held
-
-
 def draw_shots(labels: np.ndarray, shots: int, seed: int, where: str) -> np.ndarray:
   """Returns the numbers of so many examples of each class there is, int [classes × shots]; a seed's fewer are part.
 
@@ -276,17 +250,11 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int, where: str) -> np.ndar
     UserError: a class has fewer; the message begins with `where`.
   """
   out = []
-  for rows in _shuffled(labels, seed):
+  for rows in probe.shuffled(labels, seed):
     if len(rows) < shots:
       raise UserError(f"{where}: shots={shots}, but class {labels[rows[0]]} has {len(rows)} images to learn from")
     out.append(rows[:shots])
   return np.concatenate(out)
-
-
-def _shuffled(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-  """Returns the numbers of the examples of each class that has some, in an order of the seed."""
-  rng = np.random.default_rng(seed)
-  return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
 def draw(few: dict[int, float], deviations: dict[int, float], zeroshot: float | None, full: float, metric: str,

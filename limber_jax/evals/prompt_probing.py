@@ -22,8 +22,9 @@ from limber_jax.evals.base import Context, Eval, Runner
 from limber_jax.evals.result_store import Results
 from limber_jax.evals.word_recall import references_of
 from limber_jax.map_names import join, split
-from limber_jax.metrics import logistic
+from limber_jax.metrics import probe
 from limber_jax.metrics.classification import roc_auc
+from limber_jax.metrics.logistic import fit_each
 from limber_jax.metrics.words import FUNCTION_WORDS, tokens, word_list
 from limber_jax.runtime.atomic import atomic_write, save_figure
 from limber_jax.runtime.parallel import broadcast_from_process_0
@@ -33,9 +34,8 @@ LENGTHS = (1, 4, 16, 64)  # prompt tokens that are left
 WIDEST = 16_384           # numbers that a probe looks at: 4 tokens of GPT-J
 NEAREST = 5               # vocabulary tokens kept of each prompt token
 SHOWN = 40                # images in the table of tokens
-STRENGTHS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)  # of the L2 penalty: scikit-learn's 1 / C
-MAX_ITERATIONS = 1000
 CLASSES = 20              # that a picture names
+SEED = 0                  # of which images probes are tested on, and which λ is chosen on
 
 
 @dataclasses.dataclass
@@ -58,13 +58,14 @@ class PromptProbing(Evaluation):
       class.
   "count" is the number of images; "@name" metrics are of extra projectors.
 
-  train: None = the source itself, but for every fifth image of each class, which is tested on.
+  train: None = the source itself, but for a fifth of the images of each class, which is tested on.
     Of "awa2" the splits train and test have no animal in common, which asks whether attributes carry over to other
     animals, and leaves no category to probe for.
 
-  Probes are L2-regularised logistic regressions on features brought to mean 0 and deviation 1 over the training set. Of
-  STRENGTHS, that one is taken whose probe for the category does best on a fifth of this set, having learnt from the
-  rest. Pooling takes the mean over runs of neighbouring tokens, row by row, as equal in length as they can be.
+  Probes are those of CLIP, as of evaluation "linear_probe": see `metrics.probe`. λ is chosen for the category, on a
+  fifth of the images of each class of the training set; an attribute's probe has that of the category's. Which fifths
+  are held out is the same in every run. Pooling takes the mean over runs of neighbouring tokens, row by row, as equal
+  in length as they can be.
   """
 
   name = "prompt_probing"
@@ -140,26 +141,28 @@ class PromptProbingEval:
   def _probes(self, found: Results, learnt: Results | None, kept: Sequence[str]) -> dict[str, float]:
     """Returns the metrics of category and attributes."""
     labels = np.array([r["label"] for r in found.records])
-    if learnt is None:
-      test = held_out(labels)
-      train, train_labels, test_labels = ~test, labels[~test], labels[test]
-    else:
-      train_labels, test_labels = np.array([r["label"] for r in learnt.records]), labels
+    held = probe.held_out(labels, SEED) if learnt is None else np.ones(len(labels), bool)
+    seen_labels = labels[~held] if learnt is None else np.array([r["label"] for r in learnt.records])
+    test_labels, chosen_on = labels[held], probe.held_out(seen_labels, SEED)
+    if not len(test_labels) or not chosen_on.any():
+      raise UserError(f"evaluation 'prompt_probing' on data source {self._runner.config.source.name!r}: too few images "
+                      "of a class to hold a fifth of them out")
+    classes = 1 + int(max(labels.max(), seen_labels.max()))
     out = {}
     for name in kept:
       x = found.arrays[name]
-      seen, unseen = standardised(*((x[train], x[test]) if learnt is None else (learnt.arrays[name], x)))
-      strength = chosen_strength(seen, train_labels)
-      if "category" in self._metrics and np.isin(test_labels, train_labels).any():
-        out[f"category_{name}"] = float(np.mean(predicted(seen, train_labels, unseen, strength) == test_labels))
+      seen = x[~held] if learnt is None else learnt.arrays[name]
+      own = probe.learn(*((seen[rows], seen_labels[rows]) for rows in (~chosen_on, chosen_on)), classes, probe.accuracy)
+      if "category" in self._metrics and np.isin(test_labels, seen_labels).any():
+        out[f"category_{name}"] = probe.accuracy(own.scores(x[held]), test_labels)
       if "attributes" in self._metrics:
-        areas = []
-        for has in self._runner.source.has.T:  # [C], bool
-          y, truth = has[train_labels].astype(int), has[test_labels].astype(int)
-          if len(set(y)) == len(set(truth)) == 2:
-            areas.append(roc_auc(scores(seen, y, unseen, strength), truth))
-        if areas:
-          out[f"attributes_{name}"] = float(np.mean(areas))
+        has = self._runner.source.has  # bool [C, A]
+        both = [a for a in range(has.shape[1]) if len(set(has[seen_labels, a])) == len(set(has[test_labels, a])) == 2]
+        if both:
+          fits = fit_each(seen, np.where(has[seen_labels][:, both], 1, -1), [own.strength])
+          scores = x[held] @ fits.weights[0] + fits.bias[0][None]
+          out[f"attributes_{name}"] = float(np.mean([roc_auc(scores[:, i], has[test_labels, a].astype(int))
+                                                     for i, a in enumerate(both)]))
     return out
 
   def _hits(self, found: Results, map_: str) -> dict[str, float]:
@@ -264,64 +267,6 @@ def nearest(prompt: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
   # The length of a prompt token does not change its order. One position at a time: B × V scores, not B × P × V.
   found = jax.lax.map(lambda x: jax.lax.top_k(x.astype(jnp.float32) @ table.T, count)[1], prompt.swapaxes(0, 1))
   return found.swapaxes(0, 1)
-
-
-def held_out(labels: np.ndarray) -> np.ndarray:
-  """Returns bool [n], True for every fifth example of each class, the first of each included."""
-  out = np.zeros(len(labels), bool)
-  for label in np.unique(labels):
-    out[np.flatnonzero(labels == label)[::5]] = True
-  return out
-
-
-def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns both, float32 [n, F], moved and scaled so that each column of `train` has mean 0 and deviation 1, or 0."""
-  mean, deviation = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
-  deviation[deviation == 0] = 1
-  return tuple(((x - mean) / deviation).astype(np.float32) for x in (train, test))
-
-
-def chosen_strength(x: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the one of STRENGTHS at which a probe learnt from four fifths of each class is best on the fifth.
-
-  Of equally good ones the strongest.
-
-  Args:
-    x: float [n, F].
-    labels: int [n].
-  """
-  test = held_out(labels)
-  seen = np.unique(labels[~test])
-  if len(seen) < 2:
-    return STRENGTHS[0]
-  fits = logistic.fit(x[~test], np.searchsorted(seen, labels[~test]), len(seen), STRENGTHS)
-  right = [np.mean(seen[_best(x[test], w, b)] == labels[test]) for w, b in zip(fits.weights, fits.bias, strict=True)]
-  return STRENGTHS[int(np.argmax(right))]
-
-
-def predicted(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
-  """Returns the classes int [m] that a probe of `train` [n, F] and its labels int [n] finds for `test` [m, F]."""
-  seen, numbers = np.unique(labels, return_inverse=True)
-  fits = logistic.fit(train, numbers.reshape(-1), len(seen), [strength])
-  return seen[_best(test, fits.weights[0], fits.bias[0])]
-
-
-def _best(x: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> np.ndarray:
-  return (x @ weights + bias[None]).argmax(axis=1)
-
-
-def scores(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
-  """Returns how likely each of `test` [m, F] is of class 1, float [m] that grows with it; labels are 0 and 1.
-
-  The same probe for two classes by scikit-learn, which for one strength and many labellings of the same features is
-  quicker than turning them each time.
-  """
-  from sklearn.exceptions import ConvergenceWarning  # here: it takes seconds, and not everybody probes
-  from sklearn.linear_model import LogisticRegression
-
-  with warnings.catch_warnings(category=ConvergenceWarning, action="ignore"):
-    probe = LogisticRegression(C=1 / strength, max_iter=MAX_ITERATIONS).fit(train, labels)
-  return probe.decision_function(test)
 
 
 def plane(x: np.ndarray) -> np.ndarray:
