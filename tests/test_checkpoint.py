@@ -20,11 +20,12 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import environment
 
-from limber_jax.checkpoints import manager, manifest
+from limber_jax.checkpoints import manifest, reading
 from limber_jax.checkpoints.frozen import keep_frozen, kept_frozen
 from limber_jax.checkpoints.manager import Checkpoints, abstract
 from limber_jax.checkpoints.scores import Scores
 from limber_jax.checkpoints.state import TrainState
+from limber_jax.checkpoints.steps import Steps
 from limber_jax.config import Checkpoint
 from limber_jax.errors import UserError
 
@@ -585,8 +586,8 @@ def pruned_at(moment, step, workdir, monkeypatch):
       os.rename(directory / str(step), directory / "deleted" / str(step))
       save(workdir, step + 1)
 
-  module, name = {"listing": (Checkpoints, "_damage"), "comparing": (manifest, "_sha256"),
-                  "fitting": (manager, "check_fits"), "between": (Checkpoints, "restore_params"),
+  module, name = {"listing": (Steps, "damage"), "comparing": (manifest, "_sha256"),
+                  "fitting": (reading, "check_fits"), "between": (Checkpoints, "restore_params"),
                   "reading": (ocp.CompositeCheckpointHandler, "restore")}[moment]
   real = getattr(module, name)
   monkeypatch.setattr(module, name, lambda *args, **kwargs: (prune(), real(*args, **kwargs))[1])
@@ -628,7 +629,7 @@ def test_what_does_not_fit_is_no_deletion(tmp_path):
 def test_where_checkpoints_go_faster_than_they_are_read_a_line_says_so(tmp_path, monkeypatch):
   save(tmp_path, 1)
   checkpoints, _ = opened(tmp_path)
-  monkeypatch.setattr(checkpoints, "_is_gone", lambda step: True)
+  monkeypatch.setattr(Steps, "is_gone", lambda self, step: True)
   other = like(toy(0, width=9))
   with pytest.raises(UserError, match="50 times a checkpoint was deleted while it was read, by the run that trains"):
     checkpoints.read("latest", lambda step: checkpoints.restore_params(step, other.params, other.stats))

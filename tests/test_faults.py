@@ -22,6 +22,7 @@ from runs import environment, losses, tiny, zeroshot
 
 from limber_jax.checkpoints import manifest
 from limber_jax.checkpoints.manager import Checkpoints
+from limber_jax.checkpoints.writing import Writer
 from limber_jax.config import Checkpoint, Optim, Spike
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
@@ -672,7 +673,7 @@ def test_the_command_ends_with_one_line_when_files_cannot_grow(experiment, tmp_p
 
 
 def test_a_run_is_reported_of_a_failed_save_within_a_step(tmp_path, monkeypatch):
-  write, commit, check = manifest.write, Checkpoints._commit, Checkpoints.check
+  write, commit, check = manifest.write, Writer._commit, Checkpoints.check
   known, steps_after = threading.Event(), []
 
   def write_once(path, **what):
@@ -693,7 +694,7 @@ def test_a_run_is_reported_of_a_failed_save_within_a_step(tmp_path, monkeypatch)
     check(self)
 
   monkeypatch.setattr(manifest, "write", write_once)
-  monkeypatch.setattr(Checkpoints, "_commit", watched)
+  monkeypatch.setattr(Writer, "_commit", watched)
   monkeypatch.setattr(Checkpoints, "check", counted)
   config = tiny(steps=2000, log_every=1000, checkpoint=Checkpoint(every=3))
   with pytest.raises(UserError, match="step 6 could not be saved: No space left on device; the newest checkpoint is "

@@ -58,6 +58,15 @@ def compare(directory: str, within: str = "", **identity: Any) -> str | None:
     return next(filter(None, found), None)
 
 
+def promised(directory: str) -> bool:
+  """Returns whether a checkpoint's meta says that it has a manifest, or cannot say."""
+  try:
+    with open(os.path.join(directory, "meta", "metadata"), encoding="utf-8") as file:
+      return "manifest" in json.load(file)
+  except (OSError, ValueError, TypeError, RecursionError):
+    return True
+
+
 def _difference(name: str, path: str, size: int, digest: str) -> str | None:
   try:
     if (got := os.path.getsize(path)) != size:

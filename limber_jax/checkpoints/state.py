@@ -40,6 +40,12 @@ class Frozen(flax.struct.PyTreeNode):
   stats: dict[str, Any]   # their BatchNorm statistics, float32
 
 
+def optimizer_item(state: TrainState) -> dict[str, Any]:
+  """Returns what of a state is kept apart from parameters and statistics: the item "optimizer" of a checkpoint."""
+  return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped,
+          "skipped_in_row": state.skipped_in_row, **({"history": state.history} if state.history else {})}
+
+
 def split(params: dict[str, Any], trainable: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (trained, frozen): the parts named in `trainable`, and the others; of parameters or anything else."""
   return {k: v for k, v in params.items() if k in trainable}, {k: v for k, v in params.items() if k not in trainable}
