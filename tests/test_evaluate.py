@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from runs import environment, tiny, untrained
 from safetensors.numpy import save_file
@@ -30,9 +31,11 @@ from limber_jax.checkpoints import workdirs
 from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
 from limber_jax.models.clip import openai_weights
+from limber_jax.models.gptj import GPTJSize
 from limber_jax.reports import results_file
 from limber_jax.runtime.lock import Lock
 from limber_jax.training import results
+from limber_jax.training.setup import setup
 from limber_jax.weights import convert, load
 
 TESTS = os.path.dirname(__file__)
@@ -326,3 +329,17 @@ def test_results_of_another_step_of_the_run_are_kept_beside(tmp_path, capsys):
   for other in ({"run": "77"}, {"run": None}):
     with pytest.raises(UserError, match=r"is of something else, of x at step 2 of the run 9f"):
       results_file.write(found | {"weights": {"image": "ef"}} | other, str(tmp_path))
+
+
+def test_weights_of_a_language_model_are_what_is_measured_and_no_map(tmp_path):
+  def config(seed):
+    size = GPTJSize(vocab=259, context=160, width=64, layers=2, heads=2, rotary=16)
+    return tiny(task="language_modelling", model=size, trainable=("lm",), seed=seed, mesh=(-1, 1, 1))
+
+  untrained(config(0), str(tmp_path / "run"))
+  _, params, _, step = results.imported(config(1), "", str(tmp_path / "run"))
+  wanted, drawn = (setup(config(seed)).init().params["lm"]["embedding"] for seed in (0, 1))
+  np.testing.assert_array_equal(params["lm"]["embedding"], wanted)
+  assert step == 0 and not np.array_equal(wanted, drawn)
+  with pytest.raises(UserError, match=r"--model=x is of the weights of a CLIP; the language model is config\.model"):
+    results.imported(config(1), "", str(tmp_path / "run"), "x")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from limber_jax.config import Decoding, Init, Source, Tokenizer
 from limber_jax.decoding.generate import generate
 from limber_jax.errors import UserError
 from limber_jax.evals.captions import Captions
+from limber_jax.evals.linear_probe import LinearProbe
 from limber_jax.evals.zeroshot import ZeroShot
 from limber_jax.inference.captioner import captions
 from limber_jax.inference.projections import (
@@ -36,6 +39,7 @@ from limber_jax.models.spec import decoder_of
 from limber_jax.training.loop import train
 from limber_jax.training.results import results
 from limber_jax.weights.parts import load_part
+from limber_jax.weights.rewrite import rewrite
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 BLOCKS = dict(re.findall(r"^```python\n# limber_jax/(\S+)\.py\n(.*?)^```$", PAGE.read_text(), re.M | re.S))
@@ -62,7 +66,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_every_recipe_has_its_line_and_every_line_its_recipe():
-  assert {module.replace(".", "/") for _, _, module, _ in LINES} == set(BLOCKS) and len(BLOCKS) >= 4
+  assert {module.replace(".", "/") for _, _, module, _ in LINES} == set(BLOCKS) and len(BLOCKS) >= 6
 
 
 def limber(**changes):
@@ -162,3 +166,76 @@ def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recip
     config_json.from_json(text.replace('"data.source.size": 32', '"data.source.size": 0'), "x")
   with pytest.raises(UserError, match=r"^data source 'squares' has no field 'pixels'; known: name, size, split$"):
     Source("squares", pixels=3)
+
+
+def regression(**changes):
+  module = importlib.import_module("regression")
+  config = runs.tiny(mesh=(-1, 1, 1), steps=3, **{"evals": {"probe": LinearProbe(
+    Source("digits", split="test"), train=Source("digits", split="train"), every=-1, batch_size=128)}} | changes)
+  model = module.RegressionConfig(encoder_size("clip_vit_b32_mu"))
+  return dataclasses.replace(config, task="regression", model=model, trainable=("image", "head"))
+
+
+def test_a_task_of_one_file_trains_is_evaluated_and_its_encoder_is_used_elsewhere(recipe, tmp_path):
+  recipe("regression")
+  run = str(tmp_path / "run")
+  said, config = [], regression()
+  state = train(config, run, log=said.append)
+  steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert int(state.step) == 3 and [s["step"] for s in steps if "absolute_error" in s] == [1, 2, 3]
+  again = config_json.from_json((tmp_path / "run" / "config.json").read_text(), "x")
+  assert again.model == config.model and again.task == "regression"
+  found = results(config, run)
+  assert 0 < found["evaluations"]["probe"]["metrics"]["accuracy"] <= 1 and found["model"] == ""
+  # The trained encoder is read by another task as any other's.
+  encoder = Encoder.from_config(config.model.image, config.compute)
+  params, _ = load_part(run, "image", config.model.image, encoder.shapes()[0])
+  jax.tree.map(np.testing.assert_array_equal, params, state.params["image"])
+  with pytest.raises(UserError, match=r"a run of task 'regression', and a CLIP is wanted here; .*evaluate"):
+    list(rewrite(run, str(tmp_path / "out"), "hf", ""))
+  with pytest.raises(UserError, match="of task 'regression' a run is evaluated, by its --workdir"):
+    results(config, run, weights=run, out=str(tmp_path / "other"))
+  with pytest.raises(UserError, match=r"task 'regression' needs a regression\.RegressionConfig, got ClipConfig"):
+    train(dataclasses.replace(runs.tiny(), task="regression"), str(tmp_path / "new"))
+
+
+def test_a_task_of_one_file_learns_and_computes_what_it_says(recipe):
+  recipe("regression")
+  config = regression()
+  task = registry.lookup("task", registry.TASKS, "regression").from_config(config)
+  params, stats = task.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  batch = {"image": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), "label": np.arange(8, dtype=np.int32)}
+  values = task.predict()["value"](params, stats, batch["image"])
+  loss, (metrics, _) = task.loss(params, stats, batch, jax.random.key(1))
+  np.testing.assert_allclose(loss, np.mean((values - np.arange(8)) ** 2) / 100, rtol=1e-5)
+  np.testing.assert_allclose(metrics["absolute_error"], np.mean(np.abs(values - np.arange(8))), rtol=1e-5)
+  in_microbatches = dataclasses.replace(task, num_microbatches=4).loss(params, stats, batch, jax.random.key(1))[0]
+  np.testing.assert_allclose(in_microbatches, loss, rtol=1e-5)
+
+
+@pytest.mark.process
+def test_a_task_of_one_file_goes_through_the_commands(recipe, tmp_path):
+  recipe("regression")
+  (tmp_path / "added" / "x.py").write_text(f"""if True:
+    import dataclasses, sys
+    sys.path += [{str(tmp_path / "added")!r}, {str(PAGE.parent.parent / "tests")!r}]
+    from limber_jax import registry
+    registry.TASKS["regression"] = "regression:Regression"
+    from test_extending import regression as get_config
+  """)
+
+  def command(name, *arguments):
+    return subprocess.run([sys.executable, "-m", f"limber_jax.{name}", *arguments], cwd=PAGE.parent.parent, text=True,
+                          capture_output=True, env=runs.environment())
+
+  flags = (f"--config={tmp_path}/added/x.py", f"--workdir={tmp_path}/run")
+  done = command("train", *flags, "--config.model.scale=5")
+  assert done.returncode == 0 and "step 3/3  loss" in done.stdout, done.stderr
+  done = command("train", *flags)
+  assert done.returncode == 2 and "model.scale=5.0" in done.stderr  # another experiment
+  done = command("evaluate", *flags, "--config.model.scale=5")
+  assert done.returncode == 0 and "probe/accuracy" in done.stdout, done.stderr
+  assert "linear" in (tmp_path / "run" / "report.md").read_text()
+  done = command("convert", f"{tmp_path}/run", f"{tmp_path}/out", "--to=hf")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a run of task 'regression'" in done.stderr

@@ -100,17 +100,18 @@ class LinearProbeEval:
       raise UserError(f"{where}: its images have several classes each; wanted their names, and shots=(0,), got "
                       + (f"shots={config.shots}" if named else "no names"))
     self._metrics = _chosen_metrics(config, self._count, self._several, where)
-    self._tokens = None
+    self._prompts: Callable[[], Any] | None = None  # of a model with texts alone: others may have no room for any
     if named and 0 in config.shots:
       self._classes, templates = classes, chosen_templates(config.templates, source)
-      self._tokens = prompts(context.tokenizer, [n for c in classes for n in c.names], templates, context.length)
+      self._prompts = partial(prompts, context.tokenizer, [n for c in classes for n in c.names], templates,
+                              context.length)
     self._metadata: dict[str, Any] = {}
 
   def __call__(self, predict: dict[str, Callable[..., Any]], params: dict, stats: dict) -> dict[str, float]:
     weights = None
-    if self._tokens is not None and {"embed_image", "embed_text"} <= predict.keys():
+    if self._prompts is not None and {"embed_image", "embed_text"} <= predict.keys():
       embed = partial(self._runners["test"].embed_rows, "text", predict["embed_text"], params, stats)
-      weights = by_class(ensemble(embed, self._tokens), self._classes)  # [C, E]
+      weights = by_class(ensemble(embed, self._prompts()), self._classes)  # [C, E]
 
     def run(embedded, params, stats, batch):
       out = {"feature": predict["penultimate"](params, stats, batch["image"])}

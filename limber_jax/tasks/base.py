@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
-from limber_jax.config import Data
+from limber_jax.config import Config, Data, Init
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.data.transforms import Transform
 from limber_jax.runtime.parallel import Rules
@@ -23,7 +23,25 @@ class Task(Protocol):
 
   @staticmethod
   def model_configs() -> tuple[type, ...]:
-    """Returns the dataclasses of what config.model may be."""
+    """Returns the dataclasses of what config.model may be; `encoders()` and so on as `LimberConfig` has them."""
+
+  @classmethod
+  def from_config(cls, config: Config) -> "Task":
+    """Returns the task of an experiment; raises UserError if its settings cannot go together."""
+
+  @staticmethod
+  def of_weights(config: Config, weights: str, model: str, log: Callable[[str], None]) -> tuple[Any, Init]:
+    """Returns (config.model, config.init) by which weights from elsewhere are evaluated in place of what was trained.
+
+    Args:
+      config: the experiment.
+      weights: where they are.
+      model: what they are of, where nothing beside them says it; "" = not said.
+      log: gets a line about what is taken over from beside them.
+
+    Raises:
+      UserError: there are none such, or `model` says nothing about them.
+    """
 
   def transform(self, tokenizer: Tokenizer, data: Data, train: bool) -> Transform:
     """Returns (record, rng) -> arrays of a batch's row; the rng is None where not `train`."""

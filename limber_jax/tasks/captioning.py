@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges
-from limber_jax.config import Captions, Config, Data, Decoding, check_model
+from limber_jax.config import Captions, Config, Data, Decoding, Init, check_model
 from limber_jax.config_json import flatten
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
@@ -27,6 +27,7 @@ from limber_jax.models.prompt import prefix_inputs
 from limber_jax.runtime.parallel import WHOLE, Rules, within
 from limber_jax.tasks import microbatches
 from limber_jax.weights import parts
+from limber_jax.weights.adopt import adopt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,14 @@ class Captioning:
     if config.data.features:
       task.feature_specs(config.data)
     return task
+
+  @staticmethod
+  def of_weights(config: Config, weights: str, model: str, log: Callable[[str], None]) -> tuple[LimberConfig, Init]:
+    """Returns those by which a map from elsewhere is evaluated, between the frozen parts of config.init."""
+    if model:
+      raise UserError("--model is of the weights of a CLIP; the models of a map are those of config.model")
+    init = dataclasses.replace(config.init, prompt=weights)
+    return adopt(dataclasses.replace(config, init=init), weights=weights, log=log), init
 
   @property
   def sharding(self) -> Rules:

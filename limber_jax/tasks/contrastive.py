@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges
-from limber_jax.config import Config, Data, check_model
+from limber_jax.config import Config, Data, Init, check_model
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
@@ -48,6 +48,10 @@ class Contrastive:
                       "the whole batch, which microbatches cannot give; use num_microbatches=1 with "
                       "config.compute.remat=full or more devices, or a ViT")
     return cls(clip.build(config.model, config.compute), loss.kind, loss.chunk_size, count, config.trainable)
+
+  @staticmethod
+  def of_weights(config: Config, weights: str, model: str, log: Callable[[str], None]) -> tuple[clip.ClipConfig, Init]:
+    return load.open_model(weights, model).size, Init(image=weights, text=weights)
 
   @property
   def sharding(self) -> Rules:

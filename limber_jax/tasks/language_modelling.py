@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from limber_jax import losses, ranges, registry
-from limber_jax.config import Config, Data, check_model
+from limber_jax.config import Config, Data, Init, check_model
 from limber_jax.data import transforms
 from limber_jax.data.tokenizers import Tokenizer
 from limber_jax.errors import UserError
@@ -51,6 +51,12 @@ class LanguageModelling:
     if config.data.length > size.context:
       raise UserError(f"config.data.length={config.data.length} is more than the model's context of {size.context}")
     return cls(decoder.module(size, config.compute, None), k, config.data.length)
+
+  @staticmethod
+  def of_weights(config: Config, weights: str, model: str, log: Callable[[str], None]) -> tuple[Any, Init]:
+    if model:
+      raise UserError(f"--model={model} is of the weights of a CLIP; the language model is config.model")
+    return config.model, dataclasses.replace(config.init, lm=weights)
 
   @property
   def sharding(self) -> Rules:

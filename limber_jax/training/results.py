@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from limber_jax import config as config_lib
-from limber_jax import config_history, config_json
+from limber_jax import config_history, config_json, registry
 from limber_jax.checkpoints import workdirs
 from limber_jax.checkpoints.manager import Checkpoints
 from limber_jax.config import Config, Evaluation
@@ -23,7 +22,6 @@ from limber_jax.evals.splits import named, sources_of
 from limber_jax.models import clip
 from limber_jax.runtime import atomic, lock, parallel
 from limber_jax.training.setup import Setup, check_frozen, evaluate, make_context, make_eval, setup
-from limber_jax.weights import load
 from limber_jax.weights.adopt import adopt
 from limber_jax.weights.digest import digest
 
@@ -135,18 +133,12 @@ def trained(config: Config, workdir: str, checkpoint: str) -> tuple[Setup, dict,
 def imported(config: Config, workdir: str, weights: str, model: str = "") -> tuple[Setup, dict, dict, int]:
   """Returns (setup, params, stats, 0) of weights from elsewhere; raises UserError as `results` does.
 
-  Of a CLIP the model is what the weights say. Of task "captioning" they are the map, and the frozen parts are those of
-  config.init.
+  What they are of is the task's to say: `Task.of_weights`.
   """
-  if config.task == "contrastive":
-    config.model = load.open_model(weights, model).size
-    config.init = config_lib.Init(image=weights, text=weights)
-  elif model:
-    raise UserError("--model is of the weights of a CLIP; the models of a map are those of config.model")
-  else:
-    config.init = dataclasses.replace(config.init, prompt=weights)
-    main = jax.process_index() == 0
-    config.model = adopt(config, weights=weights, log=lambda line: main and print(line, file=sys.stderr))
+  main = jax.process_index() == 0
+  task = registry.lookup("task", registry.TASKS, config.task)
+  config.model, config.init = task.of_weights(
+    config, weights, model, lambda line: print(line, file=sys.stderr) if main else None)
   s = setup(config, workdir)
   state = s.init()
   return s, state.params, state.stats, 0
@@ -177,7 +169,7 @@ def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
 
 def _published(config: Config) -> str:
   """Returns the name of a published CLIP, "" of any other model."""
-  if config.task != "contrastive":
+  if not isinstance(config.model, clip.ClipConfig):
     return ""
   plain = dataclasses.replace(config.model, crop_rounding="even")  # another only where transformers has it
   return next((name for name, make in clip.PUBLISHED.items() if make() == plain), "")
