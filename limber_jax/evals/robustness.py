@@ -105,9 +105,6 @@ class Robustness(Evaluation):
     return RobustnessEval(self, context)
 
 
-Shift = Robustness  # its earlier name, which experiments of before import
-
-
 class RobustnessEval:
   """A `Robustness` whose data are open."""
 

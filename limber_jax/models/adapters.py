@@ -33,9 +33,6 @@ class AdapterConfig:
   layer_norm: bool = False  # before the bottleneck
 
 
-AdapterSize = AdapterConfig  # its earlier name, which experiments of before import
-
-
 def _clipped_normal(key, shape, dtype=jnp.float32):
   # Clamped, not truncated: 4.6 % of the numbers lie exactly on the bounds.
   return jnp.clip(1e-3 * jax.random.normal(key, shape, dtype), -2e-3, 2e-3)

@@ -42,9 +42,6 @@ class Projector:
   prompt: ProjectorConfig = field(default_factory=ProjectorConfig)
 
 
-PromptSize, Map = ProjectorConfig, Projector  # their earlier names, which experiments of before import
-
-
 @dataclass
 class LimberConfig:
   """Everything that defines a LiMBeR but its weights."""
