@@ -298,7 +298,7 @@ def test_what_lies_beside_weights_is_set_aside_and_said(tmp_path, tiny, capsys):
   (lambda t: t.pop("token_embedding.weight") is None,
    "this is most like a CLIP with a ViT in OpenAI's names, but has no tensor 'token_embedding.weight'"),
 ])
-def test_a_state_dict_that_almost_fits_is_reported_of_the_nearest_model(tmp_path, tiny, change, message):
+def test_a_state_dict_that_almost_fits_is_compared_with_the_nearest_model(tmp_path, tiny, change, message):
   tensors, _, said = tiny
   change(tensors)
   path = str(tmp_path / "x.safetensors")

@@ -275,6 +275,7 @@ def one_device(monkeypatch):
   monkeypatch.setattr(parallel, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
 
 
+@pytest.mark.process
 def test_a_run_on_damaged_data_names_all_and_resumes_to_the_bit(tmp_path, one_device):
   path, bad = write_damaged(tmp_path / "data")
   said = []

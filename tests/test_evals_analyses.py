@@ -401,6 +401,7 @@ def tiny(tmp_path_factory):
   return s, s.init()
 
 
+@pytest.mark.process
 def test_a_tiny_model_is_analysed_on_awa2s_files_and_resumes_where_it_was_killed(tiny, tmp_path, monkeypatch):
   s, state = tiny
 

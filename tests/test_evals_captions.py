@@ -224,6 +224,7 @@ def test_a_scorer_whose_tokenizer_is_unknown_or_too_large_is_named(made, monkeyp
     config(Captions, scorer=scorer).open(settings(tmp_path))
 
 
+@pytest.mark.process
 def test_a_tiny_model_captions_nocaps_files_and_resumes_where_it_was_killed(monkeypatch, tmp_path, scorer):
   monkeypatch.setattr(metric, "has_java", lambda: False)
   files = write_nocaps(tmp_path / "nocaps", hostile=True)

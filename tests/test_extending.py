@@ -75,6 +75,7 @@ def limber(**changes):
     "captions": Captions(Source(split="test"), every=0, batch_size=40)}} | changes))
 
 
+@pytest.mark.process
 def test_an_encoder_and_a_language_model_of_one_file_each_train_evaluate_and_caption(recipe, tmp_path):
   recipe("patches", "meanlm")
   run = str(tmp_path / "run")
@@ -132,6 +133,7 @@ def test_an_encoders_weights_load_from_a_file_by_its_table(recipe, tmp_path):
     train(config, str(tmp_path / "run"), log=lambda _: None)
 
 
+@pytest.mark.process
 def test_an_evaluation_of_one_file_runs_while_training_and_by_the_command(recipe, tmp_path):
   recipe("collapse")
   cls = config_lib.evaluation_of("collapse")
@@ -150,6 +152,7 @@ def test_an_evaluation_of_one_file_runs_while_training_and_by_the_command(recipe
     config_lib.check(dataclasses.replace(config, evals={"collapse": cls(most=1)}))
 
 
+@pytest.mark.process
 def test_a_source_and_a_tokenizer_of_one_file_each_train_and_are_evaluated(recipe, tmp_path):
   recipe("squares", "letters")
   config = runs.tiny(

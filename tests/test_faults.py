@@ -558,6 +558,7 @@ def test_after_a_death_1_2_or_4_processes_go_on_with_the_same_samples(experiment
   assert len({sha for sha, _ in found.values()}) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
 def test_a_checkpoint_resumes_on_another_mesh(mesh, tmp_path):
   def config(mesh, steps=6):  # eps: else Adam's first updates are ±lr by the sign of gradients that rounding decides
@@ -607,6 +608,7 @@ def test_k_bad_steps_in_a_row_stop_the_run_and_name_the_steps(tmp_path, monkeypa
     train(config, str(tmp_path), log=lambda _: None)
 
 
+@pytest.mark.process
 def test_a_run_that_skips_spikes_resumes_with_its_window(tmp_path):
   def config():
     return tiny(checkpoint=Checkpoint(every=1, keep=100), optim=Optim(lr=1e-3, warmup_steps=2, spike=Spike(window=4)))
@@ -672,7 +674,7 @@ def test_the_command_ends_with_one_line_when_files_cannot_grow(experiment, tmp_p
   assert "Traceback" not in output
 
 
-def test_a_run_is_reported_of_a_failed_save_within_a_step(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_to_its_run_within_a_step(tmp_path, monkeypatch):
   write, commit, check = manifest.write, Writer._commit, Checkpoints.check
   known, steps_after = threading.Event(), []
 

@@ -62,7 +62,7 @@ def without_flock(fd, how):
 
 
 @pytest.mark.process
-def test_who_comes_second_is_reported_host_process_and_since_when(path, other):
+def test_who_comes_second_is_told_host_process_and_since_when(path, other):
   began = time.monotonic()
   line = refusal(path, otherwise="choose another --workdir")
   assert time.monotonic() - began < 1
@@ -152,7 +152,7 @@ def test_where_the_system_has_no_flock_a_process_is_known_by_its_number_and_its_
     assert f"process {os.getpid()} " in refusal(path)
 
 
-def test_who_has_lost_the_lock_is_reported_and_leaves_that_of_the_other_alone(path, tmp_path):
+def test_who_has_lost_the_lock_is_told_so_and_leaves_that_of_the_other_alone(path, tmp_path):
   with Lock(path, what="runs/a") as held:
     path.unlink()
     with pytest.raises(UserError, match=r"no longer held by this process: .*was removed"):

@@ -39,6 +39,7 @@ def on_all_devices(config):
   return config
 
 
+@pytest.mark.process
 def test_an_old_run_resumes_as_it_would_have(old):
   _, workdir = old
   with open(f"{workdir}/losses.json", encoding="utf-8") as file:
@@ -52,6 +53,7 @@ def test_an_old_run_resumes_as_it_would_have(old):
   np.testing.assert_allclose([losses[3], losses[4]], [wanted["3"], wanted["4"]], rtol=1e-5)
 
 
+@pytest.mark.process
 def test_an_old_run_is_evaluated_captioned_and_converted(old, tmp_path):
   task, workdir = old
   config = on_all_devices(workdirs.read_config(workdir))

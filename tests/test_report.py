@@ -336,7 +336,7 @@ def test_several_runs_are_rows_in_the_papers_order_unknown_ones_last():
   assert text.startswith("# 6 runs\n")
 
 
-def test_two_runs_of_one_name_are_reported_apart_by_their_workdirs():
+def test_two_runs_of_one_name_are_distinguished_by_their_workdirs():
   rows = cells(report.report(runs(limber("limber_clip", 0.5), limber("limber_clip", 0.6))), "Captioning and VQA")
   assert [(row[0], row[8]) for row in rows if row[1] == "measured"][:2] == [
     ("CLIP (runs/0)", "50.0"), ("CLIP (runs/1)", "60.0")]

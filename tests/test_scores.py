@@ -15,6 +15,7 @@ from limber_jax.train import exit_code
 from limber_jax.training.loop import train
 
 
+@pytest.mark.process
 def test_an_evaluation_that_fails_costs_its_own_metrics(tmp_path, monkeypatch):
   from limber_jax.evals import zeroshot as module
 

@@ -100,7 +100,7 @@ def test_parts_are_found_by_suffix_and_keys_by_folder(names, fields, texts, tmp_
   assert len({source[i]["id"] for i in range(len(source))}) == len(texts)
 
 
-def test_a_key_that_lacks_a_part_is_reported_what_there_is_in_its_place(tmp_path):
+def test_of_a_key_that_lacks_a_part_it_is_reported_what_there_is_in_its_place(tmp_path):
   path = write(tmp_path / "a.tar", "0.jpg", "0.caption.txt", "1.gif", "1.txt", "b/2.TIF", "b/2.txt", "3.png", "3.txt")
   found = damage(opened(path))
   assert found["0"].endswith("; .caption.txt is read with text_key=caption.txt")

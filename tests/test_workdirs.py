@@ -66,6 +66,7 @@ def test_frozen_weights_may_lie_elsewhere_and_nothing_else_may(tmp_path):
       check(**init)
 
 
+@pytest.mark.process
 def test_a_run_resumes_with_its_frozen_weights_from_another_path_and_no_others(tmp_path):
   mesh = (-1, 1, 1)
   runs.untrained(runs.tiny(mesh=mesh), str(tmp_path / "start"))
