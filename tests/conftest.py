@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.metadata
+import math
 import os
 import pathlib
 import shutil
@@ -62,6 +63,14 @@ def _import_oracle(name):
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
   return importlib.import_module(name)
+
+
+@pytest.fixture
+def only_the_devices_of_the_mesh(monkeypatch):
+  """A mesh of one device, of the eight that are simulated, is an error to a user, and what many tests want."""
+  from limber_jax.runtime import parallel
+  make = parallel.make_mesh
+  monkeypatch.setattr(parallel, "make_mesh", lambda sizes: make(sizes, jax.devices()[: math.prod(sizes.values())]))
 
 
 @pytest.fixture(scope="session")

@@ -175,8 +175,8 @@ def test_the_head_never_runs_on_the_prompt():
   assert f"f32[16,{config.data.length - 1 + task.model.prefix_length()},512]" not in text
 
 
-def test_50_steps_leave_frozen_bytes_unchanged_and_out_of_checkpoints(tmp_path):
-  config = tiny(size(RESNET), steps=50, checkpoint=Checkpoint(every=25), mesh=Mesh(data=-1))
+def test_50_steps_leave_frozen_bytes_unchanged_and_out_of_checkpoints(tmp_path, only_the_devices_of_the_mesh):
+  config = tiny(size(RESNET), steps=50, checkpoint=Checkpoint(every=25))
   from limber_jax.training.setup import setup
   before = jax.device_get(setup(config).frozen)
   state = train(config, str(tmp_path), log=lambda _: None)
@@ -267,8 +267,9 @@ def test_resumed_equals_uninterrupted(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-def test_random_frozen_weights_are_kept_and_others_refused_on_resuming(tmp_path, monkeypatch):
-  config = tiny(mesh=Mesh(data=-1), steps=3)
+def test_random_frozen_weights_are_kept_and_others_refused_on_resuming(tmp_path, monkeypatch,
+                                                                        only_the_devices_of_the_mesh):
+  config = tiny(steps=3)
   train(config, str(tmp_path), log=lambda _: None)
   init = Captioning.init
   # Another machine draws other bits.

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +22,6 @@ from limber_jax.data.packing import pack
 from limber_jax.data.pipeline import train_batches
 from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
-from limber_jax.runtime import parallel
 from limber_jax.training.loop import train
 from tests import layouts
 from tests.runs import environment, losses, tiny
@@ -269,14 +267,8 @@ def config(path, workers=0, **changes):
   return tiny(**{"steps": 14, "data": data, "checkpoint": Checkpoint(every=2, keep=100), "mesh": (1, 1, 1), **changes})
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  make = parallel.make_mesh
-  monkeypatch.setattr(parallel, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
-
-
 @pytest.mark.process
-def test_a_run_on_damaged_data_names_all_and_resumes_to_the_bit(tmp_path, one_device):
+def test_a_run_on_damaged_data_names_all_and_resumes_to_the_bit(tmp_path, only_the_devices_of_the_mesh):
   path, bad = write_damaged(tmp_path / "data")
   said = []
   train(config(path), str(tmp_path / "whole"), log=said.append)
@@ -300,7 +292,7 @@ def test_a_run_on_damaged_data_names_all_and_resumes_to_the_bit(tmp_path, one_de
     assert (workdir / bad_records.FILE).read_bytes() == (tmp_path / "whole" / bad_records.FILE).read_bytes()
 
 
-def test_a_run_on_too_much_damage_stops_in_one_line(tmp_path, one_device):
+def test_a_run_on_too_much_damage_stops_in_one_line(tmp_path, only_the_devices_of_the_mesh):
   path = layouts.write_tsv(tmp_path / "data", RECORDS)
   for record in RECORDS[:40]:
     (tmp_path / "data" / f"{record['key']}.png").unlink()

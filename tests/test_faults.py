@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -26,7 +25,6 @@ from limber_jax.checkpoints.writing import Writer
 from limber_jax.config import Checkpoint, Optim, Spike
 from limber_jax.data.sources.digits import Digits
 from limber_jax.errors import UserError
-from limber_jax.runtime import parallel
 from limber_jax.runtime.goodput import TimeTracker
 from limber_jax.runtime.writer import Log
 from limber_jax.tasks.contrastive import Contrastive
@@ -47,11 +45,7 @@ def get_config():
 """
 
 
-@pytest.fixture(autouse=True)
-def only_the_devices_of_the_mesh(monkeypatch):
-  """A mesh of one device, of the eight that are simulated, is an error to a user, and what most tests here want."""
-  make = parallel.make_mesh
-  monkeypatch.setattr(parallel, "make_mesh", lambda sizes: make(sizes, jax.devices()[: math.prod(sizes.values())]))
+pytestmark = pytest.mark.usefixtures("only_the_devices_of_the_mesh")
 
 
 def assert_same(a, b):

@@ -148,6 +148,7 @@ def source_in(values, where):
   return {k.removeprefix(f"{where}."): v for k, v in values.items() if k.startswith(f"{where}.")}
 
 
+@pytest.mark.process
 def test_flags_put_another_source_in_place_of_the_experiments_in_any_order(tmp_path):
   name, key, path = "--config.{}.name=jsonl", "--config.{}.text_key=words", "--config.{}.path=a.jsonl"
   places = ("data.source", "evals.z.source", "evals.p.train")
@@ -162,6 +163,7 @@ def test_flags_put_another_source_in_place_of_the_experiments_in_any_order(tmp_p
     assert source_in(values, place) == flatten(JsonlConfig(path="a.jsonl", split=split, text_key="words")), place
 
 
+@pytest.mark.process
 def test_a_flag_of_another_sources_field_is_one_line_with_those_there_are(tmp_path):
   digits = "has no field {!r}; known: name, pairs, split"
   cases = {
