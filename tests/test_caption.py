@@ -110,7 +110,7 @@ def test_every_batch_goes_through_one_program(run, pictures):
   model = opened(run)
   texts(model, pictures)
   texts(model, pictures[:3])
-  assert model._continue._cache_size() == model._prompts._cache_size() == 1
+  assert model._continue._cache_size() == model._image_prefixes._cache_size() == 1
 
 
 def test_a_blind_model_writes_the_same_about_every_image(run, pictures, own):
