@@ -25,6 +25,8 @@ UNION = ("classes", "templates", "train", "validation", "metrics", "scorer", "sc
 # Keys of results.json and scores.json that are called otherwise now, and those within the metadata.
 RESULTS = {"facts": "metadata", "figures": "metrics"}
 METADATA = {"items": "num_examples"}
+# evaluation -> metric or key within its metadata -> its name now
+METRICS = {"linear_probe": {"strength": "l2", "strengths": "l2"}}
 # evaluation -> field -> its name now; "" is of all. Without `max_bad_fraction` an evaluation is of before.
 FIELDS = {
   "": {"damaged": "max_bad_fraction"},
@@ -154,7 +156,16 @@ def keys(values: Any) -> Any:
 def entry(values: dict[str, Any]) -> dict[str, Any]:
   """Returns an entry of results.json, {"evaluation", "protocol", …}, from one of this or an earlier release."""
   values = keys(values)
-  metadata = {METADATA.get(key, key): value for key, value in values.get("metadata", {}).items()}
   protocol = evaluation({"name": values["evaluation"]} | values["protocol"])
-  return values | {"evaluation": protocol["name"], "metadata": metadata,
+  own = METRICS.get(protocol["name"], {})
+  metrics = {own.get(key, key): value for key, value in values["metrics"].items()}
+  metadata = _renamed_within(values.get("metadata", {}), METADATA | own)
+  return values | {"evaluation": protocol["name"], "metrics": metrics, "metadata": metadata,
                    "protocol": {k: v for k, v in protocol.items() if k != "name" or k in values["protocol"]}}
+
+
+def _renamed_within(values: Any, names: dict[str, str]) -> Any:
+  """Returns nested dicts by other names of their keys."""
+  if not isinstance(values, dict):
+    return values
+  return {names.get(key, key): _renamed_within(value, names) for key, value in values.items()}

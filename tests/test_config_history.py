@@ -155,3 +155,15 @@ def test_an_entry_of_results_of_an_earlier_release_says_the_same_as_one_of_this(
   assert config_history.entry(new) == new and not {"figures", "facts"} & new.keys()
   other = new | {"evaluation": "own", "protocol": {"classes": "x"}}  # of somebody's own
   assert config_history.entry(other) == other
+
+
+def test_the_regularisation_of_a_probe_of_an_earlier_release_is_read_as_l2():
+  old = {"evaluation": "linear_probe", "figures": {"accuracy": 0.5, "strength": 10.0}, "protocol": {},
+         "facts": {"items": 7, "train": {"items": 9}, "shots": {"2": {"each": [0.5], "strengths": [1.0]}}}}
+  new = config_history.entry(old)
+  assert new["metrics"] == {"accuracy": 0.5, "l2": 10.0}
+  assert new["metadata"] == {
+    "num_examples": 7, "train": {"num_examples": 9}, "shots": {"2": {"each": [0.5], "l2": [1.0]}}}
+  assert config_history.entry(new) == new
+  other = {"evaluation": "own", "metrics": {"strength": 1.0}, "metadata": {"strengths": []}, "protocol": {}}
+  assert config_history.entry(other) == other

@@ -107,25 +107,25 @@ def probe(workdir, predict=None, mesh=(1, 1, 1), **fields):
   return evaluation(predict or PREDICT, {}, {}), evaluation.metadata()
 
 
-def theirs(x, y, strength):
+def theirs(x, y, l2):
   """Returns the predict of scikit-learn at its optimum."""
   with threadpool_limits(1):
-    model = LogisticRegression(C=1 / strength, solver="newton-cg", tol=1e-8, max_iter=1000)
+    model = LogisticRegression(C=1 / l2, solver="newton-cg", tol=1e-8, max_iter=1000)
     return model.fit(x.astype(float), y).predict
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 2, 1)])
-def test_probe_is_scikit_learns_at_the_strength_that_validation_chose(mesh, tmp_path):
+def test_probe_is_scikit_learns_at_the_l2_that_validation_chose(mesh, tmp_path):
   metrics, metadata = probe(tmp_path, {"penultimate": features}, mesh)
   (x, y), (seen, labels) = part("train"), part("test")
   held = held_out(y, 0)
   assert (metrics["count"], metrics["train"], metrics["validation"]) == (100, 160, 40)
   np.testing.assert_allclose(metadata["searched"][:7], np.logspace(-6, 6, 7))
-  # Among the strengths of the search that scikit-learn finds the optimum of.
+  # Among the λ of the search that scikit-learn finds the optimum of.
   strong = [s for s in metadata["searched"] if s > 1e-2]
   right = [np.mean(theirs(x[~held], y[~held], s)(x[held]) == y[held]) for s in strong]
   chosen = max(zip(right, strong, strict=True))[1]
-  assert metrics["strength"] == chosen and 1e-2 < chosen < 1e6
+  assert metrics["l2"] == chosen and 1e-2 < chosen < 1e6
   assert metrics["accuracy"] == np.mean(theirs(x, y, chosen)(seen) == labels) > 0.7
   assert "zeroshot" not in metrics and not list(tmp_path.iterdir())  # the model has no texts; nothing to draw
 
@@ -134,7 +134,7 @@ def test_a_validation_set_is_chosen_on_and_then_learnt_from(tmp_path):
   metrics, metadata = probe(tmp_path, validation=split("validation"))
   x, y = (np.concatenate(parts) for parts in zip(part("train"), part("validation"), strict=True))
   seen, labels = part("test")
-  assert metrics["accuracy"] == np.mean(theirs(x, y, metrics["strength"])(seen) == labels)
+  assert metrics["accuracy"] == np.mean(theirs(x, y, metrics["l2"])(seen) == labels)
   assert (metrics["train"], metrics["validation"], metadata["validation"]["num_examples"]) == (200, 60, 60)
 
 
@@ -147,9 +147,9 @@ def test_few_shot_is_the_mean_over_draws_and_zero_shot_stands_beside(tmp_path):
   x, y = x[~held], y[~held]
   for shots in (1, 8):
     found = metadata["shots"][str(shots)]
-    for seed, strength, share in zip((3, 5), found["strengths"], found["each"], strict=True):
+    for seed, l2, share in zip((3, 5), found["l2"], found["each"], strict=True):
       rows = draw_shots(y, shots, seed, "")
-      alone = fit(x[rows], y[rows], 4, [strength])
+      alone = fit(x[rows], y[rows], 4, [l2])
       assert share == pytest.approx(np.mean((seen @ alone.weights[0] + alone.bias).argmax(1) == labels), abs=0.011)
     assert metrics[f"few_shot_{shots}"] == pytest.approx(np.mean(found["each"]))
     assert found["deviation"] == pytest.approx(np.std(found["each"]))
@@ -200,7 +200,7 @@ def test_figures_are_scikit_learns():
 
 def test_metrics_are_what_was_asked_for(tmp_path):
   metrics, _ = probe(tmp_path, metrics=("mean_per_class", "accuracy"), shots=(1,))
-  assert list(metrics) == ["mean_per_class", "accuracy", "few_shot_1", "strength", "count", "train", "validation"]
+  assert list(metrics) == ["mean_per_class", "accuracy", "few_shot_1", "l2", "count", "train", "validation"]
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -298,13 +298,13 @@ def test_of_several_classes_an_image_each_is_told_from_the_rest(tmp_path, monkey
   test, train, validation = (Source(name="several", split=s) for s in ("test", "train", "validation"))
   evaluation = config(LinearProbe, source=test, train=train, validation=validation).open(context(workdir=tmp_path))
   metrics = evaluation(PREDICT, {}, {})
-  assert evaluation.metadata()["metrics"] == ["map11"] and 1e-6 <= metrics["strength"] <= 1e6
+  assert evaluation.metadata()["metrics"] == ["map11"] and 1e-6 <= metrics["l2"] <= 1e6
   x, y = (np.concatenate([v[0], v[1][:60]]) for v in (DATA[0], TRUTH))
   each = []
   for c in range(4):
     learnt = y[:, c] != 0
     with threadpool_limits(1):
-      model = LogisticRegression(C=1 / metrics["strength"], solver="newton-cg", tol=1e-8, max_iter=1000)
+      model = LogisticRegression(C=1 / metrics["l2"], solver="newton-cg", tol=1e-8, max_iter=1000)
       model.fit(x[learnt].astype(float), y[learnt, c] > 0)
     each.append(eleven_points(model.decision_function(DATA[0][2, :100]), TRUTH[2, :100, c]))
   assert metrics["map11"] == pytest.approx(np.mean(each), abs=1e-9) and 0.5 < metrics["map11"] < 1

@@ -196,7 +196,7 @@ def test_results_of_an_earlier_release_give_the_same_report():
 
 def test_what_metrics_rest_on_is_reported():
   text = report.report(runs(results("limber_clip", {
-    "coco": entry("captions", {"cider_d": 0.5, "count": 4998.0, "strength": 0.0123456, "cider_d/in@other": 0.25},
+    "coco": entry("captions", {"cider_d": 0.5, "count": 4998.0, "l2": 0.0123456, "cider_d/in@other": 0.25},
                   num_examples=5000, covered=4998, damage=["val/1.jpg: cut short", "val/2.jpg: no | image"],
                   protocol={"source.split": "karpathy_test", "metrics": ["cider_d", "spice"], "scorer": "",
                             "seeds": [1]},
@@ -205,7 +205,7 @@ def test_what_metrics_rest_on_is_reported():
   assert "Metrics of 4,998 of 5,000 examples, 2 damaged." in text
   assert "Damaged:\n\n- val/1.jpg: cut short\n- val/2.jpg: no \\| image" in text
   assert cells(text, "coco: captions")[:5] == [
-    ["metric", "value", "other"], ["CIDEr-D", "50.0", "–"], ["count", "4,998", "–"], ["strength", "0.01235", "–"],
+    ["metric", "value", "other"], ["CIDEr-D", "50.0", "–"], ["count", "4,998", "–"], ["l2", "0.01235", "–"],
     ["CIDEr-D in", "–", "25.0"]]
   settings = dict(cells(text, "coco: captions")[6:])
   assert settings["source.split"] == "karpathy_test" and settings["metrics"] == "cider_d, spice"

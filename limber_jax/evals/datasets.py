@@ -29,7 +29,7 @@ class DataSet:
   metric: str = ""         # a metric of evaluation "zeroshot"
   tfds: str = ""           # the builder that prepares it
   layout: str = CLASSES    # what lies at source.path, where no builder prepares it
-  train: str = ""          # what linear probes learn from, and choose their strength on: values of source.split
+  train: str = ""          # what linear probes learn from, and choose their λ on: values of source.split
   validation: str = ""     # "" = a part of `train`
   note: str = ""           # of the protocol
 

@@ -39,7 +39,7 @@ class LinearProbe(OfPrompts):
 
   source: what is tested on.
   validation: None = a fifth of the images of each class of `train`, drawn by the first of the seeds.
-  metrics: which of these; () = the one that the paper gives of the data set, else accuracy. Strengths are chosen by the
+  metrics: which of these; () = the one that the paper gives of the data set, else accuracy. λ is chosen by the
     first, and it is that of few-shot and zero-shot.
     accuracy: the share of images whose class is named.
     mean_per_class: accuracy, averaged over the classes that have images.
@@ -49,12 +49,12 @@ class LinearProbe(OfPrompts):
       the rest by a classifier of its own, which learns nothing from images that have difficult objects of it only; a
       fifth is drawn of all images, and there are no few shots.
   shots: "few_shot_4" of 4 images a class, averaged over `seeds`, each of which draws its own; a seed's 4 are among its
-    8. Their strength is chosen as that of the whole probe is, on the same validation set, which makes it a better one
+    8. Their λ is chosen as that of the whole probe is, on the same validation set, which makes it a better one
     than few images could choose: so it is in the paper (openai/CLIP #128). 0: "zeroshot", where the model has texts and
     the classes names.
   classes, templates: of zero-shot, as there.
 
-  "strength" is λ, what multiplies half the squared norm beside the sum of losses: 1 / C of scikit-learn. It is searched
+  "l2" is λ, what multiplies half the squared norm beside the sum of losses: 1 / C of scikit-learn. It is searched
   for as `metrics.probe` says, and the probe fitted again on train and validation together. "count", "train" and
   "validation" are the numbers of images. NAME.png in the workdir shows accuracy against shots, as the paper's Figure 6.
 
@@ -65,7 +65,7 @@ class LinearProbe(OfPrompts):
   needs = ("penultimate",)
 
   train: Source | None = None       # what is learnt from
-  validation: Source | None = None  # where the strength is chosen; None = a part of `train`
+  validation: Source | None = None  # where λ is chosen; None = a part of `train`
   metrics: tuple[str, ...] = ()  # which of these; () = the evaluation's own choice
   # examples a class; 0 = of zero-shot
   shots: tuple[int, ...] = ranged((0,), at_least=0, at_most=COUNT, nonempty=True)
@@ -136,7 +136,7 @@ class LinearProbeEval:
     return {"label": int(row["label"])}
 
   def metadata(self) -> dict[str, Any]:
-    """Returns `Runner.metadata` of the test set and, by their names, of the others; "searched": the strengths tried."""
+    """Returns `Runner.metadata` of the test set and, by their names, of the others; "searched": the λ tried."""
     others = {part: runner.metadata() for part, runner in self._runners.items() if part != "test"}
     return {**self._runners["test"].metadata(), **others, "metrics": list(self._metrics), **self._metadata}
 
@@ -176,15 +176,15 @@ class LinearProbeEval:
     for shots in sorted({k for k in self._config.shots if k}):
       subsets = np.stack([draw_shots(y["train"], shots, seed, self._where) for seed in self._config.seeds])  # [S, m]
       fits = fit(x["train"], y["train"], classes, GRID, subsets=subsets)
-      each, strengths = [], []
+      each, l2 = [], []
       for w, b in zip(fits.weights, fits.bias, strict=True):
-        strengths.append(probe.choose(w, b, validation, score)[0])
-        i = np.searchsorted(GRID, strengths[-1])
+        l2.append(probe.choose(w, b, validation, score)[0])
+        i = np.searchsorted(GRID, l2[-1])
         each.append(score(x["test"] @ w[i] + b[i][None], y["test"]))
       out[f"few_shot_{shots}"] = float(np.mean(each))
-      few[str(shots)] = {"each": each, "deviation": float(np.std(each)), "strengths": strengths}
+      few[str(shots)] = {"each": each, "deviation": float(np.std(each)), "l2": l2}
     counts = {"count": "test", "train": "train", "validation": "validation"}
-    return {**out, "strength": learnt.strength, **{k: float(len(y[part])) for k, part in counts.items()}}, {
+    return {**out, "l2": learnt.l2, **{k: float(len(y[part])) for k, part in counts.items()}}, {
       "searched": learnt.searched, "iterations": learnt.iterations, "largest_gap": learnt.gap, "classes": classes,
       "shots": few}
 

@@ -159,7 +159,7 @@ class PromptProbingEval:
         has = self._runner.source.has  # bool [C, A]
         both = [a for a in range(has.shape[1]) if len(set(has[seen_labels, a])) == len(set(has[test_labels, a])) == 2]
         if both:
-          fits = fit_each(seen, np.where(has[seen_labels][:, both], 1, -1), [own.strength])
+          fits = fit_each(seen, np.where(has[seen_labels][:, both], 1, -1), [own.l2])
           scores = x[held] @ fits.weights[0] + fits.bias[0][None]
           out[f"attributes_{name}"] = float(np.mean([roc_auc(scores[:, i], has[test_labels, a].astype(int))
                                                      for i, a in enumerate(both)]))

@@ -1,13 +1,13 @@
-"""L2-regularised multinomial logistic regression at scikit-learn's optimum, for many strengths and subsets at once.
+"""L2-regularised multinomial logistic regression at scikit-learn's optimum, for many λ and subsets at once.
 
-The objective at a strength λ is Σ losses + λ/2 ‖W‖², the intercept free: λ times scikit-learn's at C = 1/λ. What makes
-it quick changes nothing at the optimum:
+The objective at λ, which is called l2 in code, is Σ losses + λ/2 ‖W‖², the intercept free: λ times scikit-learn's at
+C = 1/λ. What makes it quick changes nothing at the optimum:
 
 - Features are brought to mean 0, which the intercept takes up, and turned into the axes of their covariance, which
   leaves the norm. There the curvature of the loss is close to diagonal, and a diagonal is what L-BFGS starts from.
 - Of fewer rows than features only the space of the rows is kept; the optimum lies in it.
 - A step needs two products with the features however long the search along it: logits move on a line.
-- Strengths are solved from the strongest to the weakest, each from where the two before it point.
+- Values of λ are solved from the largest to the smallest, each from where the two before it point.
 - Losses and residuals are made of differences to the logit of the right class, so that they are precise in float32
   also where they are next to nothing: with weak regularisation most data can be separated.
 """
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from limber_jax.metrics import lbfgs
 from limber_jax.runtime.parallel import BATCH, make_mesh
 
-A_DECADE = 8      # strengths
+A_DECADE = 8      # values of λ
 # CLIP's: 96 steps of one size. Its λ multiplies half the squared norm beside the sum of losses: scikit-learn's 1 / C.
 GRID = np.logspace(-6, 6, 12 * A_DECADE + 1)
 
@@ -34,43 +34,43 @@ SMALLEST = 2**30  # multiplications a product should have on each device
 
 @dataclass(frozen=True)
 class Fits:
-  """Classifiers at each of R strengths, of each of S subsets where there are subsets."""
+  """Classifiers at each of R values of λ, of each of S subsets where there are subsets."""
 
-  strengths: np.ndarray   # float64 [R], as they were asked for
+  l2: np.ndarray          # float64 [R], λ as they were asked for
   weights: np.ndarray     # float32 [(S,) R, d, C]; zeros of a class without examples
   bias: np.ndarray        # float32 [(S,) R, C]; -inf of a class without examples
   gap: np.ndarray         # float32 [(S,) R]: the objective is above its minimum by this share of it at most
   iterations: np.ndarray  # int32 [(S,) R]
 
 
-def fit(features: np.ndarray, labels: np.ndarray, classes: int, strengths: Sequence[float], *,
+def fit(features: np.ndarray, labels: np.ndarray, classes: int, l2: Sequence[float], *,
         subsets: np.ndarray | None = None, tolerance: float = 1e-9, max_iterations: int = 1000, lanes: int = 1,
         devices: Sequence[Any] | None = None) -> Fits:
-  """Returns a classifier for each strength; what it says of x [d] is argmax(x @ weights + bias).
+  """Returns a classifier for each λ; what it says of x [d] is argmax(x @ weights + bias).
 
   A fit ends when its gap, ‖gradient‖²/2λ over the objective, is below the tolerance; that is a bound, for the objective
   curves by λ at least. It also ends when the decrease that the next step promises is far below the tolerance, or what
   float32 can tell: where the loss itself curves, the bound is too careful. Classes that only just overlap are hard: at
-  weak strengths a fit may then take all iterations, as scikit-learn's L-BFGS does, the more so the further the strength
-  is from the one before it.
+  small λ a fit may then take all iterations, as scikit-learn's L-BFGS does, the more so the further λ is from the one
+  before it.
 
   Args:
     features: float [n, d].
     labels: int [n], in 0..C-1.
     classes: C.
-    strengths: λ, R of them, positive, in any order; close ones are quicker than distant ones.
+    l2: λ, R of them, positive, in any order; close ones are quicker than distant ones.
     subsets: int [S, m]: rows of each of several training sets of one size; None = one, of all rows.
     tolerance: of the objective, relative.
     max_iterations: of each fit.
-    lanes: pieces that the range of strengths is solved in at once. Each begins anew: more than 1 only pays where a
+    lanes: pieces that the range of λ is solved in at once. Each begins anew: more than 1 only pays where a
       product with the features is too small for the device.
     devices: of this process, over which rows are spread if there are enough of them; None = all.
 
   Raises:
-    ValueError: shapes that do not go together, no rows, features that are no numbers, labels out of range, strengths
+    ValueError: shapes that do not go together, no rows, features that are no numbers, labels out of range, λ
       that are not positive.
   """
-  features, labels, wanted = np.asarray(features), np.asarray(labels), np.asarray(strengths, np.float64)
+  features, labels, wanted = np.asarray(features), np.asarray(labels), np.asarray(l2, np.float64)
   _check(features, labels, wanted)
   if labels.min() < 0 or labels.max() >= classes:
     raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
@@ -83,9 +83,9 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, strengths: Seque
 def _fit(placed: "_Placed", labels: np.ndarray, classes: int, wanted: np.ndarray, tolerance: float = 1e-9,
          max_iterations: int = 1000, lanes: int = 1) -> Fits:
   """Returns what `fit` does of subsets that are on the devices already."""
-  ranked, where = np.unique(-wanted, return_inverse=True)  # the strongest first, each once
+  ranked, where = np.unique(-wanted, return_inverse=True)  # the largest first, each once
   lanes = min(lanes, len(ranked))
-  # Pieces of one length: the last one repeats its weakest.
+  # Pieces of one length: the last one repeats its smallest.
   paths = np.append(-ranked, np.repeat(-ranked[-1:], -len(ranked) % lanes)).reshape(lanes, -1)  # [lanes, R/lanes]
 
   rows, axes = placed.rows, placed.axes
@@ -105,17 +105,17 @@ def _fit(placed: "_Placed", labels: np.ndarray, classes: int, wanted: np.ndarray
   return Fits(wanted, weights, bias, gap, iterations)
 
 
-def fit_each(features: np.ndarray, truth: np.ndarray, strengths: Sequence[float], *,
+def fit_each(features: np.ndarray, truth: np.ndarray, l2: Sequence[float], *,
              devices: Sequence[Any] | None = None) -> Fits:
   """Returns a classifier of its own for each class, one against the rest; class c is there where its score is above 0.
 
   The score is x @ weights + bias; -inf of a class without examples, inf of one that is everywhere. Of two classes the
-  multinomial's weights are w / 2 and -w / 2, whose squared norm is half that of w: it is solved at twice the strength.
+  multinomial's weights are w / 2 and -w / 2, whose squared norm is half that of w: it is solved at twice the λ.
 
   Args:
     features: float [n, d].
     truth: int [n, C]: 1 where the class is there, -1 where not, 0 where that is not to be learnt from.
-    strengths: as of `fit`, and so that of scikit-learn's LogisticRegression of two classes at C = 1 / λ.
+    l2: as of `fit`, and so that of scikit-learn's LogisticRegression of two classes at C = 1 / λ.
     devices: as of `fit`.
 
   Returns:
@@ -124,9 +124,9 @@ def fit_each(features: np.ndarray, truth: np.ndarray, strengths: Sequence[float]
   Raises:
     ValueError: as `fit`.
   """
-  features, truth, strengths = np.asarray(features), np.asarray(truth), np.asarray(strengths, np.float64)
-  _check(features, truth[:, 0] if truth.ndim == 2 and truth.size else truth, strengths)
-  count, width = len(strengths), truth.shape[1]
+  features, truth, l2 = np.asarray(features), np.asarray(truth), np.asarray(l2, np.float64)
+  _check(features, truth[:, 0] if truth.ndim == 2 and truth.size else truth, l2)
+  count, width = len(l2), truth.shape[1]
   weights, bias = np.zeros((count, features.shape[1], width), np.float32), np.empty((count, width), np.float32)
   gap, iterations = np.zeros(count, np.float32), np.zeros(count, np.int32)
   rows, placed = None, None
@@ -137,21 +137,21 @@ def fit_each(features: np.ndarray, truth: np.ndarray, strengths: Sequence[float]
       continue
     if rows is None or not np.array_equal(rows, own):  # classes that learn from the same rows share them
       rows, placed = own, _place(features, own[None], 2, devices)
-    found = _fit(placed, there, 2, 2 * strengths)
+    found = _fit(placed, there, 2, 2 * l2)
     weights[..., c] = found.weights[0, ..., 1] - found.weights[0, ..., 0]
     bias[:, c] = found.bias[0, :, 1] - found.bias[0, :, 0]
     gap, iterations = np.maximum(gap, found.gap[0]), iterations + found.iterations[0]
-  return Fits(strengths, weights, bias, gap, iterations)
+  return Fits(l2, weights, bias, gap, iterations)
 
 
 def search(score: Callable[[float], float]) -> tuple[float, list[float]]:
-  """Returns (the best strength of GRID, those that were looked at, in order): CLIP's parametric binary search.
+  """Returns (the best λ of GRID, those that were looked at, in order): CLIP's parametric binary search.
 
-  It begins with every 100-fold strength, and then halves the distance to the neighbours of the best until that is one
-  step of the grid. Of equal scores the strongest strength has the best; at an end of the grid there is one neighbour.
+  It begins with every 100-fold λ, and then halves the distance to the neighbours of the best until that is one
+  step of the grid. Of equal scores the largest λ has the best; at an end of the grid there is one neighbour.
 
   Args:
-    score: of a classifier at a strength, the higher the better; asked once for each.
+    score: of a classifier at a λ, the higher the better; asked once for each.
 
   Source: arXiv 2103.00020, A.3.
   """
@@ -171,16 +171,16 @@ def search(score: Callable[[float], float]) -> tuple[float, list[float]]:
   return float(GRID[peak]), [float(GRID[place]) for place in scores]
 
 
-def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray, strength: float
+def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray, l2: float
               ) -> float:
-  """Returns Σ losses + strength/2 ‖weights‖², in float64.
+  """Returns Σ losses + l2/2 ‖weights‖², in float64.
 
   Args:
     features: [n, d].
     labels: int [n].
     weights: [d, C].
     bias: [C].
-    strength: λ.
+    l2: λ.
   """
   logits = features.astype(np.float64) @ weights.astype(np.float64) + bias.astype(np.float64)[None]
   below = logits - logits[np.arange(len(labels)), labels][:, None]
@@ -189,16 +189,16 @@ def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bia
   others = np.exp(below - top[:, None]).sum(axis=1)
   # log(1 + …) of what may be far below 1.
   losses = np.where(top == 0, np.log1p(others), top + np.log(np.exp(-top) + others))
-  return float(losses.sum() + strength / 2 * np.square(weights, dtype=np.float64).sum())
+  return float(losses.sum() + l2 / 2 * np.square(weights, dtype=np.float64).sum())
 
 
-def _check(features: np.ndarray, labels: np.ndarray, strengths: np.ndarray) -> None:
+def _check(features: np.ndarray, labels: np.ndarray, l2: np.ndarray) -> None:
   if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
     raise ValueError(f"expected features [n, d] and labels [n], got {features.shape} and {labels.shape}")
   if not np.isfinite(features).all():
     raise ValueError("features: some are no numbers")
-  if strengths.ndim != 1 or not len(strengths) or not np.all(strengths > 0):
-    raise ValueError(f"strengths: expected positive numbers, got {strengths}")
+  if l2.ndim != 1 or not len(l2) or not np.all(l2 > 0):
+    raise ValueError(f"l2: expected positive numbers, got {l2}")
 
 
 class _Placed(NamedTuple):

@@ -20,8 +20,8 @@ Data = tuple[np.ndarray, np.ndarray]  # features float [n, d]; labels int [n], o
 class Probe:
   """A linear probe, and how it was come by."""
 
-  strength: float         # λ: scikit-learn's 1 / C
-  searched: list[float]   # the strengths that were looked at, in order
+  l2: float               # λ: scikit-learn's 1 / C
+  searched: list[float]   # the λ that were looked at, in order
   weights: np.ndarray     # float32 [d, C]
   bias: np.ndarray        # float32 [C]
   iterations: int         # of all fits
@@ -47,27 +47,27 @@ def learn(train: Data, validation: Data, classes: int, score: Callable[[np.ndarr
   # Neighbours on the path are so close to each other that all of it takes less than the few that are looked at would,
   # each from the beginning.
   path = _fit(*train, classes, GRID)
-  strength, searched = choose(path.weights, path.bias, validation, score)
+  l2, searched = choose(path.weights, path.bias, validation, score)
   whole = tuple(np.concatenate(both) for both in zip(train, validation, strict=True))
-  last = _fit(*whole, classes, np.array([strength]))
-  return Probe(strength, searched, last.weights[0], last.bias[0], int(path.iterations.sum() + last.iterations.sum()),
+  last = _fit(*whole, classes, np.array([l2]))
+  return Probe(l2, searched, last.weights[0], last.bias[0], int(path.iterations.sum() + last.iterations.sum()),
                float(max(path.gap.max(), last.gap.max())))
 
 
 def choose(weights: np.ndarray, bias: np.ndarray, validation: Data,
            score: Callable[[np.ndarray, np.ndarray], float]) -> tuple[float, list[float]]:
-  """Returns (the best strength of GRID, those that were looked at, in order), by `logistic.search`.
+  """Returns (the best λ of GRID, those that were looked at, in order), by `logistic.search`.
 
   Args:
-    weights: [97, d, C] at the strengths of GRID.
+    weights: [97, d, C] at the λ of GRID.
     bias: [97, C].
     validation: what they are scored on.
     score: as of `learn`.
   """
   features, labels = validation
 
-  def at(strength: float) -> float:
-    i = np.searchsorted(GRID, strength)
+  def at(l2: float) -> float:
+    i = np.searchsorted(GRID, l2)
     return score(features @ weights[i] + bias[i][None], labels)
 
   return search(at)
@@ -92,5 +92,5 @@ def shuffled(labels: np.ndarray, seed: int) -> list[np.ndarray]:
   return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
-def _fit(features: np.ndarray, labels: np.ndarray, classes: int, strengths: np.ndarray) -> Fits:
-  return fit_each(features, labels, strengths) if labels.ndim == 2 else fit(features, labels, classes, strengths)
+def _fit(features: np.ndarray, labels: np.ndarray, classes: int, l2: np.ndarray) -> Fits:
+  return fit_each(features, labels, l2) if labels.ndim == 2 else fit(features, labels, classes, l2)
