@@ -72,8 +72,7 @@ def install(monkeypatch: Any) -> Any:
 def config(cls: type[Evaluation] = ZeroShot, **fields: Any) -> Any:
   """Returns an evaluation of what is installed; where it has classes in sentences, these are the classes alone."""
   own = {"templates": "{}"} if hasattr(cls, "templates") else {}
-  source = fields.pop("source") if "source" in fields else Source(name="made")  # which is registered now
-  return cls(**{"source": source, "batch_size": 8, **own, **fields})
+  return cls(**{"source": MadeConfig(), "batch_size": 8, **own, **fields})
 
 
 def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):
