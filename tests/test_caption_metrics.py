@@ -215,6 +215,7 @@ def scored():
   return ours, theirs | {f"bleu_{n}": pair for n, pair in enumerate(zip(overall, each, strict=True), 1)}
 
 
+@pytest.mark.process
 @java
 def test_figures_are_exactly_those_of_pycocoevalcap(scored):
   ours, theirs = scored

@@ -176,7 +176,7 @@ def test_the_head_never_runs_on_the_prompt():
 
 
 def test_50_steps_leave_frozen_bytes_unchanged_and_out_of_checkpoints(tmp_path, only_the_devices_of_the_mesh):
-  config = tiny(size(RESNET), steps=50, checkpoint=Checkpoint(every=25))
+  config = tiny(size(RESNET), steps=50, batch_size=4, checkpoint=Checkpoint(every=25))
   from limber_jax.training.setup import setup
   before = jax.device_get(setup(config).frozen)
   state = train(config, str(tmp_path), log=lambda _: None)

@@ -179,6 +179,7 @@ def regression(**changes):
   return dataclasses.replace(config, task="regression", model=model, trainable=("image", "head"))
 
 
+@pytest.mark.process
 def test_a_task_of_one_file_trains_is_evaluated_and_its_encoder_is_used_elsewhere(recipe, tmp_path):
   recipe("regression")
   run = str(tmp_path / "run")

@@ -109,12 +109,12 @@ def test_batchnorm_refuses_accumulation_with_a_reason():
 @pytest.mark.parametrize(("size", "bad"), [("clip_vit_b32_mu", 0), ("clip_vit_b32_mu", 1), ("clip_vit_b32_mu", 10),
                                            ("clip_rn50_mu", 1)])
 def test_a_nan_skips_exactly_its_own_step(size, bad):
-  config = tiny(size, steps=100)
-  data = batches(config, 12)
+  config, count = tiny(size, steps=100), 12 if size == "clip_vit_b32_mu" else 4
+  data = batches(config, count)
   clean = [b for i, b in enumerate(data) if i != bad]
   data[bad]["poison"][3] = np.nan
   metrics, states = run(config, data, Poisoned)
-  assert [m["skipped"] for m in metrics] == [float(i == bad) for i in range(12)]
+  assert [m["skipped"] for m in metrics] == [float(i == bad) for i in range(count)]
   if bad:
     before = states[bad - 1]
     for part in ("params", "stats", "opt_state"):
@@ -124,7 +124,7 @@ def test_a_nan_skips_exactly_its_own_step(size, bad):
   assert [m["loss"] for i, m in enumerate(metrics) if i != bad] == [m["loss"] for m in clean_metrics]
   for part in ("params", "stats", "opt_state"):
     assert apart(getattr(states[-1], part), getattr(clean_states[-1], part)) == 0
-  assert (states[-1].step, states[-1].skipped, states[-1].skipped_in_row) == (12, 1, 0)
+  assert (states[-1].step, states[-1].skipped, states[-1].skipped_in_row) == (count, 1, 0)
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
@@ -166,9 +166,9 @@ def made_of(data, values):
 
 
 def test_each_nan_skips_one_step_at_every_position_and_never_enters_the_window():
-  bad = (0, 1, 10, WINDOW, 200)
+  bad = (0, 1, 10, WINDOW, 2 * WINDOW + 5)
   config = tiny(**WITH_SPIKES)
-  data = made_of(batches(config, 8), [np.nan if i in bad else 0.0 for i in range(205)])
+  data = made_of(batches(config, 8), [np.nan if i in bad else 0.0 for i in range(75)])
   metrics, states = run(config, data, Scaled)
   assert [i for i, m in enumerate(metrics) if m["skipped"]] == list(bad)
   for state in states:
@@ -180,7 +180,7 @@ def test_each_nan_skips_one_step_at_every_position_and_never_enters_the_window()
   _, clean = run(config, [b for i, b in enumerate(data) if i not in bad], Scaled)
   for part in ("params", "opt_state", "history"):
     assert apart(getattr(states[-1], part), getattr(clean[-1], part)) == 0
-  assert (states[-1].step, states[-1].skipped) == (205, len(bad))
+  assert (states[-1].step, states[-1].skipped) == (75, len(bad))
 
 
 def test_each_spike_skips_one_step_and_the_window_outlives_it():
