@@ -124,10 +124,10 @@ class LinearProbeEval:
       found[part] = runner.collect(f"features {part}", partial(run, embedded), params, stats,
                                    record=partial(self._record, part),
                                    keep=("feature", "embedding") if embedded else ("feature",))
-    figures, self._metadata = broadcast_from_process_0(lambda: self._probe(found, weights))
+    metrics, self._metadata = broadcast_from_process_0(lambda: self._probe(found, weights))
     if jax.process_index() == 0 and any(self._config.shots):
-      self._draw(figures)
-    return figures
+      self._draw(metrics)
+    return metrics
 
   def _record(self, part: str, row: dict[str, np.ndarray]) -> dict[str, Any]:
     if self._several:
@@ -188,11 +188,11 @@ class LinearProbeEval:
       "searched": learnt.searched, "iterations": learnt.iterations, "largest_gap": learnt.gap, "classes": classes,
       "shots": few}
 
-  def _draw(self, figures: dict[str, float]) -> None:
+  def _draw(self, metrics: dict[str, float]) -> None:
     os.makedirs(self._context.workdir, exist_ok=True)
     name = self._context.name or "linear_probe"
     spread = {int(k): v["deviation"] for k, v in self._metadata["shots"].items()}
-    draw({k: figures[f"few_shot_{k}"] for k in spread}, spread, figures.get("zeroshot"), figures[self._metrics[0]],
+    draw({k: metrics[f"few_shot_{k}"] for k in spread}, spread, metrics.get("zeroshot"), metrics[self._metrics[0]],
          self._metrics[0].replace("_", " "), os.path.join(self._context.workdir, f"{name}.png"))
 
 
