@@ -447,3 +447,10 @@ def test_pooling_the_features_is_pooling_the_prompt_of_an_affine_map(tiny):
   nll = predict["nll"](params, stats, batch | {"prompt": by_token})
   np.testing.assert_allclose(nll, predict["nll"](params, stats, batch | {"features": pool(features, 2)}), rtol=1e-5)
   assert not np.allclose(nll, predict["nll"](params, stats, batch | {"features": features}), rtol=1e-5)
+
+
+def test_of_classes_too_small_for_a_fifth_a_fifth_of_all_is_held_out():
+  held = prompt_probing._fifth(np.arange(10) // 2)
+  assert held.sum() == 2 and (prompt_probing._fifth(np.arange(10) // 2) == held).all()
+  large = prompt_probing._fifth(np.repeat([0, 3], [10, 1]))
+  assert large.sum() == 2 and not large[-1]

@@ -141,12 +141,12 @@ class PromptProbingEval:
   def _probes(self, found: Results, learnt: Results | None, kept: Sequence[str]) -> dict[str, float]:
     """Returns the metrics of category and attributes."""
     labels = np.array([r["label"] for r in found.records])
-    held = probe.held_out(labels, SEED) if learnt is None else np.ones(len(labels), bool)
+    held = _fifth(labels) if learnt is None else np.ones(len(labels), bool)
     seen_labels = labels[~held] if learnt is None else np.array([r["label"] for r in learnt.records])
-    test_labels, chosen_on = labels[held], probe.held_out(seen_labels, SEED)
+    test_labels, chosen_on = labels[held], _fifth(seen_labels)
     if not len(test_labels) or not chosen_on.any():
-      raise UserError(f"evaluation 'prompt_probing' on data source {self._runner.config.source.name!r}: too few images "
-                      "of a class to hold a fifth of them out")
+      raise UserError(f"evaluation 'prompt_probing' on data source {self._runner.config.source.name!r}: {len(labels)} "
+                      "images are too few to hold a fifth of them out")
     classes = 1 + int(max(labels.max(), seen_labels.max()))
     out = {}
     for name in kept:
@@ -199,6 +199,12 @@ class PromptProbingEval:
       from umap import UMAP
       draw({name: UMAP(random_state=0, n_jobs=1).fit_transform(x) for name, x in spread.items()}, labels, names,
            self._path("umap.png"))
+
+
+def _fifth(labels: np.ndarray) -> np.ndarray:
+  """Returns bool [n]: a fifth of the examples of each class, or of all where every class has too few for that."""
+  held = probe.held_out(labels, SEED)
+  return held if held.any() else probe.held_out(np.zeros_like(labels), SEED)
 
 
 def _looker(parts: dict[str, Callable[..., Any]], map_: str, wide: Sequence[int], length: Sequence[int] | None,
