@@ -151,5 +151,5 @@ def _program(task: type[Contrastive], config: str, make: Callable[..., Any]) -> 
   state, frozen = jax.jit(make_init(task, tx, config.trainable, config.optim.spike.window))(jax.random.key(0))
   shardings = parallel.shardings(state, (*SHARDING, *task.sharding), mesh)
   step = jax.jit(make_step(task, tx, optimizer.schedule(config.optim, config.steps), config.optim.spike),
-                 out_shardings=(shardings, parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
+                 out_shardings=(shardings, parallel.replicated(mesh)), compiler_options=parallel.compiler_options(mesh))
   return mesh, step, shardings, jax.device_get(state), frozen

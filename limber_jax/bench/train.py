@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -23,7 +22,6 @@ from limber_jax import cli, registry
 from limber_jax.bench import measure
 from limber_jax.checkpoints.state import Frozen, check_trainable
 from limber_jax.config import Config
-from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError, did_you_mean
 from limber_jax.models import clip, encoders, gptj
 from limber_jax.models.limber import Limber, LimberConfig
@@ -31,6 +29,7 @@ from limber_jax.runtime import parallel
 from limber_jax.tasks.base import Task
 from limber_jax.training import optimizer
 from limber_jax.training.flops import model_flops
+from limber_jax.training.setup import example_row
 from limber_jax.training.train_step import make_init, make_step
 from limber_jax.weights import export
 
@@ -134,11 +133,7 @@ def random_batch(task: Task, config: Config) -> dict[str, np.ndarray]:
 
   Pixels are anything; tokens too, up to the highest id, which is the end of a text, and stands nowhere before it.
   """
-  record = {"id": "", "image": np.zeros((9, 9, 3), np.uint8), "text": "a caption"}
-  if config.data.features:  # in place of images
-    record |= {part.replace("image", "features", 1): np.zeros(of["shape"], jnp.dtype(of["dtype"]))
-               for part, of in task.feature_specs(config.data).items()}
-  row = task.transform(ByteTokenizer(), config.data, train=True)(record, np.random.default_rng(0))
+  row = example_row(task, config)
   rng, n = np.random.default_rng(0), config.batch_size
   length = row["tokens"].shape[0]
   end = rng.integers(min(1, length - 1), length, n)  # where it stands
@@ -176,7 +171,7 @@ def jax_step(task: Task, config: Config, batch: dict[str, np.ndarray]) -> tuple[
     compiled, seconds = measure.compiled(
       make_step(task, tx, optimizer.schedule(config.optim, config.steps)), state, frozen,
       parallel.global_batch(batch, mesh), rng, donate_argnums=0,
-      out_shardings=(layout[0], parallel.replicated(mesh)), compiler_options=parallel.compiler_options())
+      out_shardings=(layout[0], parallel.replicated(mesh)), compiler_options=parallel.compiler_options(mesh))
   facts = {
     "compile_seconds": seconds,
     "parameters": measure.size_of((state.params, frozen.params)), "trained_parameters": measure.size_of(state.params),

@@ -114,7 +114,7 @@ def _write(s, source, shards, todo, batch_size, images, stop, log) -> bool:
     return found, flags["stop"].max()
 
   run = jax.jit(run, out_shardings=(parallel.batch_sharding(s.mesh), parallel.replicated(s.mesh)),
-                compiler_options=parallel.compiler_options())
+                compiler_options=parallel.compiler_options(s.mesh))
   writer, shard = None, None
 
   def write(step, found):

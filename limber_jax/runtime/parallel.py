@@ -149,14 +149,14 @@ def check_fits(tree: Any, mesh: Mesh, what: str) -> None:
                     f"{device.device_kind} have {memory / 1e9:,.1f} GB")
 
 
-def compiler_options() -> dict[str, Any]:
-  """Returns options for jax.jit of large programs on this backend.
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+  """Returns options for jax.jit of large programs on a mesh.
 
   XLA's CPU scheduler overlaps independent work, such as the two towers: on few cores that thrashes caches (16 s
   against 8 s for a step of ViT-B/32 on 2 cores, and twice the time to compile). Simulated devices, of which each waits
   for the others, need the overlap (13 s of a test against 28 s).
   """
-  alone = jax.default_backend() == "cpu" and jax.local_device_count() == 1
+  alone = mesh.devices.flat[0].platform == "cpu" and jax.local_device_count() == 1
   return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if alone else {}
 
 
@@ -294,14 +294,18 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: _from_rows(x, batch_sharding(mesh), ()), batch)
 
 
+def flags_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of `global_flags`: rows as in a batch, and a column for each device that holds a row."""
+  return NamedSharding(mesh, P(BATCH, "tensor"))
+
+
 def global_flags(flags: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Returns arrays [B, tensor] of what each process says of its rows [b], in the columns of its own devices.
 
   In a batch, what processes that hold the same rows say of them must be the same; here it need not: reduce it over
   the last axis.
   """
-  sharding = NamedSharding(mesh, P(BATCH, "tensor"))
-  return {k: _from_rows(x[:, None], sharding, (mesh.shape["tensor"],)) for k, x in flags.items()}
+  return {k: _from_rows(x[:, None], flags_sharding(mesh), (mesh.shape["tensor"],)) for k, x in flags.items()}
 
 
 def _from_rows(x: np.ndarray, sharding: NamedSharding, columns: tuple[int, ...]) -> jax.Array:

@@ -15,6 +15,7 @@ from limber_jax.training.setup import Setup
 from limber_jax.training.stopping import Stopping
 
 Arrays = dict[str, jax.Array]
+FLAGS = ("stop", "damaged", "record")  # what `Feed.take` says of each row, int32
 
 
 class Feed:
@@ -50,8 +51,8 @@ class Feed:
       local, damaged = self._damage.read(step, next(self._batches))
     self._out.waited(wait.seconds)
     index = local.pop("index")
-    flags = {"stop": np.full(len(self._rows), self._stopping.request(), np.int32), "damaged": damaged,
-             "record": (index ^ (index >> 32)).astype(np.int32)}
+    stop = np.full(len(self._rows), self._stopping.request(), np.int32)
+    flags = dict(zip(FLAGS, (stop, damaged, (index ^ (index >> 32)).astype(np.int32)), strict=True))
     return parallel.global_batch(local, self._mesh), parallel.global_flags(flags, self._mesh)
 
   def detach(self) -> None:

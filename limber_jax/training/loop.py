@@ -22,7 +22,7 @@ from limber_jax.training import optimizer
 from limber_jax.training.flops import model_flops, peak_flops
 from limber_jax.training.opening import Run, open_run
 from limber_jax.training.profiling import Profiler
-from limber_jax.training.setup import Setup
+from limber_jax.training.setup import Outline, Setup
 from limber_jax.training.train_step import make_step
 
 
@@ -158,7 +158,7 @@ def _save_before(error: UserError, run: Run, step: int, state: TrainState) -> No
   run.saver.save(step, state)
 
 
-def compiled_step(setup: Setup) -> Callable:
+def compiled_step(setup: Outline) -> Callable:
   """Returns step(state, frozen, batch, flags, rng) -> (state, metrics), jitted; the state given is used up.
 
   What processes say of their rows rides along, so that all of them act on the same, at the same step.
@@ -174,7 +174,7 @@ def compiled_step(setup: Setup) -> Callable:
 
   shardings = jax.tree.map(lambda x: x.sharding, setup.like)
   return jax.jit(flagged, donate_argnums=0, out_shardings=(shardings, replicated),
-                 compiler_options=parallel.compiler_options())
+                 compiler_options=parallel.compiler_options(setup.mesh))
 
 
 def _key(setup: Setup) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from limber_jax import config as config_lib
@@ -28,18 +29,24 @@ from limber_jax.weights.digest import digest
 
 
 @dataclasses.dataclass
-class Setup:
-  """An experiment made concrete on this machine's devices."""
+class Outline:
+  """An experiment on a mesh before anything of it is loaded: all that its step is compiled from."""
 
   config: Config
   mesh: jax.sharding.Mesh
   task: Task
   tx: optax.GradientTransformation
-  frozen: Frozen                        # what is not trained
-  digests: dict[str, str]               # of each part of it
+  frozen: Frozen                        # what is not trained: ShapeDtypeStructs with shardings
+  like: TrainState                      # the same of what is
+
+
+@dataclasses.dataclass
+class Setup(Outline):
+  """An experiment made concrete on this machine's devices: `frozen` holds arrays."""
+
+  digests: dict[str, str]               # of each part of what is not trained
   drawn: tuple[str, ...]                # its parts that are random, and not yet kept in the workdir
   init: Callable[[], TrainState]        # a fresh state
-  like: TrainState                      # its ShapeDtypeStructs with shardings
   tokenizer: Any
 
 
@@ -102,6 +109,37 @@ class _Start:
     return params, stats
 
 
+def outline(config: Config, mesh: jax.sharding.Mesh) -> Outline:
+  """Returns an experiment on a mesh, whose devices need not be there: nothing is loaded, and nothing computed.
+
+  Raises:
+    UserError: settings that do not fit together, or a model or a batch that the mesh does not divide.
+  """
+  config_lib.check(config)
+  parallel.local_rows(config.batch_size, mesh)
+  if config.compute.dtype == "float16" and mesh.devices.flat[0].platform == "cpu":  # else XLA says it, of one product
+    raise UserError("config.compute.dtype='float16': on a CPU there are no products of it with sums in float32; choose "
+                    "float32 or bfloat16")
+  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
+  if config.data.features and not hasattr(task, "feature_specs"):
+    raise UserError(f"config.data.features: there are none of task {config.task!r}, only of 'captioning'")
+  tx = optimizer.make(config.optim, config.steps)
+  start = _Start.of(config, task, mesh)
+  (trained, fixed), (moving, still) = (split(tree, config.trainable) for tree in (start.params, start.stats))
+  like = jax.eval_shape(lambda p, s: TrainState.create(p, s, tx, config.optim.spike.window), trained, moving)
+  return Outline(config, mesh, task, tx, Frozen(fixed, still), start.abstract_state(like))
+
+
+def example_row(task: Task, config: Config) -> dict[str, np.ndarray]:
+  """Returns a row of a batch as the task's own transform makes it, of a black image; its shapes are those of any."""
+  record: dict[str, Any] = {"id": "", "image": np.zeros((9, 9, 3), np.uint8), "text": "a caption"}
+  if config.data.features:  # in place of images
+    record |= {part.replace("image", "features", 1): np.zeros(of["shape"], jnp.dtype(of["dtype"]))
+               for part, of in task.feature_specs(config.data).items()}
+  transform = task.transform(tokenizers.ByteTokenizer(), config.data, train=True)
+  return transform(record, np.random.default_rng(0))
+
+
 def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
   """Returns what training and evaluation share.
 
@@ -114,39 +152,30 @@ def setup(config: Config, workdir: str = "", *, only: str = "") -> Setup:
     UserError: settings that do not fit together, or weights that are not there or do not fit.
   """
   config_lib.check(config)
-  mesh = parallel.make_mesh(dataclasses.asdict(config.mesh))
-  parallel.local_rows(config.batch_size, mesh)
-  if config.compute.dtype == "float16" and mesh.devices.flat[0].platform == "cpu":  # else XLA says it, of one product
-    raise UserError("config.compute.dtype='float16': on a CPU there are no products of it with sums in float32; choose "
-                    "float32 or bfloat16")
-  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
-  if config.data.features and not hasattr(task, "feature_specs"):
-    raise UserError(f"config.data.features: there are none of task {config.task!r}, only of 'captioning'")
+  o = outline(config, parallel.make_mesh(dataclasses.asdict(config.mesh)))
   tokenizer = tokenizers.load(config.data.tokenizer)
-  if tokenizer.vocab_size > task.vocab:
-    raise UserError(f"config.data.tokenizer has {tokenizer.vocab_size} ids, the model only {task.vocab}; "
+  if tokenizer.vocab_size > o.task.vocab:
+    raise UserError(f"config.data.tokenizer has {tokenizer.vocab_size} ids, the model only {o.task.vocab}; "
                     "choose another tokenizer, or set the vocab of config.model")
-  tx = optimizer.make(config.optim, config.steps)
-  start = _Start.of(config, task, mesh)
-  trained, fixed = split(start.params, config.trainable)
+  trained, fixed = o.like.params, o.frozen.params
+  start = _Start(config, o.task, o.mesh, trained | fixed, o.like.stats | o.frozen.stats)
   loaded = [part for part in fixed if only in ("", split_name(part)[0])]
   random = [part for part in loaded if not config.init.path_of(part)]
-  parallel.check_fits([trained, [start.params[part] for part in loaded]], mesh, "config.model")
+  parallel.check_fits([trained, [start.params[part] for part in loaded]], o.mesh, "config.model")
   kept = {part: tree for part in random if workdir and (tree := kept_frozen(
     workdir, part, {"params": start.params[part], "stats": start.stats.get(part, {})})) is not None}
   frozen = Frozen(*start.values(loaded, kept) if loaded else ({}, {}))
   digests = {part: digest({"params": frozen.params[part], "stats": frozen.stats.get(part, {})}) for part in loaded}
 
   def create(params, stats):
-    return TrainState.create(params, stats, tx, config.optim.spike.window)
-
-  like = start.abstract_state(jax.eval_shape(create, trained, split(start.stats, config.trainable)[0]))
+    return TrainState.create(params, stats, o.tx, config.optim.spike.window)
 
   def init() -> TrainState:
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))(*start.values(list(trained), {}))
+    layout = jax.tree.map(lambda x: x.sharding, o.like)
+    return jax.jit(create, out_shardings=layout)(*start.values(list(trained), {}))
 
   drawn = tuple(part for part in random if part not in kept)
-  return Setup(config, mesh, task, tx, frozen, digests, drawn, init, like, tokenizer)
+  return Setup(config, o.mesh, o.task, o.tx, frozen, o.like, digests, drawn, init, tokenizer)
 
 
 def check_frozen(meta: dict[str, Any], digests: dict[str, str], workdir: str, step: int) -> None:
