@@ -24,9 +24,9 @@ LAYERS = (
   {"tasks"},
   {"evals"},
   {"training"},
-  {"inference", "reports"},
-  {"recipes", "train", "evaluate", "encode", "caption", "vqa", "classify", "convert", "health", "inspect", "pack",
-   "report", "train_tokenizer"},
+  {"inference", "reports", "planning"},
+  {"recipes", "train", "evaluate", "encode", "caption", "vqa", "classify", "convert", "health", "inspect",
+   "pack", "report", "train_tokenizer"},
   {"bench"},
 )
 

@@ -1,0 +1,1 @@
+"""What a training step needs of a TPU slice that is not there: its own step, compiled and never run."""
