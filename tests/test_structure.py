@@ -25,7 +25,7 @@ LAYERS = (
   {"evals"},
   {"training"},
   {"inference", "reports", "planning"},
-  {"recipes", "train", "evaluate", "encode", "caption", "vqa", "classify", "convert", "health", "inspect",
+  {"recipes", "train", "plan", "evaluate", "encode", "caption", "vqa", "classify", "convert", "health", "inspect",
    "pack", "report", "train_tokenizer"},
   {"bench"},
 )
