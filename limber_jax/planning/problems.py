@@ -1,5 +1,7 @@
 """What is wrong with a step that was compiled: each a line, for a list that is empty if all is well."""
 
+import re
+
 import jax
 
 from limber_jax.planning import hlo
@@ -14,9 +16,14 @@ FLOAT32 = 0.01  # the share of FLOPs in products of float32 from which on they a
 
 def remade(said: list[str]) -> list[str]:
   """Returns the problem that the compiler's own lines show: arrays that it makes whole on every chip."""
-  lines = [line.strip() for line in said if "nvoluntary full rematerialization" in line]
-  return [f"involuntary rematerialisation, {len(lines)} ×: an array is made whole on every chip because its shardings "
-          f"do not go into each other: {lines[0][:240]}"] if lines else []
+  lines = [line for line in said if "nvoluntary full rematerialization" in line]
+  if not lines:
+    return []
+  found = [re.search(pattern, lines[0]) for pattern in (
+    r"from sharding (.*?) efficiently", r"operation %[\w.\-]+ = (\w+\[[\d,]*\])", r'op_name="([^"]*)"')]
+  change, array, where = (match[1] if match else "(not said)" for match in found)
+  return [f"involuntary rematerialisation, {len(lines)} ×: an array is made whole on every chip, for its shardings do "
+          f"not go into each other: a chip's part {array}, {change}, op_name {where}"]
 
 
 def of_memory(memory: dict[str, int]) -> list[str]:

@@ -1,5 +1,6 @@
 """A plan, and the table of a search, as lines for a terminal."""
 
+import re
 from typing import Any
 
 from limber_jax.planning.plan import LABEL
@@ -68,8 +69,9 @@ def variant(row: dict[str, Any]) -> str:
   if not row["compiled"]:
     return start + f"cannot be: {row['problems'][0][:160]}"
   seconds = [row["seconds"][key] for key in ("compute", "hbm", "ici", "cycles", "estimate")]
+  problems = [re.split("[:,]", problem)[0] for problem in row["problems"]]
   return (start + f"{row['memory']['peak'] / GIB:8.3g} " + " ".join(f"{s:8.3g}" for s in seconds)
-          + f" {row['share_of_peak']['estimate']:7.0%}" + "".join(f"  {p.partition(':')[0]}" for p in row["problems"]))
+          + f" {row['share_of_peak']['estimate']:7.0%}  {', '.join(problems)}").rstrip()
 
 
 def search_lines(found: dict[str, Any]) -> list[str]:
