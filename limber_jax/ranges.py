@@ -85,7 +85,8 @@ def ranged(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MIS
   """Returns the field of a dataclass with a default, or a factory of one, that says what its value may be.
 
   Args:
-    default, factory: as of dataclasses.field.
+    default: as of dataclasses.field.
+    factory: its `default_factory`.
     later: whether it is LATER.
     registered: the table of the registry whose entries say by their `size` which dataclasses may stand there; after a
       colon an attribute that such an entry must have.

@@ -121,7 +121,8 @@ class Runner:
       name: of what is collected, such as "generate@random".
       function: (params, stats, batch) -> arrays [B, ...] by name, pure. The batch is what the transform gives, stacked,
         and "index" int32 [B].
-      params, stats: on the mesh, or numpy arrays.
+      params: on the mesh, or numpy arrays.
+      stats: likewise.
       record: one example's arrays -> what is kept of it, plain JSON.
       keep: names of arrays that are kept as they are, in float32.
       shared: the results depend on no setting of the evaluation but its data, and other evaluations may take them.
@@ -256,7 +257,8 @@ class Runner:
     Args:
       name: of what `embed` gives; functions of one name are jitted once.
       embed: (params, stats, [B, ...]) -> [B, E].
-      params, stats: on the mesh, or numpy arrays.
+      params: on the mesh, or numpy arrays.
+      stats: likewise.
       rows: any number of them.
 
     Raises:
