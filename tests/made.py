@@ -72,7 +72,9 @@ def install(monkeypatch: Any) -> Any:
 def config(cls: type[Evaluation] = ZeroShot, **fields: Any) -> Any:
   """Returns an evaluation of what is installed; where it has classes in sentences, these are the classes alone."""
   own = {"templates": "{}"} if hasattr(cls, "templates") else {}
-  return cls(**{"source": MadeConfig(), "batch_size": 8, **own, **fields})
+  # A test may have registered another dataclass under the name.
+  source = {} if "source" in fields else {"source": Source("made") if "made" in registry.SOURCES else MadeConfig()}
+  return cls(**{"batch_size": 8, **source, **own, **fields})
 
 
 def context(mesh=(1, 1, 1), image_size=8, length=16, workdir="", stop=lambda: False):
