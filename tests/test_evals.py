@@ -1,5 +1,7 @@
 """Evaluations, on embeddings made by hand and on a tiny model."""
 
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from limber_jax.evals.zeroshot import ZeroShot, classifier
 from limber_jax.models import clip
 from limber_jax.runtime import parallel
 from limber_jax.tasks.contrastive import Contrastive
+from limber_jax.training.setup import evaluate
 from tests.made import PREDICT, Made, config, context, install, tables, unit
 
 NAMES = "abcdefghijklmnop"
@@ -237,3 +240,11 @@ def test_embeddings_of_padded_batches_are_those_of_whole_ones(model):
   np.testing.assert_allclose(found.arrays["embedding"], whole, atol=1e-6)
   np.testing.assert_allclose(runner.embed_rows("rows", predict["embed_image"], params, {}, images[:5]), whole[:5],
                              atol=1e-6)
+
+
+def test_numbers_of_numpy_are_metrics_too():
+  """JSON, which results are written as, has none of them."""
+  of_task = SimpleNamespace(task=SimpleNamespace(predict=dict), frozen=SimpleNamespace(params={}, stats={}),
+                            config=SimpleNamespace(evals={"own": ZeroShot()}))
+  metrics = evaluate(of_task, {"own": lambda *_: {"a": np.float32(0.5), "b": np.int64(3), "c": 1}}, {}, {})
+  assert json.loads(json.dumps(metrics)) == {"own/a": 0.5, "own/b": 3.0, "own/c": 1.0}

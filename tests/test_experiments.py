@@ -14,13 +14,13 @@ from limber_jax import cli, config_json, registry
 from limber_jax import config as config_lib
 from limber_jax.checkpoints.state import split
 from limber_jax.config import Config, Loss
-from limber_jax.data.tokenizers import ByteTokenizer
 from limber_jax.errors import UserError
 from limber_jax.runtime import parallel
 from limber_jax.tasks import microbatches
 from limber_jax.tasks.contrastive import Contrastive
 from limber_jax.training import optimizer
-from limber_jax.training.train_step import make_init, make_step
+from limber_jax.training.setup import example_row, outline
+from limber_jax.training.train_step import make_step
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
@@ -33,13 +33,6 @@ def get(path) -> Config:
   return module.get_config()
 
 
-def batch_of(task, config):
-  """Returns the shapes of a batch: what the task's own transform makes of a record."""
-  record = {"id": "", "image": np.zeros((9, 9, 3), np.uint8), "text": "a caption"}
-  row = task.transform(ByteTokenizer(), config.data, train=True)(record, np.random.default_rng(0))
-  return {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in row.items()}
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -48,19 +41,15 @@ def test_an_experiment_builds_with_its_sharding_rules(path, axes):
   config.mesh = config_lib.Mesh(**axes)
   assert config.name == path.stem
   mesh = parallel.make_mesh(axes)
-  parallel.local_rows(config.batch_size, mesh)
-  task = registry.lookup("task", registry.TASKS, config.task).from_config(config)
-  tx = optimizer.make(config.optim, config.steps)
-  rng = jax.random.key(0)
-
-  state, frozen = jax.eval_shape(make_init(task, tx, config.trainable), rng)
-  layout = parallel.shardings((state, frozen), task.sharding, mesh)
+  o = outline(config, mesh)
+  state, frozen = o.like, o.frozen
   if axes.get("fsdp"):
-    assert not whole((state, frozen), layout)
-  batch = batch_of(task, config)
-  step = make_step(task, tx, optimizer.schedule(config.optim, config.steps))
+    assert not whole((state, frozen), jax.tree.map(lambda x: x.sharding, (state, frozen)))
+  batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype)
+           for k, v in example_row(o.task, config).items()}
+  step = make_step(o.task, o.tx, optimizer.schedule(config.optim, config.steps), config.optim.spike)
   with jax.set_mesh(mesh):
-    after, metrics = jax.eval_shape(step, state, frozen, batch, rng)
+    after, metrics = jax.eval_shape(step, state, frozen, batch, jax.random.key(0))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
   assert metrics["loss"].shape == ()
 

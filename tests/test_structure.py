@@ -10,6 +10,7 @@ import pytest
 from limber_jax import registry
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "limber_jax"
 FILES = sorted(f for folder in ("limber_jax", "experiments", "tests") for f in (ROOT / folder).rglob("*.py"))
 
 # A module imports from lower layers and from its own package; those that stand directly in limber_jax may also import
@@ -191,3 +192,31 @@ def test_a_registry_entry_leads_to_a_file_that_defines_it(target):
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     defined |= {t.id for t in targets if isinstance(t, ast.Name)}
   assert attribute in defined
+
+
+def model_classes():
+  """Returns the names of all classes that files of limber_jax/models define."""
+  trees = [ast.parse(path.read_text()) for path in (PACKAGE / "models").glob("*.py")]
+  return {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def asks_for(tree, classes):
+  """Returns the lines in which isinstance or issubclass asks for one of the classes, under whatever module's name."""
+  calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+           and n.func.id in ("isinstance", "issubclass") and len(n.args) == 2]
+  return [n.lineno for n in calls if classes & {
+    x.attr if isinstance(x, ast.Attribute) else x.id for x in ast.walk(n.args[1])
+    if isinstance(x, ast.Attribute | ast.Name)}]
+
+
+@pytest.mark.parametrize("code", ["isinstance(x, ViT)", "isinstance(a.b, vit.ViT)", "issubclass(x, (int, vit.ViT))"])
+def test_a_question_for_a_models_class_is_found(code):
+  assert asks_for(ast.parse(code), {"ViT"}) == [1] and not asks_for(ast.parse(code), {"Other"})
+
+
+def test_no_module_but_models_asks_what_class_a_model_is_of():
+  classes = model_classes()
+  assert {"ClipConfig", "EncoderConfig", "Limber"} <= classes
+  found = [f"{path}:{line}" for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "models" not in path.parents
+           for line in asks_for(ast.parse(path.read_text()), classes)]
+  assert not found, found

@@ -169,7 +169,7 @@ class WordNet:
     steps = [min(d + ways[c] for c, d in each.items() if c in ways) for each in (here, there)]
     return 2 * depth / (sum(steps) + 2 * depth)
 
-  @functools.cache  # noqa: B019
+  @functools.cache  # noqa: B019 (likewise: it holds no more than the synsets of WordNet)
   def _distances(self, offset: str) -> dict[str, int]:
     """Returns the fewest steps to each synset above, {offset: 0} included."""
     found, layer, steps = {}, [offset], 0
@@ -178,7 +178,7 @@ class WordNet:
       layer, steps = [a for o in layer for a in self._above[o] if a not in found], steps + 1
     return found
 
-  @functools.cache  # noqa: B019
+  @functools.cache  # noqa: B019 (likewise)
   def _depths(self, offset: str) -> tuple[int, int]:
     """Returns the steps to the root on the shortest and on the longest way."""
     above = [self._depths(a) for a in self._above[offset]]

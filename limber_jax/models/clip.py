@@ -77,6 +77,14 @@ PUBLISHED = {
 }
 
 
+def published(model: Any) -> str:
+  """Returns the name of a published CLIP, "" of any other model."""
+  if not isinstance(model, ClipConfig):
+    return ""
+  plain = dataclasses.replace(model, crop_rounding="even")  # another only where transformers has it
+  return next((name for name, make in PUBLISHED.items() if make() == plain), "")
+
+
 def mu(size: ClipConfig) -> ClipConfig:
   """Returns the smallest model of the same build, for tests: the same kinds of layer, two of each at most.
 

@@ -161,7 +161,7 @@ class Costs:
         return math.inf
     return size if first else math.inf
 
-  @functools.cache  # noqa: B019
+  @functools.cache  # noqa: B019 (likewise)
   def _written(self, name: str) -> list[float]:
     """Returns, of each output of a fused computation, the bytes that an update in place writes; 0 is all of it."""
     ops = self._module.computations[name]

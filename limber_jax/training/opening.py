@@ -117,7 +117,7 @@ def _fingerprints(s: Setup, source: Source, ignored: dict[str, Any]) -> tuple[st
   config = s.config
   return tuple(pipeline.data_fingerprint(source, s.tokenizer, config.data, config.batch_size, config.seed,
                                          s.task.pixel_settings(config.data), earlier=earlier, ignored=beside)
-               for beside in ({}, ignored) for earlier in (False, True))
+               for beside in ({}, ignored)[: 1 + bool(ignored)] for earlier in (False, True))
 
 
 def _restore(checkpoints: Checkpoints, s: Setup, workdir: str, fingerprints: tuple[str, ...]

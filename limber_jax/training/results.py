@@ -101,7 +101,7 @@ def _results(config, workdir, out, names, checkpoint, weights, model, data, stop
   if not found:
     raise UserError(f"{next(iter(failed.values()))}" if len(failed) == 1 else
                     f"none of the {len(failed)} evaluations could be run; the reasons are above")
-  return {**what, "task": config.task, "model": _published(config), "evaluations": found, "failed": failed}
+  return {**what, "task": config.task, "model": clip.published(config.model), "evaluations": found, "failed": failed}
 
 
 def _check_run(config: Config, workdir: str) -> None:
@@ -165,14 +165,6 @@ def _key(s: Setup, digests: dict[str, str]) -> dict[str, Any]:
     settings["images"] = options
   return {"weights": digests, **settings, "tokenizer": s.tokenizer.fingerprint(), "length": s.task.length,
           "dtype": s.config.compute.dtype}
-
-
-def _published(config: Config) -> str:
-  """Returns the name of a published CLIP, "" of any other model."""
-  if not isinstance(config.model, clip.ClipConfig):
-    return ""
-  plain = dataclasses.replace(config.model, crop_rounding="even")  # another only where transformers has it
-  return next((name for name, make in clip.PUBLISHED.items() if make() == plain), "")
 
 
 def _moved(evaluation: Evaluation, data: str) -> Evaluation:

@@ -112,10 +112,13 @@ class _Start:
 def outline(config: Config, mesh: jax.sharding.Mesh) -> Outline:
   """Returns an experiment on a mesh, whose devices need not be there: nothing is loaded, and nothing computed.
 
+  Args:
+    config: the experiment, which `config.check` has passed.
+    mesh: as `parallel.make_mesh` makes it.
+
   Raises:
     UserError: settings that do not fit together, or a model or a batch that the mesh does not divide.
   """
-  config_lib.check(config)
   parallel.local_rows(config.batch_size, mesh)
   if config.compute.dtype == "float16" and mesh.devices.flat[0].platform == "cpu":  # else XLA says it, of one product
     raise UserError("config.compute.dtype='float16': on a CPU there are no products of it with sums in float32; choose "
@@ -223,5 +226,6 @@ def evaluate(setup: Setup, evals: dict[str, Eval], params: dict, stats: dict) ->
   found = {}
   for name, run in evals.items():
     with own_fields(setup.config.evals[name], name):
-      found |= {f"{name}/{key}": value for key, value in run(predict, params, stats).items()}
+      # Of numpy's numbers, too, which an evaluation of one's own may give, and JSON has none of.
+      found |= {f"{name}/{key}": float(value) for key, value in run(predict, params, stats).items()}
   return found
